@@ -1,0 +1,337 @@
+"""Every option of a run, as one model. Imports no torch, so that the command line stays quick.
+
+What a run needs is checked here, all of it, before anything is loaded or spent; `config_file` reads it from YAML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from bbopd.types import Divergence, Level
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+StepsOrFraction = Annotated[int | float, Field(ge=0)]  # an int is a number of steps, a float below 1 a share of the run
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class InitConfig(_Section):
+    """How the student starts."""
+
+    keep_layers: tuple[int, ...] | None = None
+    """Layers of the model to keep, in order; the others are dropped. None keeps all."""
+
+    @field_validator("keep_layers", mode="before")
+    @classmethod
+    def _expand_ranges(cls, value: Any) -> Any:
+        """Accept ``[0, 1, 2]`` or ``"0-11,22-29"``."""
+        if not isinstance(value, str):
+            return value
+        layers: list[int] = []
+        for part in value.split(","):
+            first, _, last = part.strip().partition("-")
+            try:
+                layers.extend(range(int(first), int(last or first) + 1))
+            except ValueError:
+                raise ValueError(f"{part.strip()!r} is neither a layer nor a range such as 0-11") from None
+        return layers
+
+    @field_validator("keep_layers")
+    @classmethod
+    def _check_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or list(value) != sorted(set(value)) or value[0] < 0):
+            raise ValueError("layers must be given in rising order, each once, at least one")
+        return value
+
+
+class StudentConfig(_Section):
+    """The model that learns."""
+
+    model: str
+    """Hub id, folder, or a GGUF file."""
+    init: InitConfig = InitConfig()
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; master weights are always float32. ``auto``: bfloat16 where the hardware multiplies it, else float32."""
+    device: str = "auto"
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class ServeConfig(_Section):
+    """A teacher that this library hosts: the file of ``bbopd serve``, or ``teacher.serve`` to start one beside a run."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 7070
+    """0 takes a free port."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    levels: tuple[Level, ...] = ("full", "candidates", "topk", "sampled", "text")
+    max_top_k: Positive = 1024
+    max_sequence_tokens: Positive | None = None
+    """Prompt and answer together; None takes the model's own limit."""
+    batch_tokens: Positive = 2048
+    """Tokens of one forward pass."""
+    max_inflight_bytes: Positive = 256 * 2**20
+    """Answers made but not yet taken by one client."""
+    trust_remote_code: bool = False
+
+
+class TeacherConfig(_Section):
+    """The model that is asked."""
+
+    target: str | None = None
+    """``grpc://host:port``."""
+    serve: ServeConfig | None = None
+    """Start one beside the run, as a process of its own, on loopback."""
+    signal: Literal["full", "topk", "none"] = "full"
+    topk: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Ids a token, where ``signal`` is topk. Giving it alone selects ``signal: topk``."""
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without any answer before the teacher counts as dead."""
+    start_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds a teacher may take to load and answer for the first time."""
+    inflight_tokens: Positive = 8192
+    """Tokens of rollouts sent and not yet answered."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _topk_selects_signal(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "topk" in data and "signal" not in data:
+            return {**data, "signal": "topk"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> TeacherConfig:
+        if self.signal != "none" and (self.target is None) == (self.serve is None):
+            raise ValueError("give exactly one of target (a running teacher) and serve (start one beside the run)")
+        if self.target is not None and not self.target.startswith("grpc://"):
+            raise ValueError(f"{self.target!r} is not an address this version speaks: use grpc://host:port")
+        return self
+
+
+class RolloutsConfig(_Section):
+    """How the student writes."""
+
+    engine: Literal["hf"] = "hf"
+    per_update: Positive = 16
+    """Sequences of one update cycle, rollouts and labelled ones together."""
+    samples_per_prompt: Positive = 2
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    on_policy_fraction: Fraction = 0.5
+    """Share of a cycle's sequences that the student writes (GKD's lambda)."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
+    """Cycles a rollout may be old. The hf engine samples in turn with training, so its rollouts are always 0 old."""
+
+
+class ObjectiveConfig(_Section):
+    """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
+
+    name: Divergence | Literal["sft"] = "forward_kl"
+    """A divergence, or ``sft``: cross-entropy on labelled text alone, no teacher."""
+    alpha: Fraction | None = None
+    """Short for ce_weight = alpha, kd_weight = 1 - alpha. 0.5 where nothing is given."""
+    ce_weight: Annotated[float, Field(ge=0)] | None = None
+    kd_weight: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    t2_scaling: bool = True
+    beta: Fraction = 0.5
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    ramp: StepsOrFraction = 0.1
+    """Steps, or share of the run, over which the ramp rises."""
+    ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
+    """``kd_weight`` rises from 0 while ce_weight keeps its own; ``alpha`` is the literal reading: alpha rises from 0."""
+
+    @model_validator(mode="after")
+    def _weights_given_once(self) -> ObjectiveConfig:
+        if self.alpha is not None and (self.ce_weight is not None or self.kd_weight is not None):
+            raise ValueError("give alpha, or ce_weight and kd_weight, not both")
+        if self.ramp_kind == "alpha" and self.ce_weight is not None:
+            raise ValueError("ramp_kind alpha needs alpha, not ce_weight and kd_weight")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The targets (ce_weight, kd_weight), before any ramp."""
+        if self.name == "sft":
+            return (1.0, 0.0)
+        if self.ce_weight is not None or self.kd_weight is not None:
+            return (self.ce_weight or 0.0, self.kd_weight or 0.0)
+        alpha = 0.5 if self.alpha is None else self.alpha
+        return (alpha, 1.0 - alpha)
+
+
+class TrainConfig(_Section):
+    """How the student is updated, and for how long."""
+
+    batch_tokens: Positive = 2048
+    """Response tokens of one optimizer step, about."""
+    micro_batch_tokens: Positive = 4096
+    """Packed tokens, prompts included, of one forward and backward pass."""
+    max_seq_len: Positive = 1024
+    """Prompt and response together."""
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: StepsOrFraction = 0.02
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    decay_exempt: Literal["biases_and_norms", "biases"] = "biases_and_norms"
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    on_policy_tokens: Annotated[int, Field(ge=0)] = 1_000_000
+    """Trained response tokens of rollouts: the budget of the run."""
+    cold_start_tokens: Annotated[int, Field(ge=0)] = 0
+    """Labelled response tokens trained before the first rollout."""
+    labelled_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Budget of a run without rollouts (on_policy_fraction 0, or sft), after the cold start."""
+    total_steps: Positive | None = None
+    """A second limit: whichever is reached first ends the run."""
+    checkpoint_every: Positive = 100
+    """Optimizer steps."""
+    keep_checkpoints: Positive = 2
+    seed: int = 0
+    deterministic: bool = True
+
+
+class FiltersConfig(_Section):
+    """Which rollouts are not worth a teacher's time. Every rejected one is kept in rejected.jsonl with its reason."""
+
+    min_tokens: Annotated[int, Field(ge=0)] = 4
+    max_tokens: Positive | None = None
+    reject_truncated: bool = False
+    max_repetition: Fraction = 0.6
+    """Largest share of repeated n-grams in one answer."""
+    repetition_ngram: Annotated[int, Field(ge=2)] = 4
+    reject_duplicates: bool = True
+
+
+class PromptSource(_Section):
+    """One source of prompts: exactly one of ``demo``, ``jsonl``, ``text``, ``dataset``."""
+
+    demo: bool = False
+    """The text that Python itself carries (pydoc topics) and the library's own chat prompts."""
+    jsonl: str | None = None
+    """Lines with ``prompt`` or ``messages``, and optionally ``response``."""
+    text: str | None = None
+    """A plain text file, or a folder of them; documents are cut into prefixes and continuations."""
+    dataset: str | None = None
+    """A name for datasets.load_dataset, streamed."""
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    limit: Positive | None = None
+    """Documents to take."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptSource:
+        given = [name for name in ("demo", "jsonl", "text", "dataset") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of demo, jsonl, text, dataset; got {given or 'none'}")
+        return self
+
+
+class DataConfig(_Section):
+    prompts: tuple[PromptSource, ...] = (PromptSource(demo=True),)
+    prompt_tokens: Positive = 64
+    """Tokens of a document that become the prompt."""
+    response_tokens: Positive = 192
+    """Tokens of a document that become its true continuation."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of documents set aside for evaluation."""
+    filters: FiltersConfig = FiltersConfig()
+
+
+class EvalConfig(_Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between evaluations; 0 evaluates at the start, after the cold start and at the end."""
+    sequences: Positive = 16
+    """Held-out sequences."""
+    rollouts: Positive = 16
+    """Rollouts written to measure the KL on the student's own text."""
+    max_new_tokens: Positive = 128
+
+
+class RunConfig(_Section):
+    """One run: ``bbopd distill run.yaml``."""
+
+    student: StudentConfig
+    teacher: TeacherConfig = TeacherConfig(signal="none")
+    rollouts: RolloutsConfig = RolloutsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    output: str = "runs/latest"
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> RunConfig:
+        objective, train, rollouts = self.objective, self.train, self.rollouts
+        if objective.name != "sft" and self.teacher.signal == "none":
+            raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target or teacher.serve")
+        if self.teacher.signal == "topk" and objective.name != "sft" and objective.temperature != 1.0:
+            raise ValueError(
+                f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
+                "temperature 1; set objective.temperature=1, or teacher.signal=full"
+            )
+        if self.writes_rollouts and train.on_policy_tokens == 0:
+            raise ValueError("train.on_policy_tokens is 0: set a budget, or rollouts.on_policy_fraction=0 for a run without rollouts")
+        if not self.writes_rollouts and train.labelled_tokens is None and train.total_steps is None:
+            raise ValueError("a run without rollouts needs train.labelled_tokens or train.total_steps as its budget")
+        if rollouts.max_new_tokens >= train.max_seq_len:
+            raise ValueError(
+                f"rollouts.max_new_tokens {rollouts.max_new_tokens} leaves no room for a prompt within train.max_seq_len {train.max_seq_len}"
+            )
+        if self.writes_rollouts and not 1 <= self.rollouts_per_cycle:
+            raise ValueError(f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all")
+        has_ramp = objective.ramp > 0 and objective.name != "sft"
+        if has_ramp and rollouts.on_policy_fraction == 1.0 and train.cold_start_tokens == 0:
+            raise ValueError("objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, or on_policy_fraction below 1")
+        steps = self.planned_steps
+        for key, value in (("objective.ramp", objective.ramp if has_ramp else 0), ("train.warmup", train.warmup)):
+            if resolve_steps(value, steps) > steps:
+                raise ValueError(
+                    f"{key} is {value} steps, but the budgets allow about {steps} steps of {train.batch_tokens} tokens: "
+                    "raise train.on_policy_tokens, or give it as a fraction of the run (0.1)"
+                )
+        return self
+
+    @property
+    def writes_rollouts(self) -> bool:
+        return self.objective.name != "sft" and self.rollouts.on_policy_fraction > 0
+
+    @property
+    def rollouts_per_cycle(self) -> int:
+        return round(self.rollouts.per_update * self.rollouts.on_policy_fraction) if self.writes_rollouts else 0
+
+    @property
+    def planned_tokens(self) -> int:
+        """Response tokens that the budgets allow to be trained, labelled ones included (an estimate where lengths vary)."""
+        train = self.train
+        if self.writes_rollouts:
+            main = math.ceil(train.on_policy_tokens / self.rollouts.on_policy_fraction)
+        else:
+            main = train.labelled_tokens or (train.total_steps or 0) * train.batch_tokens
+        return train.cold_start_tokens + main
+
+    @property
+    def planned_steps(self) -> int:
+        steps = max(1, math.ceil(self.planned_tokens / self.train.batch_tokens))
+        return min(steps, self.train.total_steps) if self.train.total_steps else steps
+
+
+def resolve_steps(value: int | float, planned_steps: int) -> int:
+    """Steps meant by ``value``: an int as it is, a float as a share of ``planned_steps`` (1.0 is the whole run)."""
+    return value if isinstance(value, int) else (round(value * planned_steps) if value <= 1.0 else math.ceil(value))

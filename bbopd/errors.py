@@ -1,0 +1,49 @@
+"""Errors a user can act on. Each message says what was wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+
+class BbopdError(Exception):
+    """The base of all of them. The command line prints the message alone and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class ConfigError(BbopdError):
+    """A configuration that cannot run."""
+
+    exit_code = 2
+
+
+class ModelError(BbopdError):
+    """A model that cannot be loaded, or does not fit its use."""
+
+    exit_code = 2
+
+
+class DataError(BbopdError):
+    """Prompts or labelled text that cannot be used."""
+
+    exit_code = 2
+
+
+class TeacherError(BbopdError):
+    """A teacher that cannot be reached, does not fit, or answered badly."""
+
+    exit_code = 3
+
+
+class BadAnswerError(TeacherError):
+    """One teacher answer that failed validation; the request may be retried."""
+
+
+class TrainingError(BbopdError):
+    """A training step that must not be applied (NaN, infinite gradient)."""
+
+    exit_code = 4
+
+
+class CheckpointError(BbopdError):
+    """A checkpoint that cannot be written or read."""
+
+    exit_code = 5

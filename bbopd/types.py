@@ -1,0 +1,287 @@
+"""The nouns that travel through bbopd, as frozen dataclasses, and the two protocols at its seams.
+
+Nothing here imports torch. Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` top-k, ``M`` candidates,
+``L`` response tokens of one rollout, ``P`` packed tokens of a batch, ``S`` sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Level = Literal["full", "candidates", "topk", "sampled", "text"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+Origin = Literal["student", "reference", "teacher"]
+FinishReason = Literal["stop", "length", "reference"]
+
+LEVELS: tuple[Level, ...] = ("full", "candidates", "topk", "sampled", "text")
+DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+
+
+# ---------------------------------------------------------------- what the two ops take and return
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullTeacher:
+    """A teacher whose raw logits are known: given, or computed as ``hidden @ weight.T`` chunk by chunk.
+
+    ``logits`` [N, V] (any float dtype, temperature 1, any constant per row), or ``hidden`` [N, Dt] with ``weight`` [V, Dt]
+    and the head's own ``bias`` [V], ``logit_scale`` and ``logit_softcap``. ``valid`` [N] bool marks the tokens that carry
+    a signal (all, where it is None). The op applies the temperature.
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopKTeacher:
+    """The teacher's own best tokens: ``ids`` [N, K] (−1 is an empty slot), ``logprobs`` [N, K], ``log_tail`` [N].
+
+    ``log_tail`` is the logarithm of the mass outside ``ids``; all of it was taken at ``temperature``.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandidateTeacher:
+    """Teacher logprobs at ids that the student chose; fields as in `TopKTeacher`."""
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledTeacher:
+    """One logprob a token: ``token_ids`` [N], the teacher's ``logprobs`` [N] and the sampler's ``behavior_logprobs`` [N]."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    behavior_logprobs: Tensor
+    temperature: float = 1.0
+    valid: Tensor | None = None
+
+
+OpTeacher = FullTeacher | TopKTeacher | CandidateTeacher | SampledTeacher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DistillLoss:
+    """``loss`` scalar (differentiable); ``ce`` and ``kd`` [N], unweighted, detached, nats (``kd`` includes T² where asked)."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLogprobs:
+    """What `linear_logprobs` found, in fp32 nats at the temperature asked; fields not asked for are None."""
+
+    logsumexp: Tensor  # [N]
+    sampled: Tensor | None = None  # [N]
+    topk_ids: Tensor | None = None  # [N, K] int64
+    topk_logprobs: Tensor | None = None  # [N, K]
+    log_tail: Tensor | None = None  # [N]
+    candidates: Tensor | None = None  # [N, M]
+    candidates_log_tail: Tensor | None = None  # [N]
+
+
+# ---------------------------------------------------------------- prompts and rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as token ids. ``reference_ids`` is its true continuation, where there is one (labelled text)."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...] | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to write an answer. ``temperature`` divides the logits; ``top_p``=1 and ``top_k``=0 leave the distribution whole."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One prompt with one answer to it.
+
+    ``origin`` says who wrote the answer: the student (a rollout proper), the teacher, or the data set (``reference``). The last
+    two are *labelled*: their tokens are targets for cross-entropy. ``logprobs`` [L] float32 are those sampled from, nats at the
+    sampling temperature; None where nobody sampled.
+    """
+
+    rollout_id: str
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    origin: Origin = "student"
+    finish_reason: FinishReason = "stop"
+    logprobs: np.ndarray | None = None
+    temperature: float = 1.0
+    weights_version: int = 0
+    draw: int = 0  # position in the order of drawing, within its update cycle
+
+    @property
+    def is_labelled(self) -> bool:
+        return self.origin != "student"
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        return self.prompt.token_ids + self.token_ids
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A teacher's own answer to a prompt."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+# ---------------------------------------------------------------- what a teacher offers, is asked, and answers
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One access level a teacher can give: its largest ``max_top_k`` and the temperatures it applies exactly."""
+
+    level: Level
+    max_top_k: int = 0
+    temperature_min: float = 1.0
+    temperature_max: float = 1.0
+    tail: Literal["exact", "derived", "none"] = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherInfo:
+    """Who a teacher is and what it can give. Hashes are lowercase SHA-256 hex; an empty one is unknown."""
+
+    model: str
+    vocab_size: int
+    offers: tuple[Offer, ...]
+    revision: str = ""
+    weights_version: int = 0
+    vocab_sha256: str = ""
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    max_sequence_tokens: int = 0  # prompt and answer together; 0: unknown
+    max_request_tokens: int = 0  # of all sequences in flight from one client; 0: unknown
+    price_per_million_tokens: float = 0.0
+    currency: str = ""
+
+    def offer(self, level: Level) -> Offer | None:
+        return next((offer for offer in self.offers if offer.level == level), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SignalSpec:
+    """What an objective asks of a teacher, for every response token of a rollout."""
+
+    level: Level
+    temperature: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherSignal:
+    """What a teacher said of one rollout; row ``i`` is its distribution of response token ``i``. NumPy arrays, C order.
+
+    full: ``logits`` [L, V] float16 (or float32), z − max(z) at temperature 1. topk, candidates: ``ids`` [L, K] int32 (−1 is
+    an empty slot), ``logprobs`` [L, K] float32, ``log_tail`` [L] float32, at ``temperature``. topk and sampled also give
+    ``sampled`` [L] float32, the logprob of the rollout's own token.
+    """
+
+    level: Level
+    temperature: float = 1.0
+    logits: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
+    log_tail: np.ndarray | None = None
+    sampled: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredRollout:
+    rollout: Rollout
+    signal: TeacherSignal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DistillBatch:
+    """Sequences laid end to end, with no padding: all that a trainer ever sees.
+
+    The body runs over the P packed tokens; the loss over the N rows in ``target_rows``, those whose hidden state predicts a
+    response token. ``labels`` is −100 where there is no ground truth. ``teacher`` has N rows, or is None (plain CE).
+    """
+
+    input_ids: Tensor  # [P] int64
+    position_ids: Tensor  # [P] int64, from 0 in every sequence
+    boundaries: Tensor  # [S + 1] int32, cumulative sequence lengths
+    target_rows: Tensor  # [N] int64, into the packed tokens
+    target_ids: Tensor  # [N] int64, the response tokens themselves
+    labels: Tensor  # [N] int64
+    token_weight: Tensor  # [N] float32
+    teacher: OpTeacher | None
+    response_tokens: int  # N
+    rollout_tokens: int  # those of the N that the student wrote
+
+    @property
+    def packed_tokens(self) -> int:
+        return int(self.input_ids.numel())
+
+
+# ---------------------------------------------------------------- the seams
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Anything that can say what it thinks of a rollout. Scores come as each is ready, in any order."""
+
+    info: TeacherInfo
+
+    def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]: ...
+
+    def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]: ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Anything that can let the student write. Rollouts come as each is finished, in any order."""
+
+    def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]: ...
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
