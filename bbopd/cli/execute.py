@@ -1,0 +1,223 @@
+"""One run from the first second to the last: session, loop, evaluation, Ctrl-C, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bbopd.cli.display import LiveDisplay, PlainDisplay, make_display
+from bbopd.config import RunConfig
+from bbopd.errors import BbopdError
+from bbopd.evaluate.bits_per_byte import token_byte_counts
+from bbopd.evaluate.samples import student_answers, teacher_answers
+from bbopd.evaluate.suite import EvalSuite
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.loop import Loop
+from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.session import Session, open_session
+from bbopd.pipeline.timing import Timeline
+from bbopd.report.html import write_report
+from bbopd.report.table import plain_lines, result_table, speed_table
+from bbopd.types import Prompt, Sampling
+
+INTERRUPTED = 130
+_SAMPLE_TOKENS = 96
+
+
+def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = ()) -> int:
+    """Run ``config`` to its end, or on from where it stopped; returns the exit status.
+
+    ``sample_prompts`` are answered by the student before, the student after and the teacher. Raises `BbopdError`.
+    """
+    console = Console()
+    started = time.monotonic()
+    with make_display(console, plain=plain) as display:
+        status = asyncio.run(_run(config, display, sample_prompts, started))
+    folder = RunFolder(Path(config.output))
+    report = write_report(folder.root)
+    if status == "stopped":
+        console.print(
+            f"stopped, with everything kept in {folder.root}; the same command goes on from there", highlight=False, soft_wrap=True
+        )
+        return INTERRUPTED
+    _print_result(console, folder, report, plain=plain or not console.is_terminal)
+    return 0
+
+
+async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str], started: float) -> str:
+    stop = asyncio.Event()
+    _stop_on_signals(stop, display)
+    timeline = Timeline()
+    command = shlex.join(sys.argv)
+    with timeline.activity("loading"):
+        opening = open_session(config, command=command, progress=display)
+        session = await _or_stop(opening.__aenter__(), stop)
+    if session is None:
+        return "stopped"
+    try:
+        return await _turn(session, display, timeline, stop, sample_prompts, started)
+    finally:
+        await opening.__aexit__(None, None, None)
+
+
+async def _turn(
+    session: Session,
+    display: LiveDisplay | PlainDisplay,
+    timeline: Timeline,
+    stop: asyncio.Event,
+    sample_prompts: Sequence[str],
+    started: float,
+) -> str:
+    config, folder, state = session.config, session.folder, session.state
+    for name, seconds in state.seconds.items():
+        timeline.add(name, seconds)
+    metrics = RunMetrics(folder, from_step=state.step)
+    suite = EvalSuite(
+        session.prompts.held_out,
+        config.eval,
+        byte_counts_V=token_byte_counts(session.tokenizer),
+        engine=session.parts.engine,
+        teacher=session.teacher,
+        compute_dtype=session.compute_dtype,
+    )
+
+    async def evaluate(stage: str, step: int) -> Mapping[str, Any]:
+        if stage == "start":
+            await _write_samples(session, "before", sample_prompts)
+        result = (await suite.run(stage, session.model, step)).to_json()
+        if stage == "end":
+            await _write_samples(session, "after", sample_prompts)
+        return result
+
+    loop = Loop(config, session.parts, state, metrics=metrics, timeline=timeline, progress=display, evaluate=evaluate, stop=stop)
+    status = "failed"
+    error = ""
+    try:
+        status = await loop.run()
+        if status == "finished":
+            session.save_model(folder.root / "model")
+    except BbopdError as caught:
+        error = str(caught)
+        raise
+    finally:
+        metrics.close()
+        folder.write_json("summary.json", _summary(session, loop, timeline, status, error))
+    return status
+
+
+def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, error: str) -> dict[str, Any]:
+    state, folder = loop.state, session.folder
+    seconds = {name: round(value, 2) for name, value in timeline.seconds().items()}
+    known = folder.read_json("run.json")
+    tokens = {"sampling": state.sampled_tokens, "scoring": state.scored_tokens, "training": state.trained_tokens}
+    return {
+        "status": status,
+        "error": error,
+        "model_path": str(folder.root / "model") if status == "finished" else None,
+        "seconds": seconds,
+        "tokens": {"sampled": state.sampled_tokens, "scored": state.scored_tokens, "trained": state.trained_tokens},
+        "tokens_per_second": {name: round(count / seconds[name], 1) for name, count in tokens.items() if count and seconds.get(name)},
+        "rejected": state.rejected,
+        "teacher_retries": state.teacher_retries,
+        "samples": _samples(folder),
+        **{key: known[key] for key in ("machine", "config", "command", "source")},
+    }
+
+
+# ------------------------------------------------------------ samples
+
+
+async def _write_samples(session: Session, when: str, texts: Sequence[str]) -> None:
+    """Keep the student's answers of this moment, and at the end the teacher's, in samples.json."""
+    if not texts:
+        return
+    prompts = [Prompt(prompt_id=f"sample-{index}", token_ids=tuple(_chat_ids(session, text))) for index, text in enumerate(texts)]
+    greedy = Sampling(max_new_tokens=_SAMPLE_TOKENS, top_k=1)
+    known = session.folder.read_json("samples.json") or {"prompts": list(texts)}
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(session.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    known[when] = await student_answers(session.parts.engine, prompts, greedy, decode)
+    if when == "after" and session.teacher is not None and session.teacher.info.offer("text") is not None:
+        known["teacher"] = await teacher_answers(session.teacher, prompts, greedy)
+    session.folder.write_json("samples.json", known)
+
+
+def _chat_ids(session: Session, text: str) -> list[int]:
+    tokenizer = session.tokenizer
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text)["input_ids"])
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _samples(folder: RunFolder) -> list[dict[str, Any]]:
+    known = folder.read_json("samples.json")
+    if known is None:
+        return []
+    columns = ("before", "after", "teacher")
+    return [
+        {"prompt": prompt, **{column: known[column][index] if column in known else None for column in columns}}
+        for index, prompt in enumerate(known["prompts"])
+    ]
+
+
+# ------------------------------------------------------------ stopping
+
+
+def _stop_on_signals(stop: asyncio.Event, display: LiveDisplay | PlainDisplay) -> None:
+    """The first Ctrl-C or SIGTERM asks for a clean stop; the second ends the process at once, the last checkpoint standing."""
+
+    def heard() -> None:
+        if stop.is_set():
+            os._exit(INTERRUPTED)
+        display.note("stopping after what is under way, with a checkpoint; Ctrl-C again stops at once")
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, heard)
+
+
+async def _or_stop(opening: Any, stop: asyncio.Event) -> Any:
+    """What ``opening`` gives, or None where a stop request came first."""
+    task = asyncio.ensure_future(opening)
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+    return task.result()
+
+
+# ------------------------------------------------------------ the last words
+
+
+def _print_result(console: Console, folder: RunFolder, report: Path, *, plain: bool) -> None:
+    console.print()
+    if plain:
+        for line in plain_lines(folder.root):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    else:
+        for table in (result_table(folder.root), speed_table(folder.root)):
+            console.print(table)
+    for sample in _samples(folder)[:1]:
+        console.print(f"\nprompt           {sample['prompt']}", highlight=False, markup=False)
+        for title, key in (("student, before", "before"), ("student, after", "after"), ("teacher", "teacher")):
+            if sample[key] is not None:
+                text = " ".join(str(sample[key]).split())
+                console.print(f"{title:16s} {text}", highlight=False, markup=False)
+    console.print(f"\nmodel   {folder.root / 'model'}", highlight=False, soft_wrap=True)
+    console.print(f"report  {report}", highlight=False, soft_wrap=True)

@@ -1,0 +1,42 @@
+"""The command line: ``bbopd demo | distill | serve | eval``. Nothing heavy is imported before a command is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bbopd import __version__
+from bbopd.cli import demo, distill, eval, serve
+from bbopd.errors import BbopdError
+
+_COMMANDS = {
+    "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
+    "distill": (distill, "run a distillation from a YAML file"),
+    "serve": (serve, "host a teacher over gRPC"),
+    "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bbopd", description="Black-box, on-policy distillation of language models.")
+    parser.add_argument("--version", action="version", version=f"bbopd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1–5 an error (`bbopd.errors`), 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(_COMMANDS[args.command][0].run(args))
+    except BbopdError as error:
+        print(f"bbopd {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"bbopd {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1

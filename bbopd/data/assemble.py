@@ -1,0 +1,251 @@
+"""From scored sequences to packed batches, and from an update cycle to its optimizer steps.
+
+Shapes: ``P`` packed tokens, ``S`` sequences, ``N`` response tokens, ``L`` those of one sequence, ``V`` vocabulary, ``K`` ids a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from bbopd.errors import BadAnswerError, DataError
+from bbopd.types import (
+    CandidateTeacher,
+    DistillBatch,
+    FullTeacher,
+    Level,
+    OpTeacher,
+    Rollout,
+    SampledTeacher,
+    ScoredRollout,
+    SignalSpec,
+    TeacherSignal,
+    TopKTeacher,
+)
+
+Item = ScoredRollout | Rollout
+IGNORE_INDEX = -100
+
+
+def rollout_of(item: Item) -> Rollout:
+    return item.rollout if isinstance(item, ScoredRollout) else item
+
+
+# ---------------------------------------------------------------- one packed batch
+
+
+def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
+    """Lay ``items`` end to end, in their order, on the CPU.
+
+    Row ``i`` of a response belongs to the packed token before it, which predicts it: ``target_rows`` = start + prompt length - 1 + i.
+    Labels are the response tokens of labelled sequences, and -100 on the student's own. Teacher tensors are filled once, with no second
+    copy; tokens of a plain `Rollout` among scored ones are marked not ``valid``.
+
+    Parameters
+    ----------
+    items
+        At least one; each with a prompt and a response.
+    want
+        What the teacher was asked; None, or level ``text``, makes ``teacher`` None, as does a batch without any signal.
+
+    Raises
+    ------
+    BadAnswerError
+        For a signal of another level, temperature or number of rows than asked, or one with NaN or +inf; the rollout is named.
+    """
+    if not items:
+        raise ValueError("a batch needs at least one sequence")
+    rollouts = [rollout_of(item) for item in items]
+    for rollout in rollouts:
+        if not rollout.token_ids or not rollout.prompt.token_ids:
+            raise ValueError(f"rollout {rollout.rollout_id} has an empty {'prompt' if rollout.token_ids else 'response'}")
+    lengths = [len(rollout.all_ids) for rollout in rollouts]
+    boundaries = [0, *accumulate(lengths)]
+    target_rows = [
+        np.arange(start + len(rollout.prompt.token_ids) - 1, start + len(rollout.all_ids) - 1)
+        for start, rollout in zip(boundaries, rollouts, strict=False)
+    ]
+    target_ids = torch.tensor([token for rollout in rollouts for token in rollout.token_ids])
+    labelled = torch.from_numpy(np.repeat([rollout.is_labelled for rollout in rollouts], [len(rollout) for rollout in rollouts]))
+    return DistillBatch(
+        input_ids=torch.tensor([token for rollout in rollouts for token in rollout.all_ids]),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        boundaries=torch.tensor(boundaries, dtype=torch.int32),
+        target_rows=torch.from_numpy(np.concatenate(target_rows)),
+        target_ids=target_ids,
+        labels=torch.where(labelled, target_ids, IGNORE_INDEX),
+        token_weight=torch.ones(len(target_ids)),
+        teacher=_teacher(items, want),
+        response_tokens=len(target_ids),
+        rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
+    )
+
+
+def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None:
+    scored = [item for item in items if isinstance(item, ScoredRollout)]
+    if want is None or want.level == "text" or not scored:
+        return None
+    for item in scored:
+        _check_signal(item, want)
+    return _TEACHERS[want.level](items, scored, want)
+
+
+def _full(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
+    first = scored[0].signal.logits
+    assert first is not None
+    dtype = np.result_type(*{item.signal.logits.dtype for item in scored if item.signal.logits is not None})
+    logits_NV, valid_N = _fill(items, lambda signal: signal.logits, (first.shape[1],), dtype, 0)
+    return FullTeacher(logits=logits_NV, valid=valid_N)
+
+
+def _ids_and_logprobs(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
+    K = max(item.signal.ids.shape[1] for item in scored if item.signal.ids is not None)
+    ids_NK, valid_N = _fill(items, lambda signal: signal.ids, (K,), np.int64, -1)
+    logprobs_NK, _ = _fill(items, lambda signal: signal.logprobs, (K,), np.float32, -np.inf)
+    log_tail_N, _ = _fill(items, lambda signal: signal.log_tail, (), np.float32, 0)
+    kind = TopKTeacher if want.level == "topk" else CandidateTeacher
+    return kind(ids=ids_NK, logprobs=logprobs_NK, log_tail=log_tail_N, temperature=want.temperature, valid=valid_N)
+
+
+def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
+    rollouts = [rollout_of(item) for item in items]
+    logprobs_N, valid_N = _fill(items, lambda signal: signal.sampled, (), np.float32, 0)
+    behavior = [np.zeros(len(r), np.float32) if r.logprobs is None else np.asarray(r.logprobs, np.float32) for r in rollouts]
+    drawn = torch.from_numpy(np.repeat([r.logprobs is not None for r in rollouts], [len(r) for r in rollouts]))
+    return SampledTeacher(
+        token_ids=torch.tensor([token for r in rollouts for token in r.token_ids]),
+        logprobs=logprobs_N,
+        behavior_logprobs=torch.from_numpy(np.concatenate(behavior)),
+        temperature=want.temperature,
+        valid=drawn if valid_N is None else drawn & valid_N,
+    )
+
+
+_TEACHERS: dict[Level, Callable[[Sequence[Item], Sequence[ScoredRollout], SignalSpec], OpTeacher]] = {
+    "full": _full,
+    "topk": _ids_and_logprobs,
+    "candidates": _ids_and_logprobs,
+    "sampled": _sampled,
+}
+
+
+def _fill(
+    items: Sequence[Item], field: Callable[[TeacherSignal], np.ndarray | None], width: tuple[int, ...], dtype: object, empty: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One tensor [N, *width] of a signal's field, and which of its rows are signals (None: all)."""
+    counts = [len(rollout_of(item)) for item in items]
+    out = torch.from_numpy(np.empty((sum(counts), *width), dtype=dtype))
+    valid_N = torch.ones(sum(counts), dtype=torch.bool)
+    block = out.numpy()  # NumPy copies from the read-only arrays that a codec gives; torch would warn
+    start = 0
+    for item, count in zip(items, counts, strict=True):
+        rows = slice(start, start + count)
+        start += count
+        if isinstance(item, ScoredRollout):
+            values = field(item.signal)
+            assert values is not None
+            if width:
+                block[rows, values.shape[1] :] = empty
+                block[rows, : values.shape[1]] = values
+            else:
+                block[rows] = values
+        else:
+            block[rows] = empty
+            valid_N[rows] = False
+    return out, None if bool(valid_N.all()) else valid_N
+
+
+_FIELDS: dict[Level, tuple[str, ...]] = {
+    "full": ("logits",),
+    "topk": ("ids", "logprobs", "log_tail"),
+    "candidates": ("ids", "logprobs", "log_tail"),
+    "sampled": ("sampled",),
+}
+
+
+def _check_signal(item: ScoredRollout, want: SignalSpec) -> None:
+    rollout, signal = item.rollout, item.signal
+    who = f"teacher signal of rollout {rollout.rollout_id}"
+    if signal.level != want.level:
+        raise BadAnswerError(f"{who} is of level {signal.level}; {want.level} was asked for")
+    if want.level != "full" and signal.temperature != want.temperature:
+        raise BadAnswerError(f"{who} was taken at temperature {signal.temperature}; {want.temperature} was asked for")
+    for name in _FIELDS[want.level]:
+        values = getattr(signal, name)
+        if values is None:
+            raise BadAnswerError(f"{who} has no {name}, which level {want.level} needs")
+        if values.shape[0] != len(rollout):
+            raise BadAnswerError(f"{who} has {values.shape[0]} rows of {name} for {len(rollout)} response tokens")
+        if values.dtype.kind == "f" and _has_nan_or_inf(values):
+            raise BadAnswerError(f"{who} holds NaN or +inf in {name}")
+    logits_width = {scored.shape[1] for scored in (signal.ids, signal.logprobs) if scored is not None}
+    if len(logits_width) > 1:
+        raise BadAnswerError(f"{who} has ids and logprobs of different widths: {sorted(logits_width)}")
+
+
+def _has_nan_or_inf(values: np.ndarray) -> bool:
+    """Whether any entry is NaN or +inf. Half precision is compared as bits, where NumPy's own tests are ten times slower."""
+    if values.dtype == np.float16:
+        bits = np.ascontiguousarray(values).view(np.uint16)
+        return bool(bits.size) and bool(bits.view(np.int16).max() >= 0x7C00 or bits.max() > 0xFC00)
+    return bool(np.isnan(values).any() or np.isposinf(values).any())
+
+
+# ---------------------------------------------------------------- an update cycle
+
+
+def split_into_steps(items: Sequence[Item], batch_tokens: int, micro_batch_tokens: int, max_seq_len: int) -> list[list[list[Item]]]:
+    """An update cycle as optimizer steps of micro-batches: ``steps[i][j]`` is a list for `assemble`.
+
+    Steps hold near-equal numbers of response tokens (cut where the nearest sequence ends), as close to ``batch_tokens`` as a whole
+    number of steps comes. The order is that of drawing, labelled sequences and rollouts evenly mixed, whatever the order of ``items``.
+    A micro-batch holds at most ``micro_batch_tokens`` packed tokens, or a single longer sequence.
+
+    Raises
+    ------
+    DataError
+        For a sequence longer than ``max_seq_len``, by name.
+    """
+    for item in items:
+        rollout = rollout_of(item)
+        if len(rollout.all_ids) > max_seq_len:
+            raise DataError(
+                f"rollout {rollout.rollout_id} has {len(rollout.prompt.token_ids)} + {len(rollout)} tokens, more than "
+                f"train.max_seq_len {max_seq_len}: raise it, or lower rollouts.max_new_tokens or data.prompt_tokens"
+            )
+    ordered = _interleave(items)
+    total = sum(len(rollout_of(item)) for item in ordered)
+    count = max(1, round(total / batch_tokens))
+    steps: list[list[Item]] = [[] for _ in range(count)]
+    before = 0
+    for item in ordered:
+        length = len(rollout_of(item))
+        steps[min(count - 1, (2 * before + length) * count // max(1, 2 * total))].append(item)  # by its middle
+        before += length
+    return [_micro_batches(step, micro_batch_tokens) for step in steps if step]
+
+
+def _interleave(items: Sequence[Item]) -> list[Item]:
+    def place(group: list[Item]) -> list[tuple[float, int, Item]]:
+        group.sort(key=lambda item: (rollout_of(item).draw, rollout_of(item).rollout_id))
+        return [((index + 0.5) / len(group), index, item) for index, item in enumerate(group)]
+
+    labelled = place([item for item in items if rollout_of(item).is_labelled])
+    rollouts = place([item for item in items if not rollout_of(item).is_labelled])
+    return [item for _, _, item in sorted(labelled + rollouts, key=lambda entry: (entry[0], rollout_of(entry[2]).is_labelled, entry[1]))]
+
+
+def _micro_batches(step: Sequence[Item], micro_batch_tokens: int) -> list[list[Item]]:
+    batches: list[list[Item]] = []
+    room = 0
+    for item in step:
+        size = len(rollout_of(item).all_ids)
+        if not batches or size > room:
+            batches.append([])
+            room = micro_batch_tokens
+        batches[-1].append(item)
+        room -= size
+    return batches

@@ -1,0 +1,231 @@
+"""Prompts, with their true continuations where they are known, from documents: tokenised, split and drawn reproducibly.
+
+How text becomes tokens:
+
+* Running text is cut into windows of ``prompt_tokens`` then ``response_tokens``, side by side. The special tokens that the tokenizer puts
+  in front of a text by default (BOS, for some) stand in front of every window and count as part of its prompt. A continuation is cut
+  somewhere in the middle, so that it carries no EOS. A last window is kept where its continuation is a quarter full.
+* A raw ``prompt`` is tokenised as the tokenizer does by default; ``messages`` go through its chat template with the generation
+  prompt, and nothing is added to that. A ``response`` ends with EOS; one that is cut at ``max_seq_len`` does not.
+
+A *document* is trained on or held out as a whole, by the hash of its content: neither order nor seed moves it. Copies are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from bbopd.config import DataConfig
+from bbopd.data.sources import Document, read_documents
+from bbopd.errors import DataError
+from bbopd.types import Prompt
+
+_ENCODE_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts to train on, in the order of their sources, and those held out, in an order that mixes documents."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every id and token: two runs on the same data agree in it."""
+        digest = hashlib.sha256()
+        for prompt in (*self.train, *self.held_out):
+            digest.update(json.dumps([prompt.prompt_id, prompt.token_ids, prompt.reference_ids]).encode())
+        return digest.hexdigest()
+
+
+def load_prompts(
+    config: DataConfig, tokenizer: Any, *, seed: int, max_seq_len: int, eos_token_id: int, max_new_tokens: int = 1
+) -> PromptSet:
+    """Read, tokenise and split everything that ``config.prompts`` names.
+
+    Parameters
+    ----------
+    seed
+        Of the buffer that shuffles a streamed data set; nothing else depends on it.
+    max_seq_len
+        Tokens of prompt and response together.
+    eos_token_id
+        Ends a known response.
+    max_new_tokens
+        Room that a prompt must leave for an answer within ``max_seq_len``.
+
+    Raises
+    ------
+    DataError
+        For data that cannot be read, is empty, or does not fit, naming file and line.
+    """
+    limit = max_seq_len - max_new_tokens
+    if config.prompt_tokens > limit or config.prompt_tokens + config.response_tokens > max_seq_len:
+        raise DataError(
+            f"data.prompt_tokens {config.prompt_tokens} with data.response_tokens {config.response_tokens} or {max_new_tokens} new tokens "
+            f"exceeds train.max_seq_len {max_seq_len}: raise it, or lower them"
+        )
+    encode = _Encoder(tokenizer, config, limit, max_seq_len, eos_token_id)
+    train: list[Prompt] = []
+    held_out: list[Prompt] = []
+    for source in config.prompts:
+        documents = _distinct(read_documents(source, seed))
+        for _, alike in groupby(sorted(documents, key=_kind), key=_kind):
+            ours, theirs = split_documents(list(alike), config.held_out)
+            train.extend(encode(ours))
+            held_out.extend(encode(theirs))
+    named = ", ".join(str(source.jsonl or source.text or source.dataset or "demo") for source in config.prompts)
+    for side, prompts in (("train on", train), ("hold out", held_out)):
+        if not prompts:
+            raise DataError(
+                f"nothing to {side} in data.prompts ({named}): it takes two documents or more, with running text longer than "
+                f"data.prompt_tokens {config.prompt_tokens} + {config.response_tokens // 4 or 1} tokens"
+            )
+    return PromptSet(train=train, held_out=sorted(held_out, key=lambda prompt: hashlib.sha256(prompt.prompt_id.encode()).digest()))
+
+
+def split_documents(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """(train, held out): held out is every document whose content hashes below ``share``, or the lowest one where none does.
+
+    At least one document stays on either side, where there are two.
+    """
+    ranked = sorted(documents, key=_hash)
+    count = sum(_hash(document) < share for document in ranked)
+    count = min(max(count, 1), len(ranked) - 1)
+    chosen = {document.content for document in ranked[:count]}
+    return [d for d in documents if d.content not in chosen], [d for d in documents if d.content in chosen]
+
+
+def _hash(document: Document) -> float:
+    return int.from_bytes(hashlib.sha256(document.content.encode()).digest()[:8], "big") / 2.0**64
+
+
+def _kind(document: Document) -> str:
+    return "text" if document.text is not None else "question"
+
+
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    return list({document.content: document for document in reversed(list(documents))}.values())[::-1]
+
+
+class _Encoder:
+    """Documents to prompts, by the rules at the top of this file."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig, prompt_limit: int, max_seq_len: int, eos_token_id: int) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        self._prompt_limit, self._max_seq_len, self._eos_token_id = prompt_limit, max_seq_len, eos_token_id
+        bare = self._ids(["a"], special=False)[0]
+        framed = self._ids(["a"], special=True)[0]
+        self._prefix = framed[: next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)]
+        if len(self._prefix) >= config.prompt_tokens:
+            raise DataError(
+                f"data.prompt_tokens {config.prompt_tokens} leaves no room beside the tokenizer's own {len(self._prefix)} in front"
+            )
+
+    def __call__(self, documents: Sequence[Document]) -> Iterable[Prompt]:
+        for start in range(0, len(documents), _ENCODE_BATCH):
+            batch = documents[start : start + _ENCODE_BATCH]
+            for document, ids in zip(batch, self._ids([d.text or d.response or "" for d in batch], special=False), strict=True):
+                if document.text is not None:
+                    yield from self._windows(document, ids)
+                else:
+                    yield self._question(document, ids if document.response is not None else None)
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _windows(self, document: Document, ids: list[int]) -> Iterable[Prompt]:
+        ahead = self._config.prompt_tokens - len(self._prefix)
+        for number, start in enumerate(range(0, len(ids), ahead + self._config.response_tokens)):
+            reference = ids[start + ahead : start + ahead + self._config.response_tokens]
+            if len(reference) >= max(1, self._config.response_tokens // 4):
+                yield Prompt(
+                    prompt_id=f"{document.name}:{number}",
+                    token_ids=tuple(self._prefix + ids[start : start + ahead]),
+                    reference_ids=tuple(reference),
+                    source=document.where,
+                )
+
+    def _question(self, document: Document, response: list[int] | None) -> Prompt:
+        ids = self._ids([document.prompt], special=True)[0] if document.prompt is not None else self._chat(document)
+        if len(ids) > self._prompt_limit:
+            raise DataError(
+                f"{document.where}: the prompt has {len(ids)} tokens, {self._prompt_limit} fit (train.max_seq_len {self._max_seq_len} less "
+                f"{self._max_seq_len - self._prompt_limit} for the answer): shorten or drop it, or raise train.max_seq_len"
+            )
+        reference = None if response is None else tuple((*response, self._eos_token_id)[: self._max_seq_len - len(ids)])
+        return Prompt(prompt_id=document.name, token_ids=tuple(ids), reference_ids=reference, source=document.where)
+
+    def _chat(self, document: Document) -> list[int]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise DataError(f"{document.where}: 'messages' need a chat template, and this tokenizer has none: give 'prompt' instead")
+        messages = [{"role": role, "content": content} for role, content in document.messages or ()]
+        try:
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # a template raises what it likes, most often jinja2's own errors
+            raise DataError(f"{document.where}: the chat template refuses these messages: {error}") from error
+        return list(ids)
+
+
+class PromptStream:
+    """Endless draws from ``prompts``, epoch after epoch, each in an order that (seed, epoch) alone decides.
+
+    Labelled prompts and prompts to answer are two independent sequences. ``position`` counts what each has given; setting it on a
+    new stream over the same prompts and seed goes on exactly there.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise DataError("there are no prompts to draw from")
+        self._draws = {
+            "labelled": _Draws([prompt for prompt in prompts if prompt.reference_ids], seed, 0),
+            "prompts": _Draws(prompts, seed, 1),
+        }
+
+    def next_labelled(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts with a known continuation. Raises `DataError` where there is none at all."""
+        return self._draws["labelled"].take(count)
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts for the student to answer, labelled or not."""
+        return self._draws["prompts"].take(count)
+
+    @property
+    def position(self) -> dict[str, int]:
+        return {name: draws.position for name, draws in self._draws.items()}
+
+    @position.setter
+    def position(self, value: dict[str, int]) -> None:
+        for name, draws in self._draws.items():
+            draws.position = value[name]
+
+
+class _Draws:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, stream: int) -> None:
+        self.position = 0
+        self._prompts, self._seed, self._stream = prompts, seed, stream
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def take(self, count: int) -> list[Prompt]:
+        if count and not self._prompts:
+            raise DataError(
+                "no prompt has a known continuation: add text or responses to data.prompts, or set rollouts.on_policy_fraction=1"
+            )
+        taken = [self._at(self.position + offset) for offset in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed % 2**64, self._stream, epoch]).permutation(len(self._prompts))
+        return self._prompts[self._order[place]]

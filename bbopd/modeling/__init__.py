@@ -1,0 +1,23 @@
+"""Hugging Face models as the rest of the library sees them: loaded, pruned, packed, and with their head in the open."""
+
+from bbopd.modeling.head import OutputHead, output_head
+from bbopd.modeling.layers import keep_layers
+from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
+from bbopd.modeling.packed import packed_attention, packed_hidden
+from bbopd.modeling.vocabulary import chat_template_sha256, tokenizer_sha256, vocabulary_sha256
+
+__all__ = [
+    "OutputHead",
+    "chat_template_sha256",
+    "compute_dtype",
+    "keep_layers",
+    "load_model",
+    "load_tokenizer",
+    "max_positions",
+    "output_head",
+    "packed_attention",
+    "packed_hidden",
+    "resolve_device",
+    "tokenizer_sha256",
+    "vocabulary_sha256",
+]

@@ -1,0 +1,20 @@
+"""What a run minimises: one short file per family of objectives, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bbopd.config import ObjectiveConfig
+from bbopd.objectives.base import Objective
+from bbopd.objectives.sft import Sft
+from bbopd.objectives.token_level import NEEDS, TokenLevel
+
+__all__ = ["OBJECTIVES", "Objective", "make_objective"]
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {**dict.fromkeys(NEEDS, TokenLevel), "sft": Sft}
+"""By the name in ``objective.name``."""
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that ``config`` names, with its settings."""
+    return OBJECTIVES[config.name](config)

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning: cross-entropy on labelled text alone, the baseline that asks no teacher.
+
+Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bbopd.config import ObjectiveConfig, TeacherConfig
+from bbopd.objectives.base import check_offer, check_student
+from bbopd.ops import linear_distill
+from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Sft:
+    """``ce_weight * CE``; a teacher signal in the batch is not looked at."""
+
+    config: ObjectiveConfig
+
+    @property
+    def name(self) -> str:
+        return "sft"
+
+    @property
+    def needs(self) -> tuple[Level, ...]:
+        return ()
+
+    def signal(self, teacher: TeacherConfig) -> SignalSpec | None:
+        return None
+
+    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
+        """Every teacher fits: none is asked while training, and evaluation may ask whatever is offered."""
+        check_offer(self.name, info, want, {})
+
+    def loss(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        batch: DistillBatch,
+        *,
+        ce_weight: float,
+        kd_weight: float,
+        normalizer: tuple[float, float] | None,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> DistillLoss:
+        check_student(hidden_ND, weight_VD)
+        return linear_distill(
+            hidden_ND,
+            weight_VD,
+            None,
+            batch.labels,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            bias=bias,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            token_weight=batch.token_weight,
+            normalizer=normalizer,
+        )

@@ -1,0 +1,106 @@
+"""One update cycle up to its training data: draw, sample, filter, score.
+
+A rollout goes to the teacher as soon as it is finished and has passed the filters, while others are still being written. The
+items come back in the order of drawing, so that the same cycle gives the same batches whatever order they finished in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from bbopd.data.assemble import Item, rollout_of
+from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(slots=True)
+class CycleItems:
+    """What one cycle has to train on: scored rollouts, or bare ones where the objective asks no teacher.
+
+    ``accepted`` counts the rollouts that passed the filters.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    drawn_rollouts: int = 0
+    accepted: int = 0
+    sampled_tokens: int = 0
+    scored_tokens: int = 0
+
+
+async def collect_cycle(
+    rollout_prompts: Sequence[Prompt],
+    labelled_prompts: Sequence[Prompt],
+    *,
+    engine: RolloutEngine,
+    teacher: Teacher | None,
+    want: SignalSpec | None,
+    sampling: Sampling,
+    accept: Callable[[Rollout], bool],
+    on_activity: Callable[[str], None],
+) -> CycleItems:
+    """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
+
+    ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the
+    books on rejected ones. ``on_activity`` hears "sampling" while the student writes and "scoring" once only the teacher is
+    waited for. Raises what the engine or the teacher raises; both are then closed.
+    """
+    result = CycleItems(drawn_rollouts=len(rollout_prompts))
+    labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
+
+    async def to_score() -> AsyncIterator[Rollout]:
+        if rollout_prompts:
+            on_activity("sampling")
+            async with aclosing(_as_generator(engine.generate(_each(rollout_prompts), sampling))) as rollouts:
+                async for rollout in rollouts:
+                    result.sampled_tokens += len(rollout)
+                    if accept(rollout):
+                        result.accepted += 1
+                        yield rollout
+        on_activity("scoring")
+        for rollout in labelled:
+            yield rollout
+
+    if teacher is None or want is None:
+        result.items = [item async for item in to_score()]
+    else:
+        async with aclosing(_as_generator(teacher.score(to_score(), want))) as answers:
+            async for scored in answers:
+                result.scored_tokens += len(scored.rollout)
+                result.items.append(scored)
+    result.items.sort(key=lambda item: rollout_of(item).draw)
+    return result
+
+
+def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
+    """A prompt's true continuation as a sequence to train on. The prompt must have one."""
+    assert prompt.reference_ids is not None, f"prompt {prompt.prompt_id} has no reference"
+    return Rollout(
+        rollout_id=f"{prompt.prompt_id}#reference{draw}",
+        prompt=replace(prompt, reference_ids=None),
+        token_ids=prompt.reference_ids,
+        origin="reference",
+        finish_reason="reference",
+        draw=draw,
+    )
+
+
+async def _each(prompts: Sequence[Prompt]) -> AsyncIterator[Prompt]:
+    for prompt in prompts:
+        yield prompt
+        await asyncio.sleep(0)
+
+
+async def _as_generator(source: AsyncIterator[Answer]) -> AsyncGenerator[Answer, None]:
+    """Wrap any async iterator so that it can be closed early, closing what stands behind it where that can be closed."""
+    try:
+        async for item in source:
+            yield item
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,36 @@
+"""The gate between sampling and the teacher: what it lets through costs teacher time, what it turns away is kept on record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.types import Rollout
+
+
+class RolloutGate:
+    """Applies the filters and writes rejected rollouts, with their reason, to ``log``. ``counts`` goes on from ``rejected``."""
+
+    def __init__(self, rollout_filter: RolloutFilter, log: RejectedLog, rejected: Mapping[str, int]) -> None:
+        self._filter = rollout_filter
+        self._log = log
+        self._counts = dict(rejected)
+
+    def begin_cycle(self) -> None:
+        self._filter.start_cycle()
+
+    def accepts(self, rollout: Rollout) -> bool:
+        reason = self._filter.check(rollout)
+        if reason is None:
+            return True
+        self._counts[reason] = self._counts.get(reason, 0) + 1
+        self._log.write(rollout, reason)
+        return False
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Rejected rollouts by reason, of the whole run."""
+        return self._counts
+
+    def close(self) -> None:
+        self._log.close()

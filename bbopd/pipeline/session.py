@@ -1,0 +1,212 @@
+"""From a configuration to everything that a run turns: models, teacher, engine, prompts, trainer; and back to rest again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bbopd.config import RunConfig, StudentConfig, TeacherConfig
+from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
+from bbopd.errors import ConfigError
+from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, vocabulary_sha256
+from bbopd.objectives import make_objective
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.gate import RolloutGate
+from bbopd.pipeline.loop import Parts
+from bbopd.pipeline.preflight import check_lengths, check_vocabulary
+from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.state import RunState
+from bbopd.rollouts.hf import HFEngine
+from bbopd.teachers.process import TeacherProcess
+from bbopd.teachers.remote import RemoteTeacher
+from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.step import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open run. ``parts`` is what the loop turns; the rest is for evaluation and for the end of the run."""
+
+    config: RunConfig
+    folder: RunFolder
+    parts: Parts
+    state: RunState
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: RemoteTeacher | None
+    prompts: PromptSet
+    stop_token_ids: tuple[int, ...]
+    compute_dtype: torch.dtype
+
+    def save_model(self, folder: Path) -> None:
+        """Write the student in Hugging Face format, tokenizer included."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+@asynccontextmanager
+async def open_session(config: RunConfig, *, command: str, progress: Progress) -> AsyncIterator[Session]:
+    """Build a run, or the rest of one that was interrupted, and take it down again.
+
+    Raises `BbopdError` for whatever cannot work, before anything is sampled. A teacher that was started here is stopped with it.
+    """
+    async with AsyncExitStack() as stack:
+        student = config.student
+        fresh = not (Path(config.output) / "run.json").exists()
+        progress.activity("loading", "tokenizer and text")
+        tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        prompts = load_prompts(
+            config.data,
+            tokenizer,
+            seed=config.train.seed,
+            max_seq_len=config.train.max_seq_len,
+            eos_token_id=_end_of_text(tokenizer),
+            max_new_tokens=config.rollouts.max_new_tokens,
+        )
+        folder = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
+        starting = asyncio.create_task(_start_teacher(config.teacher, folder, stack, progress))
+        try:
+            model = await asyncio.to_thread(_load_student, student, config.train.seed, config.train.deterministic)
+        except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            raise
+        teacher = await starting
+        dtype = compute_dtype(student.dtype, model.device)
+        _check_positions(config, model)
+
+        objective = make_objective(config.objective)
+        want = objective.signal(config.teacher) if teacher is not None else None
+        if teacher is not None:
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            check_vocabulary(teacher.info, vocab_size=vocab_size, vocab_sha256=vocabulary_sha256(tokenizer, vocab_size))
+            check_lengths(teacher.info, prompts.train, max_new_tokens=config.rollouts.max_new_tokens)
+            if want is not None:
+                objective.check(teacher.info, want)
+
+        trainer = Trainer(
+            model,
+            objective,
+            train=config.train,
+            objective_config=config.objective,
+            planned_steps=config.planned_steps,
+            compute_dtype=dtype,
+            activation_checkpointing=student.activation_checkpointing,
+        )
+        state = RunState()
+        checkpoint = None if fresh else latest_checkpoint(folder.checkpoints)
+        if checkpoint is not None:
+            progress.activity("loading", str(checkpoint))
+            state = RunState.from_json(await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer))
+            trainer.steps_done = state.step
+            progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
+
+        stop_token_ids = end_of_answer_ids(model, tokenizer)
+        engine = HFEngine(
+            model,
+            eos_token_ids=stop_token_ids,
+            pad_token_id=stop_token_ids[0],
+            compute_dtype=dtype,
+        )
+        await engine.load_weights((), state.step)
+        log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode))
+        gate = RolloutGate(RolloutFilter(config.data.filters, stop_token_ids), log, state.rejected)
+
+        def save(now: RunState) -> None:
+            if teacher is not None:
+                now.teacher_retries = state.teacher_retries + teacher.counters["retries"]
+            save_checkpoint(
+                folder.checkpoints,
+                now.step,
+                model=model,
+                tokenizer=tokenizer,
+                optimizer=trainer.optimizer,
+                state=now.to_json(),
+                keep=config.train.keep_checkpoints,
+            )
+
+        yield Session(
+            config=config,
+            folder=folder,
+            parts=Parts(
+                trainer=trainer,
+                engine=engine,
+                prompts=PromptStream(prompts.train, config.train.seed),
+                gate=gate,
+                teacher=teacher,
+                want=want,
+                save=save,
+            ),
+            state=state,
+            model=model,
+            tokenizer=tokenizer,
+            teacher=teacher,
+            prompts=prompts,
+            stop_token_ids=stop_token_ids,
+            compute_dtype=dtype,
+        )
+
+
+def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's end of sequence, and what the model's generation settings add to it."""
+    declared: Sequence[int] | int | None = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    return tuple(dict.fromkeys([_end_of_text(tokenizer), *ids]))
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the student's tokenizer names no token that ends a text (eos_token): its rollouts would never end")
+    return int(tokenizer.eos_token_id)
+
+
+async def _start_teacher(config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress) -> RemoteTeacher | None:
+    target = config.target
+    if config.serve is not None:
+        progress.activity("loading", "student, and teacher in its own process")
+        process = await TeacherProcess.start(config.serve, log_path=folder.teacher_log, timeout=config.start_timeout)
+        stack.callback(process.stop)
+        target = process.target
+    if target is None:
+        return None
+    teacher = await RemoteTeacher.connect(
+        target, timeout=config.timeout, inflight_tokens=config.inflight_tokens, connect_timeout=min(30.0, config.start_timeout)
+    )
+    stack.push_async_callback(teacher.close)
+    return teacher
+
+
+def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return load_model(
+        config.model,
+        device=str(resolve_device(config.device)),
+        attention=config.attention,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        keep_layers=config.init.keep_layers,
+    )
+
+
+def _check_positions(config: RunConfig, model: PreTrainedModel) -> None:
+    positions = max_positions(model)
+    if positions is not None and config.train.max_seq_len > positions:
+        raise ConfigError(
+            f"train.max_seq_len is {config.train.max_seq_len}, but {config.student.model} has {positions} positions: "
+            f"set it to {positions} or less"
+        )

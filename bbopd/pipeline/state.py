@@ -1,0 +1,42 @@
+"""Where a run stands, in plain numbers: the part of a checkpoint that is not tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from bbopd.errors import CheckpointError
+
+
+@dataclass(slots=True)
+class RunState:
+    """Counters of one run, always at the boundary between two update cycles."""
+
+    step: int = 0  # optimizer steps
+    cycle: int = 0  # update cycles, cold start included
+    cold_start_tokens: int = 0  # labelled response tokens trained in the cold start
+    labelled_tokens: int = 0  # labelled response tokens trained after it
+    on_policy_tokens: int = 0  # response tokens of rollouts trained
+    position: dict[str, int] = field(default_factory=dict)  # of the prompt stream; empty before the first draw
+    sampled_tokens: int = 0
+    scored_tokens: int = 0
+    trained_tokens: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)  # rollouts, by the filter's reason
+    teacher_retries: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by activity
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunState:
+        """Raises `CheckpointError` where a counter is missing or unknown (another version wrote it)."""
+        names = {item.name for item in fields(cls)}
+        if set(data) != names:
+            odd = sorted(set(data) ^ names)
+            raise CheckpointError(
+                f"the checkpoint's state has other counters than this version knows ({', '.join(odd)}): "
+                "go on with the version that wrote it"
+            )
+        return cls(**data)

@@ -1,0 +1,284 @@
+"""The two ops in plain PyTorch: the truth that every faster engine is held to.
+
+Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` ids of a support. Logits exist for one chunk of tokens at a time, in
+float32 (float64 where hidden or weight is); the gradient is made in
+the same pass, so that a training step costs three matrix products, and backward only scales. Both ops are registered with PyTorch, so
+that ``torch.compile`` sees one opaque node of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bbopd import op_checks
+from bbopd.reference_distill import METRICS, Distillation, head_of, run
+from bbopd.reference_logprobs import linear_logprobs
+from bbopd.reference_math import RATIO_CAP
+from bbopd.types import CandidateTeacher, DistillLoss, FullTeacher, OpTeacher, SampledTeacher, TopKTeacher
+
+__all__ = ["linear_distill", "linear_logprobs"]
+
+
+def linear_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: OpTeacher | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float = 0.5,
+    kd_weight: float = 0.5,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    t2_scaling: bool = True,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    normalizer: tuple[float | Tensor, float | Tensor] | float | Tensor | None = None,
+    check: bool | None = None,
+    chunk_tokens: int = 0,
+) -> DistillLoss:
+    """`bbopd.ops.linear_distill`, on arguments of the right shapes and dtypes; ``chunk_tokens`` 0 chooses by the memory of a chunk."""
+    if divergence == "jsd" and beta in (0.0, 1.0):
+        divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
+    kind, tensors = _flatten_teacher(teacher)
+    full = teacher if isinstance(teacher, FullTeacher) else FullTeacher()
+    if normalizer is not None:
+        normalizer = _pair(normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer), hidden.device)
+    grad = torch.is_grad_enabled()
+    loss, ce, kd, metrics, *_ = _linear_distill(
+        hidden,
+        weight,
+        bias,
+        labels,
+        token_weight,
+        normalizer,
+        *tensors,
+        _pair((ce_weight, kd_weight), hidden.device),
+        kind,
+        divergence,
+        temperature,
+        beta,
+        skew,
+        t2_scaling,
+        logit_scale,
+        logit_softcap,
+        full.logit_scale,
+        full.logit_softcap,
+        vocab_size or weight.shape[0],
+        ignore_index,
+        bool(check) or hidden.device.type == "cpu",
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        chunk_tokens,
+    )
+    named = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
+    for name, kinds in (
+        ("floored", "full topk"),
+        ("teacher_tail_mass", "topk"),
+        ("importance_ratio", "sampled"),
+        ("ratio_capped", "sampled"),
+    ):
+        if kind not in kinds.split():
+            del named[name]
+    return DistillLoss(loss=loss, ce=ce.detach(), kd=kd.detach(), metrics=named)
+
+
+def _pair(numbers: tuple[float | Tensor, float | Tensor], device: torch.device) -> Tensor:
+    """Two numbers that may change at every step, as a tensor, by a product: the one way in which a float does not become part of
+    ``torch.compile``'s graph, to be built anew for every value."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one * number for number in numbers])
+
+
+def _flatten_teacher(teacher: OpTeacher | None) -> tuple[str, tuple[Tensor | None, ...]]:
+    """The kind of a teacher, and its tensors: valid, logits, hidden, weight, bias, ids, logprobs, log_tail or behavior_logprobs."""
+    tensors: tuple[Tensor | None, ...]
+    if isinstance(teacher, FullTeacher):
+        tensors = (teacher.valid, teacher.logits, teacher.hidden, teacher.weight, teacher.bias, None, None, None)
+        kind = "full"
+    elif isinstance(teacher, (TopKTeacher, CandidateTeacher)):
+        tensors = (teacher.valid, None, None, None, None, teacher.ids, teacher.logprobs, teacher.log_tail)
+        kind = "topk"
+    elif isinstance(teacher, SampledTeacher):
+        tensors = (teacher.valid, None, None, None, None, teacher.token_ids, teacher.logprobs, teacher.behavior_logprobs)
+        kind = "sampled"
+    else:
+        return "none", (None,) * 8
+    return kind, tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+
+
+@torch.library.custom_op("bbopd::linear_distill_reference", mutates_args=())
+def _linear_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    valid: Tensor | None,
+    teacher_logits: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    logprobs: Tensor | None,
+    extra: Tensor | None,
+    weights: Tensor,
+    kind: str,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    skew: float,
+    t2_scaling: bool,
+    logit_scale: float,
+    logit_softcap: float | None,
+    teacher_scale: float,
+    teacher_softcap: float | None,
+    vocab_size: int,
+    ignore_index: int,
+    check: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    chunk_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    N, device, V = hidden.shape[0], hidden.device, vocab_size
+    if check:
+        _check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
+    with torch.autocast(device.type, enabled=False):
+        has_label_N = torch.zeros(N, dtype=torch.bool, device=device) if labels is None else labels != ignore_index
+        signal_N = valid if valid is not None else torch.full((N,), kind != "none", device=device)
+        counts_2 = torch.stack([has_label_N.sum(), signal_N.sum()]).to(dtype)
+        norm_2 = counts_2 if normalizer is None else normalizer.to(dtype)
+        norm_2 = torch.where(norm_2 > 0, norm_2, 1.0)
+        weight_N = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
+        weights = weights.to(dtype)
+        t2 = temperature**2 if t2_scaling else 1.0
+        ce_weight_N = torch.where(has_label_N, weight_N * (weights[0] / norm_2[0]), 0.0)
+        kd_weight_N = torch.where(signal_N, weight_N * (weights[1] * t2 / norm_2[1]), 0.0)
+
+        teacher: Any = None
+        if kind == "full":
+            teacher = teacher_logits
+            if teacher_hidden is not None and teacher_weight is not None:
+                teacher = head_of(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, V, dtype)
+        ids_NK = logprobs_NK = extra_N = None
+        if ids is not None and logprobs is not None and extra is not None:
+            ids_NK, logprobs_NK, extra_N = ids.long(), logprobs.to(dtype), extra.to(dtype)
+            if kind == "sampled":
+                ids_NK, logprobs_NK = torch.where(signal_N, ids_NK, 0)[:, None], logprobs_NK[:, None]
+        case = Distillation(
+            student=head_of(hidden, weight, bias, logit_scale, logit_softcap, V, dtype),
+            teacher=teacher,
+            ids=ids_NK,
+            logprobs=logprobs_NK,
+            extra=extra_N,
+            is_sampled=kind == "sampled",
+            labels=labels,
+            has_label=has_label_N,
+            signal=signal_N,
+            mask_rows=valid is not None,
+            temperature=temperature if kind != "none" else 1.0,
+            divergence=divergence,  # type: ignore[arg-type]
+            beta=beta,
+            skew=skew,
+            check=check,
+            ce_grad=(ce_weight_N * logit_scale)[:, None],
+            kd_grad=(kd_weight_N * (logit_scale / temperature))[:, None],
+            ce=torch.zeros(N, dtype=dtype, device=device),
+            kd=torch.zeros(N, dtype=dtype, device=device),
+            floored=torch.zeros(N, dtype=torch.int64, device=device),
+            ratio=torch.ones(N, dtype=dtype, device=device),
+        )
+        dH_ND, dW_VD, db_V = run(case, needs_hidden, needs_weight, needs_bias, chunk_tokens)
+        loss = (ce_weight_N * case.ce).sum() + (kd_weight_N * case.kd).sum()
+
+        signals = counts_2[1].clamp(min=1.0)
+        zero = torch.zeros((), dtype=dtype, device=device)
+        tail = torch.where(signal_N, extra_N.exp(), 0.0).sum() / signals if kind == "topk" and extra_N is not None else zero
+        ratio = torch.where(signal_N, case.ratio, 0.0).sum() / signals
+        capped = (case.ratio > RATIO_CAP).sum().to(dtype)
+        metrics = torch.stack([counts_2[0], counts_2[1], case.floored.sum().to(dtype), tail, ratio, capped])
+    if dW_VD.numel() and weight.shape[0] > V:
+        dW_VD = torch.nn.functional.pad(dW_VD, (0, 0, 0, weight.shape[0] - V))
+    if db_V.numel() and bias is not None and bias.shape[0] > V:
+        db_V = torch.nn.functional.pad(db_V, (0, bias.shape[0] - V))
+    return loss, case.ce, t2 * case.kd, metrics, dH_ND, dW_VD, db_V
+
+
+def _check_values(
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    valid: Tensor | None,
+    ids: Tensor | None,
+    logprobs: Tensor | None,
+    extra: Tensor | None,
+    kind: str,
+    vocab_size: int,
+    ignore_index: int,
+) -> None:
+    if labels is not None:
+        op_checks.check_id_values("labels", labels, vocab_size, empty=ignore_index)
+    if token_weight is not None:
+        op_checks.check_finite("token_weight", token_weight)
+    if normalizer is not None:
+        op_checks.check_normalizer(normalizer)
+    if ids is None or logprobs is None or extra is None:
+        return
+    if kind == "topk":
+        op_checks.check_id_values(
+            "teacher.ids", ids if valid is None else ids.masked_fill(~valid[:, None], -1), vocab_size, empty=-1, unique=True
+        )
+        op_checks.check_distribution(ids, logprobs, extra, valid)
+    else:
+        used = slice(None) if valid is None else valid
+        op_checks.check_id_values("teacher.token_ids", ids[used], vocab_size)
+        op_checks.check_finite("teacher.logprobs", logprobs[used])
+        op_checks.check_finite("teacher.behavior_logprobs", extra[used])
+
+
+@_linear_distill.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    needs_hidden, needs_weight, needs_bias = rest[-4:-1]
+    empty = hidden.new_empty
+    return (
+        empty((), dtype=dtype),
+        empty(hidden.shape[0], dtype=dtype),
+        empty(hidden.shape[0], dtype=dtype),
+        empty(len(METRICS), dtype=dtype),
+        empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
+        empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        empty((weight.shape[0],) if needs_bias else (0,), dtype=dtype),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+    ctx.count = len(inputs)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *grad_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(grad is not None for grad in grad_others):
+        raise RuntimeError("linear_distill has no second derivative: its gradient is computed with the loss; drop create_graph=True")
+    grads = [
+        (grad_loss * saved).to(dtype) if grad_loss is not None and needed and dtype is not None else None
+        for saved, needed, dtype in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
+    ]
+    return (*grads, *([None] * (ctx.count - 3)))
+
+
+_linear_distill.register_autograd(_scale_gradients, setup_context=_save_gradients)

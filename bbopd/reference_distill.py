@@ -1,0 +1,283 @@
+"""`linear_distill`, chunk by chunk: logits, loss and gradients of a chunk of tokens, then the next.
+
+Shape suffixes: ``N`` tokens, ``n`` tokens of a chunk or of a block of its rows, ``D`` hidden, ``V`` vocabulary in use, ``K`` ids of a
+support, ``C = K + 1`` classes with the tail bucket. A chunk is large, to make few passes over dW; a block fits in cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bbopd import op_checks
+from bbopd.reference_math import (
+    LOG_P_FLOOR,
+    RATIO_CAP,
+    divergence,
+    softmax_in_place,
+    support_log_probs,
+    take_support,
+    teacher_log_softmax,
+)
+from bbopd.types import Divergence
+
+METRICS = {
+    "ce_tokens": ("none", "full", "topk", "sampled"),
+    "kd_tokens": ("none", "full", "topk", "sampled"),
+    "floored": ("full", "topk"),
+    "teacher_tail_mass": ("topk",),
+    "importance_ratio": ("sampled",),
+    "ratio_capped": ("sampled",),
+}
+"""Each metric, in the order in which they are returned, and the kinds of teacher that it says something of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits: ``softcap(scale * (hidden @ weight.T + bias))``, of ``V`` tokens, in the compute dtype."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+    def write_logits(self, rows: slice, z_nV: Tensor) -> None:
+        hidden_nD = self.hidden[rows].to(z_nV.dtype)
+        if self.bias is None:
+            torch.mm(hidden_nD, self.weight.t(), out=z_nV)
+        else:
+            torch.addmm(self.bias, hidden_nD, self.weight.t(), out=z_nV)
+        if self.softcap is not None:
+            z_nV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        elif self.scale != 1.0:
+            z_nV.mul_(self.scale)
+
+
+def head_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab_size: int, dtype: torch.dtype
+) -> Head:
+    """A head over the first ``vocab_size`` tokens: a padded logit is never computed, so it has no probability and no gradient."""
+    return Head(hidden, weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype), scale, softcap)
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """Tokens of a chunk and of a block: 64 MB of logits and 2 MB on a CPU, 512 MB and as much on a GPU."""
+    chunk, block = (2**24, 2**19) if device.type == "cpu" else (2**27, 2**27)
+    return max(16, chunk // vocab_size), max(1, block // vocab_size)
+
+
+@dataclass(slots=True)
+class Distillation:
+    """One call of `linear_distill`: its inputs, and the per-token results that its blocks fill in."""
+
+    student: Head
+    teacher: Head | Tensor | None  # a full teacher: its head, or its logits [N, V]
+    ids: Tensor | None  # [N, K] the teacher's support, or [N, 1] the sampled tokens
+    logprobs: Tensor | None  # [N, K]
+    extra: Tensor | None  # [N] log_tail, or the sampler's logprobs
+    is_sampled: bool
+    labels: Tensor | None  # [N]
+    has_label: Tensor  # [N] bool
+    signal: Tensor  # [N] bool
+    mask_rows: bool  # whether some tokens may carry no signal
+    temperature: float
+    divergence: Divergence
+    beta: float
+    skew: float
+    check: bool
+    ce_grad: Tensor  # [N, 1] dloss/dCE, times dz/d(hidden @ weight.T)
+    kd_grad: Tensor  # [N, 1] dloss/dKD, times du/dz and the same
+    ce: Tensor  # [N]
+    kd: Tensor  # [N], without T^2
+    floored: Tensor  # [N] int64
+    ratio: Tensor  # [N]
+
+    def block(self, z_nV: Tensor, teacher_nV: Tensor | None, rows: slice, needs_grad: bool) -> None:
+        """Fill in the loss of ``rows`` and turn their logits into gradients by ``hidden @ weight.T``, in place."""
+        cap = self.student.softcap
+        slope_nV = (z_nV / cap).square_().neg_().add_(1.0) if cap is not None and needs_grad else None
+        if self.ids is not None and not self.is_sampled:
+            self._support_block(z_nV, rows, needs_grad)
+        else:
+            self._dense_block(z_nV, teacher_nV, rows, needs_grad)
+        if slope_nV is not None:
+            z_nV.mul_(slope_nV)
+
+    def _dense_block(self, z_nV: Tensor, teacher_nV: Tensor | None, rows: slice, needs_grad: bool) -> None:
+        label_n1 = self._labels(rows)
+        label_z_n1 = z_nV.gather(1, label_n1)
+        log_q_nV = z_nV * (1.0 / self.temperature)  # as for the teacher, so that equal logits give a divergence of 0
+        q_nV = torch.empty_like(z_nV)
+        max_n1, lse_n1 = softmax_in_place(log_q_nV, q_nV)
+        self._check_student(lse_n1, rows)
+        grad_nV: Tensor | None = None
+        if self.is_sampled:
+            grad_nV = self._sampled_kd(log_q_nV, q_nV, rows)
+        elif teacher_nV is not None:
+            grad_nV = self._full_kd(teacher_nV, log_q_nV, q_nV, rows)
+        if self.labels is None:
+            if grad_nV is None:
+                z_nV.zero_()
+            else:
+                torch.mul(grad_nV, self.kd_grad[rows], out=z_nV)
+            return
+        # softmax at temperature 1, from the one at T where that is free: exp(z) = exp(z/2)^2
+        if self.temperature == 1.0:
+            z_nV.copy_(q_nV)
+            sum_n1, lse_n1 = torch.ones_like(lse_n1), lse_n1
+        elif self.temperature == 2.0:
+            torch.mul(q_nV, q_nV, out=z_nV)
+            sum_n1 = z_nV.sum(1, keepdim=True)
+            lse_n1 = 2.0 * lse_n1 + sum_n1.log()
+        else:
+            max_n1 = max_n1 * self.temperature
+            z_nV.sub_(max_n1).exp_()
+            sum_n1 = z_nV.sum(1, keepdim=True)
+            lse_n1 = max_n1 + sum_n1.log()
+        self._fill_ce(lse_n1 - label_z_n1, rows)
+        if needs_grad:
+            z_nV.mul_(self.ce_grad[rows] / sum_n1)
+            if grad_nV is not None:
+                z_nV.addcmul_(grad_nV, self.kd_grad[rows])
+            self._subtract_label(z_nV, label_n1, rows)
+
+    def _full_kd(self, teacher_nV: Tensor, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
+        if self.mask_rows:
+            teacher_nV.masked_fill_(~self.signal[rows, None], 0.0)
+        p_nV = torch.empty_like(teacher_nV)
+        lse_n1 = teacher_log_softmax(teacher_nV, self.temperature, p_nV)
+        if self.check:
+            op_checks.check_teacher_rows(lse_n1[:, 0], rows.start)
+        self._count_floored(teacher_nV, log_q_nV, rows)
+        kd_n, grad_nV = divergence(teacher_nV, log_q_nV, p_nV, q_nV, self.divergence, self.beta, self.skew)
+        self.kd[rows] = torch.where(self.signal[rows], kd_n, 0.0)
+        return grad_nV
+
+    def _sampled_kd(self, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
+        """Reverse KL by policy gradient: ``-min(q/q_old, cap) (log p - log q_old)``, whose gradient goes through the ratio alone."""
+        assert self.ids is not None
+        assert self.logprobs is not None
+        assert self.extra is not None
+        ids_n1, signal_n1, behavior_n1 = self.ids[rows], self.signal[rows, None], self.extra[rows, None]
+        advantage_n1 = self.logprobs[rows] - behavior_n1
+        ratio_n1 = torch.where(signal_n1, (log_q_nV.gather(1, ids_n1) - behavior_n1).exp(), 1.0)
+        kd_n1 = torch.where(signal_n1, -ratio_n1.clamp(max=RATIO_CAP) * advantage_n1, 0.0)
+        self.kd[rows], self.ratio[rows] = kd_n1[:, 0], ratio_n1[:, 0]
+        # d(-r A)/du = -r A (onehot - q): the truncated ratio is a weight, so the gradient keeps its direction beyond the cap
+        grad_nV = torch.mul(q_nV, -kd_n1)
+        return grad_nV.scatter_(1, ids_n1, grad_nV.gather(1, ids_n1) + kd_n1)
+
+    def _support_block(self, z_nV: Tensor, rows: slice, needs_grad: bool) -> None:
+        assert self.ids is not None
+        assert self.logprobs is not None
+        assert self.extra is not None
+        label_n1 = self._labels(rows)
+        label_z_n1 = z_nV.gather(1, label_n1)
+        ids_nK, signal_n = self.ids[rows], self.signal[rows]
+        support = take_support(z_nV, ids_nK)
+        off_nV = torch.sub(z_nV, support.off_max)
+        if self.temperature != 1.0:
+            off_nV.mul_(1.0 / self.temperature)
+        off_nV.exp_()
+        off_sum_n1 = off_nV.sum(1, keepdim=True)
+        log_q_nC, lse_n1 = support_log_probs(support, off_sum_n1, self.temperature)
+        self._check_student(lse_n1, rows)
+
+        # a tail that is empty by construction (K = V) can hold no mass of the teacher's either
+        has_ids_n = (ids_nK >= 0).any(1)
+        log_tail_n1 = self.extra[rows, None].masked_fill(log_q_nC[:, -1:] == -torch.inf, -torch.inf)
+        log_p_nC = torch.cat([self.logprobs[rows].masked_fill(ids_nK < 0, -torch.inf), log_tail_n1], 1)
+        log_p_nC -= log_p_nC.logsumexp(1, keepdim=True)
+        carries_n = signal_n & has_ids_n  # without any id the one bucket is everything, and its divergence 0
+        log_p_nC = torch.where(carries_n[:, None], log_p_nC, log_q_nC)
+        self._count_floored(log_p_nC, log_q_nC, rows)
+        kd_n, grad_nC = divergence(log_p_nC, log_q_nC, log_p_nC.exp(), log_q_nC.exp(), self.divergence, self.beta, self.skew)
+        self.kd[rows] = torch.where(carries_n, kd_n, 0.0)
+
+        # inside the tail the student's own proportions stay: its gradient is the bucket's, spread by q_v / q_tail
+        grad_nC = torch.where(carries_n[:, None], grad_nC, 0.0) * self.kd_grad[rows]
+        tail_n1 = grad_nC[:, -1:] / off_sum_n1.clamp(min=0.5)  # off_sum is 1 or more, or 0 where nothing is outside
+        if self.labels is None:
+            torch.mul(off_nV, tail_n1, out=z_nV)
+            support.scatter(z_nV, grad_nC[:, :-1])
+            return
+        if self.temperature == 1.0:
+            power_nV = off_nV
+        elif self.temperature == 2.0:
+            power_nV = torch.mul(off_nV, off_nV, out=z_nV)
+        else:
+            power_nV = z_nV.sub_(support.off_max).exp_()
+        log_q1_nC, lse_n1 = support_log_probs(support, power_nV.sum(1, keepdim=True), 1.0)
+        self._fill_ce(lse_n1 - label_z_n1, rows)
+        if needs_grad:
+            ce_grad_n1 = self.ce_grad[rows]
+            off_ce_n1 = (support.off_max - lse_n1).exp() * ce_grad_n1
+            if self.temperature == 1.0:
+                torch.mul(off_nV, tail_n1 + off_ce_n1, out=z_nV)
+            else:
+                z_nV.mul_(off_ce_n1).addcmul_(off_nV, tail_n1)
+            support.scatter(z_nV, grad_nC[:, :-1].addcmul_(log_q1_nC[:, :-1].exp(), ce_grad_n1))
+            self._subtract_label(z_nV, label_n1, rows)
+
+    def _labels(self, rows: slice) -> Tensor:
+        """Labels [n, 1]; 0 where there is none, whose weight is 0."""
+        if self.labels is None:
+            return torch.zeros_like(self.has_label[rows, None], dtype=torch.int64)
+        return torch.where(self.has_label[rows], self.labels[rows], 0)[:, None].long()
+
+    def _fill_ce(self, ce_n1: Tensor, rows: slice) -> None:
+        self.ce[rows] = torch.where(self.has_label[rows], ce_n1[:, 0], 0.0)
+
+    def _subtract_label(self, z_nV: Tensor, label_n1: Tensor, rows: slice) -> None:
+        z_nV.scatter_(1, label_n1, z_nV.gather(1, label_n1) - self.ce_grad[rows])
+
+    def _count_floored(self, log_p_nC: Tensor, log_q_nC: Tensor, rows: slice) -> None:
+        if self.divergence == "reverse_kl":
+            floored_n = ((log_p_nC < LOG_P_FLOOR) & (log_q_nC > -torch.inf)).sum(1)
+            self.floored[rows] = torch.where(self.signal[rows], floored_n, 0)
+
+    def _check_student(self, lse_n1: Tensor, rows: slice) -> None:
+        if self.check:
+            op_checks.check_student_rows(lse_n1[:, 0], rows.start)
+
+
+def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: bool, chunk_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill in the losses of ``case`` and return the gradients of hidden [N, D], weight [V, D] and bias [V] (empty where not needed)."""
+    student = case.student
+    N, V = student.hidden.shape[0], student.weight.shape[0]
+    dtype, device = student.weight.dtype, student.weight.device
+    chunk, block = chunk_rows(V, device)
+    chunk = min(chunk_tokens or chunk, max(N, 1))
+    dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=dtype, device=device)
+    dW_VD = torch.zeros(student.weight.shape if needs_weight else (0,), dtype=dtype, device=device)
+    db_V = torch.zeros((V,) if needs_bias else (0,), dtype=dtype, device=device)
+    needs_grad = needs_hidden or needs_weight or needs_bias
+    buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
+    teacher_nV = torch.empty_like(buffer_nV) if isinstance(case.teacher, Head) else None
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        z_nV = buffer_nV[: rows.stop - start]
+        student.write_logits(rows, z_nV)
+        if isinstance(case.teacher, Head):
+            assert teacher_nV is not None
+            case.teacher.write_logits(rows, teacher_nV[: rows.stop - start])
+        for first in range(start, rows.stop, block):
+            part = slice(first, min(first + block, rows.stop))
+            local = slice(part.start - start, part.stop - start)
+            if teacher_nV is not None:
+                teacher_block = teacher_nV[local]
+            elif isinstance(case.teacher, Tensor):
+                teacher_block = case.teacher[part, :V].to(dtype, copy=True)
+            else:
+                teacher_block = None
+            case.block(z_nV[local], teacher_block, part, needs_grad)
+        if needs_hidden:
+            torch.mm(z_nV, student.weight, out=dH_ND[rows])
+        if needs_weight:
+            dW_VD.addmm_(z_nV.t(), student.hidden[rows].to(dtype))
+        if needs_bias:
+            db_V += z_nV.sum(0)
+    return dH_ND, dW_VD, db_V

@@ -1,0 +1,132 @@
+"""`linear_logprobs` in plain PyTorch, chunk by chunk.
+
+Shape suffixes: ``N`` tokens, ``n`` tokens of a block, ``D`` hidden, ``V`` vocabulary in use, ``K`` ids of a support, ``M`` candidates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bbopd import op_checks
+from bbopd.reference_distill import chunk_rows, head_of
+from bbopd.reference_math import softmax_in_place, stable_top_k, support_log_probs, take_support
+from bbopd.types import TokenLogprobs
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    token_ids: Tensor | None = None,
+    top_k: int = 0,
+    candidate_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 0,
+) -> TokenLogprobs:
+    """`bbopd.ops.linear_logprobs`, on arguments of the right shapes and dtypes."""
+    found = _linear_logprobs(
+        hidden.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        token_ids,
+        candidate_ids,
+        top_k,
+        temperature,
+        logit_scale,
+        logit_softcap,
+        vocab_size or weight.shape[0],
+        hidden.device.type == "cpu",
+        chunk_tokens,
+    )
+    logsumexp, sampled, topk_ids, topk_logprobs, log_tail, candidates, candidates_log_tail = found
+    return TokenLogprobs(
+        logsumexp=logsumexp,
+        sampled=None if token_ids is None else sampled,
+        topk_ids=topk_ids if top_k else None,
+        topk_logprobs=topk_logprobs if top_k else None,
+        log_tail=log_tail if top_k else None,
+        candidates=None if candidate_ids is None else candidates,
+        candidates_log_tail=None if candidate_ids is None else candidates_log_tail,
+    )
+
+
+@torch.library.custom_op("bbopd::linear_logprobs_reference", mutates_args=())
+def _linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    candidate_ids: Tensor | None,
+    top_k: int,
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    vocab_size: int,
+    check: bool,
+    chunk_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    N, device, V = hidden.shape[0], hidden.device, vocab_size
+    if check and token_ids is not None:
+        op_checks.check_id_values("token_ids", token_ids, V)
+    if check and candidate_ids is not None:
+        op_checks.check_id_values("candidate_ids", candidate_ids, V, empty=-1, unique=True)
+    M = 0 if candidate_ids is None else candidate_ids.shape[1]
+    logsumexp_N, sampled_N, log_tail_N, candidates_tail_N = (torch.empty(N, dtype=dtype, device=device) for _ in range(4))
+    topk_ids_NK = torch.empty(N, top_k, dtype=torch.int64, device=device)
+    topk_NK = torch.empty(N, top_k, dtype=dtype, device=device)
+    candidates_NM = torch.empty(N, M, dtype=dtype, device=device)
+    with torch.autocast(device.type, enabled=False):
+        head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V, dtype)
+        chunk, block = chunk_rows(V, device)
+        chunk = min(chunk_tokens or chunk, max(N, 1))
+        buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
+        for start in range(0, N, chunk):
+            rows = slice(start, min(start + chunk, N))
+            head.write_logits(rows, buffer_nV[: rows.stop - start])
+            for first in range(start, rows.stop, block):
+                part = slice(first, min(first + block, rows.stop))
+                z_nV = buffer_nV[part.start - start : part.stop - start]
+                token_z_n1 = None if token_ids is None else z_nV.gather(1, token_ids[part, None].long())
+                lse_n1: Tensor | None = None
+                if top_k:
+                    ids_nK = stable_top_k(z_nV, top_k)
+                    topk_ids_NK[part] = ids_nK
+                    topk_NK[part], log_tail_N[part], lse_n1 = _around(z_nV, ids_nK, temperature)
+                if candidate_ids is not None:
+                    candidates_NM[part], candidates_tail_N[part], lse_n1 = _around(z_nV, candidate_ids[part].long(), temperature)
+                if lse_n1 is None:
+                    lse_n1 = softmax_in_place(z_nV.mul_(1.0 / temperature), torch.empty_like(z_nV))[1]
+                if check:
+                    op_checks.check_student_rows(lse_n1[:, 0], part.start)
+                logsumexp_N[part] = lse_n1[:, 0]
+                if token_z_n1 is not None:
+                    sampled_N[part] = (token_z_n1 / temperature - lse_n1)[:, 0]
+    return logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N
+
+
+def _around(z_nV: Tensor, ids_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities at ``ids_nK`` (-inf in empty slots) and of all the rest [n], and the logsumexp [n, 1]; ``z_nV`` stays as it was."""
+    support = take_support(z_nV, ids_nK)
+    off_nV = torch.sub(z_nV, support.off_max).mul_(1.0 / temperature).exp_()
+    log_probs_nC, lse_n1 = support_log_probs(support, off_nV.sum(1, keepdim=True), temperature)
+    support.scatter(z_nV, support.values)
+    return log_probs_nC[:, :-1], log_probs_nC[:, -1], lse_n1
+
+
+@_linear_logprobs.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    N = hidden.shape[0]
+    M = 0 if candidate_ids is None else candidate_ids.shape[1]
+    shapes: tuple[Any, ...] = ((N,), (N,), (N, top_k), (N, top_k), (N,), (N, M), (N,))
+    return tuple(hidden.new_empty(shape, dtype=torch.int64 if i == 2 else dtype) for i, shape in enumerate(shapes))

@@ -1,0 +1,161 @@
+"""A run's result as rows, and those rows as a table for the terminal or as plain lines. The page shows the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bbopd.report.load import RunData, load_run
+
+STAGE_TITLES = {"start": "start", "cold_start": "cold start", "end": "end"}
+KL_NOTE = "KL in nats per response token at temperature 1; forward: KL(teacher‖student), reverse: KL(student‖teacher)"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One figure of an evaluation; ``is_share`` ones lie in [0, 1] and are shown in percent."""
+
+    key: str
+    title: str
+    unit: str
+    is_share: bool = False
+
+
+MEASURES = (
+    Measure("bits_per_byte", "Bits per byte, held-out text", "bits/byte"),
+    Measure("kl_rollouts", "Forward KL, own rollouts", "nats/token"),
+    Measure("kl_held_out", "Forward KL, held-out text", "nats/token"),
+    Measure("reverse_kl_rollouts", "Reverse KL, own rollouts", "nats/token"),
+    Measure("reverse_kl_held_out", "Reverse KL, held-out text", "nats/token"),
+    Measure("top1_rollouts", "Top-1 agreement, own rollouts", "of tokens", is_share=True),
+    Measure("top1_held_out", "Top-1 agreement, held-out text", "of tokens", is_share=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A measure's text at every stage, its standard errors there, and what changed from the first stage to the last."""
+
+    title: str
+    unit: str
+    values: tuple[str, ...]
+    errors: tuple[str, ...]
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRow:
+    """One activity: tokens that went through it, seconds, tokens per second, share of the run's time."""
+
+    title: str
+    tokens: str
+    seconds: str
+    speed: str
+    share: str
+
+
+def stage_titles(data: RunData) -> list[str]:
+    return [STAGE_TITLES.get(str(line.get("stage")), f"step {line.get('step', '?')}") for line in data.stages]
+
+
+def result_rows(data: RunData) -> list[Row]:
+    """The measures that any stage has, in the order of `MEASURES`."""
+    stages = data.stages
+    rows = []
+    for measure in MEASURES:
+        numbers = [line.get(measure.key) for line in stages]
+        if any(number is not None for number in numbers):
+            values = tuple(_text(number, measure) for number in numbers)
+            errors = tuple(_text((line.get("standard_errors") or {}).get(measure.key), measure) for line in stages)
+            is_bucketed = measure.unit == "nats/token" and any(line.get("kl_is_bucketed") for line in stages)
+            title = measure.title + (" (bucketed)" if is_bucketed else "")
+            rows.append(Row(title, measure.unit, values, errors, change(numbers, is_share=measure.is_share)))
+    return rows
+
+
+def speed_rows(data: RunData) -> list[SpeedRow]:
+    """Where the time went, longest first."""
+    seconds = _numbers(data.summary.get("seconds"))
+    speeds = _numbers(data.summary.get("tokens_per_second"))
+    tokens = _numbers(data.summary.get("tokens"))
+    # the summary counts tokens by what was done to them, seconds by the doing
+    tokens_of = {"sampling": tokens.get("sampled"), "scoring": tokens.get("scored"), "training": tokens.get("trained")}
+    total = sum(seconds.values())
+    names = sorted({*seconds, *speeds}, key=lambda name: -seconds.get(name, 0.0))
+    return [
+        SpeedRow(
+            name.replace("_", " "),
+            "" if tokens_of.get(name) is None else f"{tokens_of[name]:,.0f}",
+            f"{seconds[name]:,.1f}" if name in seconds else "",
+            f"{speeds[name]:,.0f}" if name in speeds else "",
+            f"{seconds[name] / total:.0%}" if name in seconds and total > 0 else "",
+        )
+        for name in names
+    ]
+
+
+def change(numbers: Sequence[float | None], *, is_share: bool) -> str:
+    """From the first known number to the last: relative in percent, or, for a share, in percentage points."""
+    known = [number for number in numbers if number is not None]
+    if len(known) < 2:
+        return ""
+    first, last = known[0], known[-1]
+    if is_share:
+        return f"{100 * (last - first):+.1f} points"
+    return f"{100 * (last / first - 1):+.1f}%" if first else ""
+
+
+def result_table(run: RunData | str | Path) -> Table:
+    """The result for a terminal: every measure at start, after the cold start and at the end, with its change."""
+    data = run if isinstance(run, RunData) else load_run(run)
+    table = Table(
+        title=f"Result of {data.name} ({data.status})", title_justify="left", caption=KL_NOTE, caption_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("Measure")
+    for title in stage_titles(data):
+        table.add_column(title, justify="right")
+    table.add_column("change", justify="right", style="bold")
+    for row in result_rows(data):
+        table.add_row(row.title, *row.values, row.change)
+    return table
+
+
+def speed_table(run: RunData | str | Path) -> Table:
+    """Where the time went, for a terminal."""
+    data = run if isinstance(run, RunData) else load_run(run)
+    table = Table(title="Where the time went", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("Activity")
+    for title in ("tokens", "seconds", "tokens/s", "share"):
+        table.add_column(title, justify="right")
+    for row in speed_rows(data):
+        table.add_row(row.title, row.tokens, row.seconds, row.speed, row.share)
+    return table
+
+
+def plain_lines(run: RunData | str | Path) -> list[str]:
+    """Both tables as lines of text, for a log."""
+    data = run if isinstance(run, RunData) else load_run(run)
+    lines = [f"result of {data.name} ({data.status}): {' -> '.join(stage_titles(data)) or 'no evaluation'}"]
+    for row in result_rows(data):
+        lines.append(
+            f"{row.title}: {' -> '.join(value or '-' for value in row.values)} {row.unit}" + (f" ({row.change})" if row.change else "")
+        )
+    for speed in speed_rows(data):
+        parts = [f"{speed.seconds} s" if speed.seconds else "", speed.share, f"{speed.speed} tokens/s" if speed.speed else ""]
+        lines.append(f"{speed.title}: {', '.join(part for part in parts if part)}")
+    return lines
+
+
+def _text(number: float | None, measure: Measure) -> str:
+    if number is None:
+        return ""
+    return f"{number:.1%}" if measure.is_share else f"{number:.3f}"
+
+
+def _numbers(mapping: Any) -> dict[str, float]:
+    return {str(key): float(value) for key, value in (mapping or {}).items() if isinstance(value, int | float)}

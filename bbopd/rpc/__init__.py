@@ -1,0 +1,1 @@
+"""The wire: messages, limits, the server of a teacher, and the client's channel to one."""

@@ -1,0 +1,175 @@
+"""One answer to `Score`: a signal cut into chunks by the server, and put together again by the client.
+
+Shape suffixes: ``L`` response tokens of one rollout, ``V`` vocabulary, ``K`` top-k, ``M`` candidates.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from bbopd.errors import BadAnswerError
+from bbopd.rpc import teacher_pb2 as pb
+from bbopd.rpc.backend import CandidateRollout
+from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
+from bbopd.rpc.signals import check_signal, signal_temperature
+from bbopd.types import Rollout, SignalSpec, TeacherSignal
+
+__all__ = ["CHUNK_BYTES", "SignalAssembler", "answer_bytes", "payload_bytes", "signal_chunks"]
+
+CHUNK_BYTES = 3 * 2**19
+"""Payload of one chunk, about: messages of 1 to 2 MiB move fastest."""
+
+_TENSORS = ("logits", "ids", "logprobs", "log_tail", "sampled")  # in the order of their field numbers
+
+
+def answer_bytes(rollout: Rollout, want: SignalSpec, vocab_size: int) -> int:
+    """Bytes that an answer takes on the wire (a full one as float16)."""
+    id_bytes = 2 if vocab_size <= 2**16 else 4
+    width = rollout.candidate_ids.shape[1] if isinstance(rollout, CandidateRollout) and rollout.candidate_ids is not None else 0
+    row_bytes = {
+        "full": 2 * vocab_size,
+        "topk": min(want.top_k, vocab_size) * (id_bytes + 2) + 8,
+        "candidates": 2 * width + 8,
+        "sampled": 4,
+    }[want.level]
+    return len(rollout) * row_bytes
+
+
+def payload_bytes(message: pb.SignalChunk) -> int:
+    """What a chunk takes of the byte credit: its tensors' data."""
+    return sum(tensor_bytes(getattr(message, name)) for name in _TENSORS if message.HasField(name))
+
+
+def signal_chunks(
+    request_id: int, rollout: Rollout, signal: TeacherSignal, vocab_size: int, resume_from: int = 0
+) -> Iterator[tuple[pb.ScoreResponse, int]]:
+    """Cut a checked signal into chunks of whole rows, from row ``resume_from``, each with its payload in bytes; made one at a time.
+
+    Each is filled in inside the response that carries it: protobuf copies a message that is put into another.
+    """
+    arrays = _wire_arrays(signal, vocab_size)
+    digest = input_sha256(rollout, SignalSpec(signal.level, signal.temperature))
+    row_bytes = sum(array[:1].nbytes for array in arrays.values())
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(resume_from, len(rollout), step):
+        stop = min(start + step, len(rollout))
+        response = pb.ScoreResponse()
+        chunk = response.chunk
+        chunk.request_id, chunk.level, chunk.temperature = request_id, LEVEL_NUMBERS[signal.level], signal.temperature
+        chunk.position, chunk.rows, chunk.total_rows = start, stop - start, len(rollout)
+        chunk.input_sha256 = digest
+        for name, array in arrays.items():
+            fill_tensor(getattr(chunk, name), array[start:stop])
+            chunk.crc32 = zlib.crc32(array[start:stop].data, chunk.crc32)
+        yield response, (stop - start) * row_bytes
+
+
+def _wire_arrays(signal: TeacherSignal, vocab_size: int) -> dict[str, np.ndarray]:
+    """The arrays that travel at this level, in their compact dtypes."""
+    arrays: dict[str, np.ndarray] = {}
+    if signal.logits is not None:
+        arrays["logits"] = np.ascontiguousarray(signal.logits)
+    if signal.ids is not None and signal.level == "topk":  # candidates are known to the one who chose them
+        arrays["ids"] = signal.ids.astype(np.uint16 if vocab_size <= 2**16 else np.int32, order="C")
+    if signal.logprobs is not None:
+        arrays["logprobs"] = signal.logprobs.astype(np.float16, order="C")
+    if signal.log_tail is not None:
+        arrays["log_tail"] = np.ascontiguousarray(signal.log_tail)
+    if signal.sampled is not None:
+        arrays["sampled"] = np.ascontiguousarray(signal.sampled)
+    return arrays
+
+
+class SignalAssembler:
+    """Takes the chunks of one answer in order, checks every row, and gives the signal.
+
+    Parameters
+    ----------
+    rollout, want : what was asked.
+    vocab_size : V of the teacher.
+    request : how messages name the request.
+    """
+
+    def __init__(self, rollout: Rollout, want: SignalSpec, vocab_size: int, request: str) -> None:
+        self.position = 0
+        """Rows taken so far: where to resume after a broken stream."""
+        self._rollout = rollout
+        self._want = want
+        self._vocab_size = vocab_size
+        self._request = request
+        self._digest = input_sha256(rollout, want)
+        self._target_ids = np.array(rollout.token_ids, np.int32)
+        self._arrays: dict[str, np.ndarray] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        return self.position == len(self._rollout)
+
+    def add(self, chunk: pb.SignalChunk) -> None:
+        """Take the next rows. Raises `BadAnswerError` naming the request and the value, and is of no further use then."""
+        try:
+            self._check_header(chunk)
+            rows = self._decode(chunk)
+            check_signal(rows, self._want, self._target_ids[self.position : self.position + chunk.rows], self._vocab_size, self.position)
+        except ValueError as error:
+            raise BadAnswerError(f"{self._request}: the answer {error}") from None
+        self._store(rows, chunk.rows)
+        self.position += chunk.rows
+
+    def signal(self) -> TeacherSignal:
+        """The whole answer. Logprobs are float32, and the mass of every row is 1."""
+        assert self.is_complete, "every chunk must be there"
+        arrays = dict(self._arrays)
+        if self._want.level == "candidates":
+            assert isinstance(self._rollout, CandidateRollout)
+            arrays["ids"] = np.ascontiguousarray(self._rollout.candidate_ids, np.int32)
+        return TeacherSignal(self._want.level, signal_temperature(self._want), **arrays)
+
+    def _check_header(self, chunk: pb.SignalChunk) -> None:
+        length = len(self._rollout)
+        if chunk.position != self.position or chunk.rows < 1 or chunk.position + chunk.rows > length or chunk.total_rows != length:
+            raise ValueError(
+                f"brings rows {chunk.position}..{chunk.position + chunk.rows} of {chunk.total_rows}, "
+                f"expected from {self.position} on, of {length}"
+            )
+        if chunk.level != LEVEL_NUMBERS[self._want.level]:
+            raise ValueError(f"has level {chunk.level}, asked was {LEVEL_NUMBERS[self._want.level]} ({self._want.level})")
+        if chunk.input_sha256 != self._digest:
+            raise ValueError(f"is about other tokens: input_sha256 {chunk.input_sha256.hex()[:16]}…, expected {self._digest.hex()[:16]}…")
+
+    def _decode(self, chunk: pb.SignalChunk) -> TeacherSignal:
+        """The rows as they came: views of the message's bytes, verified by the checksum."""
+        arrays: dict[str, np.ndarray] = {}
+        checksum = 0
+        for name in _TENSORS:
+            if chunk.HasField(name):
+                arrays[name] = decode_tensor(getattr(chunk, name), name)
+                checksum = zlib.crc32(arrays[name].data, checksum)
+        if checksum != chunk.crc32:
+            raise ValueError(f"was damaged on its way: crc32 {checksum:#010x}, expected {chunk.crc32:#010x}")
+        if "ids" in arrays:
+            arrays["ids"] = arrays["ids"].astype(np.int32)  # NumPy also sorts these several times faster than uint16
+        if self._want.level == "candidates":
+            assert isinstance(self._rollout, CandidateRollout)
+            assert self._rollout.candidate_ids is not None
+            arrays["ids"] = self._rollout.candidate_ids[self.position : self.position + chunk.rows].astype(np.int32, copy=False)
+        return TeacherSignal(self._want.level, chunk.temperature, **arrays)
+
+    def _store(self, rows: TeacherSignal, count: int) -> None:
+        arrays = {name: getattr(rows, name) for name in _TENSORS if getattr(rows, name) is not None}
+        if rows.logprobs is not None and rows.log_tail is not None:
+            logprobs = rows.logprobs.astype(np.float32)
+            log_mass = np.log(np.exp(logprobs).sum(axis=1) + np.exp(rows.log_tail))
+            arrays["logprobs"], arrays["log_tail"] = logprobs - log_mass[:, None], rows.log_tail - log_mass
+        if self._want.level == "candidates":
+            del arrays["ids"]
+        for name, array in arrays.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.empty((len(self._rollout), *array.shape[1:]), array.dtype)
+            kept = self._arrays[name]
+            if kept.dtype != array.dtype:
+                raise BadAnswerError(f"{self._request}: {name} came as {kept.dtype} and then as {array.dtype}")
+            kept[self.position : self.position + count] = array

@@ -1,0 +1,295 @@
+"""The nouns of `bbopd.types` to and from the messages of ``bbopd.v1`` (all but answers to `Score`: see `answers`).
+
+A decoder raises `ValueError` naming the field and the value; its caller knows whose message it was.
+Shape suffixes: ``L`` response tokens of one rollout, ``M`` candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bbopd.rpc import teacher_pb2 as pb
+from bbopd.rpc.backend import CandidateRollout
+from bbopd.rpc.limits import Code, RefusedError
+from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
+
+__all__ = [
+    "LEVEL_NUMBERS",
+    "PROTOCOL_VERSION",
+    "decode_completion",
+    "decode_failure",
+    "decode_info",
+    "decode_item",
+    "decode_prompt",
+    "decode_sampling",
+    "decode_tensor",
+    "encode_completion",
+    "encode_failure",
+    "encode_info",
+    "encode_item",
+    "encode_prompt",
+    "encode_sampling",
+    "encode_tensor",
+    "fill_tensor",
+    "input_sha256",
+    "tensor_bytes",
+]
+
+PROTOCOL_VERSION = 1
+"""The only version there is; both sides speak the range from it to itself."""
+
+LEVEL_NUMBERS: dict[Level, pb.Level] = {level: pb.Level.Value(f"LEVEL_{level.upper()}") for level in LEVELS}
+_LEVELS: dict[int, Level] = {number: level for level, number in LEVEL_NUMBERS.items()}
+_TAILS = {pb.TAIL_EXACT: "exact", pb.TAIL_DERIVED: "derived", pb.TAIL_NONE: "none"}
+_FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_CODES: dict[Code, pb.FailureCode] = {
+    code: pb.FailureCode.Value(f"FAILURE_CODE_{code.upper()}")
+    for code in ("invalid", "too_long", "not_offered", "bad_signal", "internal", "unavailable")
+}
+_DTYPES: dict[pb.Dtype, np.dtype[Any]] = {
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_UINT16: np.dtype("<u2"),
+}
+_DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def encode_tensor(array: np.ndarray) -> pb.Tensor:
+    """``array`` (float16, float32, int32 or uint16) as little-endian bytes in C order."""
+    message = pb.Tensor()
+    fill_tensor(message, array)
+    return message
+
+
+def fill_tensor(message: pb.Tensor, array: np.ndarray) -> None:
+    """Write ``array`` into a message in place: a tensor handed to a constructor would be copied once more."""
+    dtype = array.dtype.newbyteorder("<")
+    message.dtype = _DTYPE_NUMBERS[dtype]
+    message.shape.extend(array.shape)
+    message.data = array.astype(dtype, copy=False).tobytes()
+
+
+def tensor_bytes(message: pb.Tensor) -> int:
+    """Length of a tensor's data by its shape, without touching (copying) the data; 0 where the dtype is unknown."""
+    dtype = _DTYPES.get(message.dtype)
+    return math.prod(message.shape) * dtype.itemsize if dtype is not None else 0
+
+
+def decode_tensor(message: pb.Tensor, name: str) -> np.ndarray:
+    """A read-only view of the message's bytes. Raises `ValueError` where dtype, shape and length do not agree."""
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None:
+        raise ValueError(f"{name} has unknown dtype {message.dtype}")
+    shape, data = tuple(message.shape), message.data
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{name} has {len(data)} bytes, {dtype.name} {list(shape)} needs {math.prod(shape) * dtype.itemsize}")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _decode_ids(message: pb.Tensor, name: str) -> tuple[int, ...]:
+    ids = decode_tensor(message, name)
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise ValueError(f"{name} is {ids.dtype} {list(ids.shape)}, expected int32 [tokens]")
+    return tuple(ids.tolist())
+
+
+def _lookup(table: dict[Key, Value], key: Key, name: str) -> Value:
+    if key not in table:
+        raise ValueError(f"{name} {key!r} is not one this version knows: {', '.join(str(known) for known in table)}")
+    return table[key]
+
+
+# ---------------------------------------------------------------- who a teacher is
+
+
+def encode_info(info: TeacherInfo) -> pb.GetInfoResponse:
+    message = pb.TeacherInfo(
+        model=info.model,
+        revision=info.revision,
+        weights_version=info.weights_version,
+        vocab_size=info.vocab_size,
+        vocab_sha256=info.vocab_sha256,
+        tokenizer_sha256=info.tokenizer_sha256,
+        chat_template_sha256=info.chat_template_sha256,
+        max_sequence_tokens=info.max_sequence_tokens,
+        max_request_tokens=info.max_request_tokens,
+        price_per_million_tokens=info.price_per_million_tokens,
+        currency=info.currency,
+    )
+    numbers = {name: number for number, name in _TAILS.items()}
+    for offer in info.offers:
+        message.offers.add(
+            level=LEVEL_NUMBERS[offer.level],
+            max_top_k=offer.max_top_k,
+            temperature_min=offer.temperature_min,
+            temperature_max=offer.temperature_max,
+            tail=numbers[offer.tail],
+        )
+    return pb.GetInfoResponse(protocol_min=PROTOCOL_VERSION, protocol_max=PROTOCOL_VERSION, info=message)
+
+
+def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
+    """Raises `ValueError` for what no teacher can be: no vocabulary, a hash that is none, temperatures that are no range."""
+    if message.vocab_size < 1:
+        raise ValueError("vocab_size is 0")
+    if not math.isfinite(message.price_per_million_tokens) or message.price_per_million_tokens < 0:
+        raise ValueError(f"price_per_million_tokens is {message.price_per_million_tokens}")
+    hashes = {name: getattr(message, name) for name in ("vocab_sha256", "tokenizer_sha256", "chat_template_sha256")}
+    for name, value in hashes.items():
+        if value and not re.fullmatch("[0-9a-f]{64}", value):
+            raise ValueError(f"{name} {value!r} is not a SHA-256 in lowercase hex")
+    offers = []
+    for offer in message.offers:
+        if not 0 < offer.temperature_min <= offer.temperature_max < math.inf:
+            raise ValueError(f"temperatures {offer.temperature_min}..{offer.temperature_max} are no range")
+        level, tail = _lookup(_LEVELS, offer.level, "level"), _lookup(_TAILS, offer.tail, "tail")
+        offers.append(Offer(level, offer.max_top_k, offer.temperature_min, offer.temperature_max, tail))  # type: ignore[arg-type]
+    return TeacherInfo(
+        model=message.model,
+        vocab_size=message.vocab_size,
+        offers=tuple(offers),
+        revision=message.revision,
+        weights_version=message.weights_version,
+        max_sequence_tokens=message.max_sequence_tokens,
+        max_request_tokens=message.max_request_tokens,
+        price_per_million_tokens=message.price_per_million_tokens,
+        currency=message.currency,
+        **hashes,
+    )
+
+
+# ---------------------------------------------------------------- one rollout to score
+
+
+def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0) -> pb.ScoreRequest:
+    item = pb.ScoreItem(
+        request_id=request_id,
+        rollout_id=rollout.rollout_id,
+        token_ids=encode_tensor(np.array(rollout.all_ids, np.int32)),
+        prompt_tokens=len(rollout.prompt.token_ids),
+        want=pb.SignalSpec(level=LEVEL_NUMBERS[want.level], temperature=want.temperature, top_k=want.top_k),
+        resume_from=resume_from,
+    )
+    candidates = _candidates(rollout, want)
+    if candidates is not None:
+        item.candidate_ids.CopyFrom(encode_tensor(candidates))
+    return pb.ScoreRequest(item=item)
+
+
+def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
+    """The rollout, what is wanted of it, and the first row wanted. Values are for `limits` to check."""
+    ids = _decode_ids(item.token_ids, "token_ids")
+    if item.prompt_tokens > len(ids):
+        raise ValueError(f"prompt_tokens {item.prompt_tokens} is more than the {len(ids)} token_ids")
+    prompt, answer = Prompt("", ids[: item.prompt_tokens]), ids[item.prompt_tokens :]
+    if answer and item.resume_from >= len(answer):
+        raise ValueError(f"resume_from {item.resume_from} leaves nothing of {len(answer)} response tokens")
+    level = _lookup(_LEVELS, item.want.level, "level")
+    want = SignalSpec(level, item.want.temperature, item.want.top_k)
+    if level != "candidates":
+        if item.HasField("candidate_ids"):
+            raise ValueError(f"candidate_ids come with level {level!r}: they belong to 'candidates' alone")
+        return Rollout(item.rollout_id, prompt, answer), want, item.resume_from
+    candidates = decode_tensor(item.candidate_ids, "candidate_ids")
+    if candidates.dtype != np.int32:
+        raise ValueError(f"candidate_ids are {candidates.dtype}, expected int32")
+    return CandidateRollout(item.rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
+
+
+def input_sha256(rollout: Rollout, want: SignalSpec) -> bytes:
+    """SHA-256 of what is scored: length of the prompt, all ids, then the candidate ids where there are any, as int32."""
+    digest = hashlib.sha256(np.array([len(rollout.prompt.token_ids), *rollout.all_ids], "<i4").tobytes())
+    candidates = _candidates(rollout, want)
+    if candidates is not None:
+        digest.update(candidates.astype("<i4", copy=False).tobytes())
+    return digest.digest()
+
+
+def _candidates(rollout: Rollout, want: SignalSpec) -> np.ndarray | None:
+    if want.level != "candidates":
+        return None
+    assert isinstance(rollout, CandidateRollout), "check_rollout comes first"
+    assert rollout.candidate_ids is not None, "check_rollout comes first"
+    return rollout.candidate_ids.astype(np.int32, copy=False)
+
+
+def encode_failure(request_id: int, error: RefusedError) -> pb.ItemFailure:
+    return pb.ItemFailure(
+        request_id=request_id,
+        code=_CODES[error.code],
+        message=str(error),
+        retryable=error.is_retryable,
+        retry_after_seconds=error.retry_after,
+    )
+
+
+def decode_failure(message: pb.ItemFailure) -> RefusedError:
+    codes = {number: code for code, number in _CODES.items()}
+    retry_after = message.retry_after_seconds if 0 < message.retry_after_seconds < math.inf else 0.0
+    return RefusedError(codes.get(message.code, "internal"), message.message, is_retryable=message.retryable, retry_after=retry_after)
+
+
+# ---------------------------------------------------------------- the teacher's own text
+
+
+def encode_sampling(sampling: Sampling) -> pb.Sampling:
+    return pb.Sampling(
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+
+
+def decode_sampling(message: pb.Sampling) -> Sampling:
+    return Sampling(
+        max_new_tokens=message.max_new_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def encode_prompt(request_id: int, prompt: Prompt) -> pb.GeneratePrompt:
+    return pb.GeneratePrompt(
+        request_id=request_id, prompt_id=prompt.prompt_id, token_ids=encode_tensor(np.array(prompt.token_ids, np.int32))
+    )
+
+
+def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
+    return Prompt(message.prompt_id, _decode_ids(message.token_ids, "token_ids"))
+
+
+def encode_completion(request_id: int, completion: Completion) -> pb.GeneratedText:
+    return pb.GeneratedText(
+        request_id=request_id,
+        token_ids=encode_tensor(np.array(completion.token_ids, np.int32)),
+        text=completion.text,
+        finish_reason=_FINISH[completion.finish_reason],
+    )
+
+
+def decode_completion(message: pb.GeneratedText, prompt: Prompt, sampling: Sampling, vocab_size: int) -> Completion:
+    ids = _decode_ids(message.token_ids, "token_ids")
+    if len(ids) > sampling.max_new_tokens:
+        raise ValueError(f"completion has {len(ids)} tokens, asked were at most {sampling.max_new_tokens}")
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"completion holds token ids {min(ids)}..{max(ids)}, outside the vocabulary of {vocab_size} entries")
+    reasons = {number: reason for reason, number in _FINISH.items()}
+    return Completion(prompt, ids, message.text, _lookup(reasons, message.finish_reason, "finish_reason"))

@@ -1,0 +1,105 @@
+"""Whether an array of numbers is what a teacher may say of a rollout. Used on what a model gives and on what arrives.
+
+Shape suffixes: ``L`` response tokens (here: rows), ``V`` vocabulary, ``K`` top-k, ``M`` candidates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bbopd.types import SignalSpec, TeacherSignal
+
+__all__ = ["MASS_TOLERANCE", "check_signal", "signal_temperature"]
+
+MASS_TOLERANCE = 2e-3
+"""Largest |sum p + tail - 1|: float16 logprobs leave that much, a wrong temperature or a lost tail far more."""
+
+_ABOVE_ZERO = 1e-4  # a logprob of 0, as float32 sums round it
+
+
+def signal_temperature(want: SignalSpec) -> float:
+    """The temperature an answer to ``want`` is at: raw logits are at 1, whatever was asked."""
+    return 1.0 if want.level == "full" else want.temperature
+
+
+def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray, vocab_size: int, first_row: int = 0) -> None:
+    """Check rows ``first_row …`` of an answer against what was asked.
+
+    Parameters
+    ----------
+    signal : rows of the answer, float16 or float32.
+    target_ids : [L] int, the response tokens of these rows.
+    vocab_size : V.
+    first_row : number of the first row, for messages.
+
+    Raises
+    ------
+    ValueError : naming the row and the value.
+    """
+    rows = len(target_ids)
+    if signal.level != want.level or signal.temperature != signal_temperature(want):
+        raise ValueError(f"is {signal.level} at temperature {signal.temperature}, asked was {want.level} at {signal_temperature(want)}")
+    if want.level == "full":
+        _check_logits(_expect(signal.logits, "logits", (rows, vocab_size), (np.float16, np.float32)), first_row)
+        return
+    sampled = _expect(signal.sampled, "sampled", (rows,), (np.float32,))
+    _reject(np.isnan(sampled) | (sampled > _ABOVE_ZERO), sampled, "sampled logprob", first_row)
+    if want.level == "sampled":
+        return
+    width = min(want.top_k, vocab_size) if want.level == "topk" else -1
+    ids = _expect(signal.ids, "ids", (rows, width), (np.int32,))
+    logprobs = _expect(signal.logprobs, "logprobs", ids.shape, (np.float16, np.float32)).astype(np.float32, copy=False)
+    log_tail = _expect(signal.log_tail, "log_tail", (rows,), (np.float32,))
+    _reject(np.isnan(logprobs) | (logprobs > _ABOVE_ZERO), logprobs, "logprob", first_row)
+    _reject(np.isnan(log_tail) | (log_tail > _ABOVE_ZERO), log_tail, "log_tail", first_row)
+    if want.level == "topk":
+        _reject((ids < 0) | (ids >= vocab_size), ids, f"id outside the vocabulary of {vocab_size}:", first_row)
+        ordered = np.sort(ids, axis=1)
+        _reject(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], "id given twice:", first_row)
+        _reject(logprobs[:, 1:] > logprobs[:, :-1], logprobs[:, 1:], "logprob out of falling order:", first_row)
+    mass = np.exp(logprobs).sum(axis=1) + np.exp(log_tail)
+    _reject(np.abs(mass - 1.0) > MASS_TOLERANCE, mass, "total probability is not 1:", first_row)
+    _check_own_token(ids, logprobs, sampled, target_ids, first_row)
+
+
+def _check_logits(logits: np.ndarray, first_row: int) -> None:
+    """NaN-free and with a maximum of exactly 0 in every row: as integers, since NumPy compares float16 sixty times slower.
+
+    Read as signed integers, what is above zero (NaN of that sign too) is positive; read as unsigned ones, NaN of the other
+    sign lies above −inf.
+    """
+    signed, unsigned, minus_inf = (np.int16, np.uint16, 0xFC00) if logits.dtype == np.float16 else (np.int32, np.uint32, 0xFF800000)
+    row_max = logits.view(signed).max(axis=1)
+    if row_max.any() or logits.view(unsigned).max() > minus_inf:
+        shown = logits.astype(np.float32).max(axis=1)  # NaN wins
+        _reject(np.isnan(shown) | (row_max != 0), shown, "logits must have a maximum of 0, this row's is", first_row)
+
+
+def _check_own_token(ids: np.ndarray, logprobs: np.ndarray, sampled: np.ndarray, target_ids: np.ndarray, first_row: int) -> None:
+    """The response token's own logprob is told twice where it is among the ids: the two disagree in an answer that slipped by a row."""
+    row, column = np.nonzero(ids == np.asarray(target_ids)[:, None])
+    told, own = logprobs[row, column], sampled[row]
+    with np.errstate(invalid="ignore"):  # -inf against -inf agrees
+        apart = (told != own) & ~(np.abs(told - own) <= MASS_TOLERANCE + 2.0**-10 * np.minimum(np.abs(told), np.abs(own)))
+    if apart.any():
+        at = int(apart.argmax())
+        raise ValueError(
+            f"says {told[at]:.5g} for response token {first_row + int(row[at])} among its ids and {own[at]:.5g} for the same token "
+            "by itself: the rows do not belong to this rollout"
+        )
+
+
+def _expect(array: np.ndarray | None, name: str, shape: tuple[int, ...], dtypes: tuple[type, ...]) -> np.ndarray:
+    if array is None:
+        raise ValueError(f"has no {name}")
+    fits = array.ndim == len(shape) and all(want in (have, -1) for have, want in zip(array.shape, shape, strict=True))
+    if not fits or array.dtype not in dtypes:
+        expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"has {name} {array.dtype} {list(array.shape)}, expected {expected} {list(shape)}")
+    return array
+
+
+def _reject(bad: np.ndarray, values: np.ndarray, what: str, first_row: int) -> None:
+    if bad.any():
+        where = np.unravel_index(int(bad.argmax()), bad.shape)
+        raise ValueError(f"{what} {values[where].item():.6g} at response token {first_row + int(where[0])}")

@@ -1,0 +1,18 @@
+"""The trainer: packed batches in, weight updates and metrics out. It knows no teacher, no engine and no prompt."""
+
+from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.optimizer import build_optimizer, parameter_groups
+from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
+from bbopd.trainer.step import StepMetrics, Trainer
+
+__all__ = [
+    "StepMetrics",
+    "Trainer",
+    "build_optimizer",
+    "latest_checkpoint",
+    "learning_rate_at",
+    "load_checkpoint",
+    "loss_weights_at",
+    "parameter_groups",
+    "save_checkpoint",
+]

@@ -1,0 +1,288 @@
+"""Checkpoints that a crash cannot spoil: written aside, synced, renamed, and only then named by ``latest``.
+
+Layout, below the root of a run's checkpoints::
+
+    latest                      one line: the folder to resume from
+    step-00000100/
+        model/                  Hugging Face format, with the tokenizer
+        optimizer.safetensors   AdamW moments, keys ``<moment>/<parameter name>``
+        state.json              the caller's counters, and the random number generators
+        manifest.json           size and CRC-32 of every other file; written last
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bbopd.errors import CheckpointError
+from bbopd.modeling.load import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LATEST = "latest"
+_MANIFEST = "manifest.json"
+_ASIDE = ".tmp-"  # being written, or being removed: never a checkpoint
+_SPARE_BYTES = 16 * 2**20  # tokenizer, JSON, file system
+_CHUNK_BYTES = 2**22
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, point ``latest`` at it, and drop all but the newest ``keep``.
+
+    Parameters
+    ----------
+    state
+        Whatever JSON can hold: counters, data position. The generators of torch, Python and NumPy are added.
+
+    Returns
+    -------
+    Path
+        The new folder. A step saved twice gets a folder of its own each time, so no moment is without a whole checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        Too little disk space (said before anything is written), or the disk refuses. Earlier checkpoints stay as they are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    _require_space(root, _bytes_to_write(model, optimizer))
+    folder = _free_name(root, step)
+    aside = root / f"{_ASIDE}{folder.name}"
+    with _explained(root, aside):
+        aside.mkdir()
+        with quiet():
+            model.save_pretrained(aside / "model")
+            tokenizer.save_pretrained(aside / "model")
+        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"state": state, "generators": _generator_states()}, allow_nan=False))
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
+        (aside / _MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        for path in (*files, aside / _MANIFEST, aside / "model", aside):
+            _sync(path)
+        aside.rename(folder)
+        _sync(root)
+        _point(root, folder)
+    _retire(root, folder, keep)
+    return folder
+
+
+def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model, optimizer and random number generators back as they were, and return the caller's state.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, cut short or altered, or belongs to another model. Model and optimizer are untouched.
+    """
+    _verify(folder)
+    try:
+        saved = json.loads((folder / "state.json").read_text())
+        with quiet():
+            source = type(model).from_pretrained(folder / "model", dtype=model.dtype).state_dict()
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); {_way_out(folder)}") from error
+    target = model.state_dict()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    recorded = {key.partition("/")[2] for key in moments}
+    if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in target.items()} or not recorded <= names:
+        raise CheckpointError(f"{folder} holds another model than the one to be trained: set output to a new folder, or student.model back")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+    _restore_optimizer(model, optimizer, moments)
+    _restore_generators(saved["generators"])
+    return dict(saved["state"])
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint to resume from: what ``latest`` names, or the newest whole one where that is gone; None without any."""
+    if not root.is_dir():
+        return None
+    pointer = root / _LATEST
+    if pointer.is_file():
+        folder = root / pointer.read_text().strip()
+        if (folder / _MANIFEST).is_file() and folder.parent == root:
+            return folder
+    return next((folder for folder in reversed(_checkpoints(root)) if (folder / _MANIFEST).is_file()), None)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Oldest first: by step, then by the count of saves of that step."""
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: (path.stem, int(path.suffix[1:] or 1)))
+
+
+def _free_name(root: Path, step: int) -> Path:
+    first = root / f"step-{step:08d}"
+    taken = [path for path in _checkpoints(root) if path.stem == first.name]
+    return root / f"{first.name}.{int(taken[-1].suffix[1:] or 1) + 1}" if taken else first
+
+
+def _point(root: Path, folder: Path) -> None:
+    pointer = root / f"{_ASIDE}{_LATEST}"
+    pointer.write_text(folder.name + "\n")
+    _sync(pointer)
+    pointer.replace(root / _LATEST)
+    _sync(root)
+
+
+def _retire(root: Path, newest: Path, keep: int) -> None:
+    others = [path for path in _checkpoints(root) if path != newest]
+    for path in others[: max(0, len(others) + 1 - keep)]:
+        aside = root / f"{_ASIDE}{path.name}"
+        path.rename(aside)  # a removal cut short must not look like a checkpoint
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob(f"{_ASIDE}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise CheckpointError(
+            f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space, or lower train.keep_checkpoints; "
+            "earlier checkpoints are whole"
+        )
+
+
+@contextmanager
+def _explained(root: Path, aside: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        hint = "the disk is full: free some space" if full else "check the disk and the permissions"
+        raise CheckpointError(
+            f"the checkpoint could not be written below {root} ({error}): {hint}; earlier checkpoints are whole"
+        ) from error
+
+
+# ---------------------------------------------------------------- integrity
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _verify(folder: Path) -> None:
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / _MANIFEST} is missing or damaged ({error}); {_way_out(folder)}") from error
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise CheckpointError(f"{path} is missing; {_way_out(folder)}")
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short; {_way_out(folder)}")
+        if _crc32(path) != entry["crc32"]:
+            raise CheckpointError(f"{path} was altered after it was written (CRC-32 differs); {_way_out(folder)}")
+
+
+def _way_out(folder: Path) -> str:
+    earlier = [path for path in _checkpoints(folder.parent) if path != folder and (path / _MANIFEST).is_file()]
+    if not earlier:
+        return f"there is no other checkpoint in {folder.parent}: start again with another output folder"
+    return f"remove {folder} to resume from {earlier[-1]}"
+
+
+# ---------------------------------------------------------------- contents
+
+
+def _bytes_to_write(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    moments = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
+    return sum(weights.values()) + moments + _SPARE_BYTES
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{moment}/{name}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in moments.items():
+        moment, _, name = key.partition("/")
+        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
+
+
+def _generator_states() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    legacy = np.random.get_state(legacy=False)
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "cuda": [base64.b64encode(one.numpy().tobytes()).decode() for one in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
+        "python": [version, list(internal), gauss],
+        "numpy": {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}},
+    }
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(states["torch"]))
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor(one) for one in states["cuda"]])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    legacy = states["numpy"]
+    np.random.set_state({**legacy, "state": {**legacy["state"], "key": np.array(legacy["state"]["key"], dtype=np.uint32)}})

@@ -1,0 +1,196 @@
+"""One optimizer step: packed micro-batches forward, fused loss, backward, a checked update, and what to report of it.
+
+Shape suffixes: ``P`` packed tokens, ``N`` response tokens (rows of the loss), ``D`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bbopd.config import ObjectiveConfig, TrainConfig
+from bbopd.errors import TrainingError
+from bbopd.modeling import output_head, packed_attention, packed_hidden
+from bbopd.objectives import Objective
+from bbopd.trainer.optimizer import build_optimizer
+from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
+from bbopd.types import DistillBatch, DistillLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one update did. Losses are nats a token, means over the valid tokens of the whole step."""
+
+    step: int  # updates done, this one included
+    loss: float
+    ce: float  # before its weight; 0 without labels
+    kd: float  # before its weight, with T² where the objective scales by it; 0 without a signal
+    lr: float
+    grad_norm: float  # before clipping
+    ce_weight: float
+    kd_weight: float
+    tokens: int  # response tokens
+    labelled_tokens: int  # those with a label: CE's mean is over them
+    signal_tokens: int  # those with a teacher's signal: KD's mean is over them
+    rollout_tokens: int  # those that the student wrote
+    packed_tokens: int  # prompts included
+    seconds: float
+    teacher_tail_mass: float | None  # mean mass outside the teacher's ids; None where it gives whole distributions
+    floored: int  # logprobs of the teacher that a reverse term read as their floor
+
+
+class Trainer:
+    """Holds a model, its optimizer and its place in the schedules; between steps the model is in eval mode, ready to generate.
+
+    Parameters
+    ----------
+    model
+        float32 causal language model, trained in place.
+    objective
+        Gives the loss of a batch.
+    planned_steps
+        Length of the run, for schedules given as fractions.
+    compute_dtype
+        torch.bfloat16 multiplies matrices in bfloat16 by autocast; masters and optimizer stay float32.
+    activation_checkpointing
+        Keep only layer inputs and run each layer again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        *,
+        train: TrainConfig,
+        objective_config: ObjectiveConfig,
+        planned_steps: int,
+        compute_dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.train = train
+        self.objective_config = objective_config
+        self.planned_steps = planned_steps
+        self.compute_dtype = compute_dtype
+        self.optimizer = build_optimizer(model, train)
+        self.head = output_head(model)
+        self.steps_done = 0
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.eval()
+
+    def train_step(self, micro_batches: Sequence[DistillBatch]) -> StepMetrics:
+        """Update the weights once on all of ``micro_batches``; how the tokens are split over them does not change the update.
+
+        Raises
+        ------
+        TrainingError
+            The loss or the gradient is NaN or infinite. Weights and optimizer are as they were before the call.
+        """
+        started = time.perf_counter()
+        labelled = sum(int((batch.labels != _IGNORED).sum()) for batch in micro_batches)
+        signals = [_signalled_tokens(batch) for batch in micro_batches]
+        signalled = sum(signals)
+        ce_weight, kd_weight = loss_weights_at(self.steps_done, self.planned_steps, self.objective_config)
+        normalizer = (float(max(1, labelled)), float(max(1, signalled)))
+        totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.model.device))
+        self.model.train()
+        try:
+            for micro_batch, signal in zip(micro_batches, signals, strict=True):
+                batch = _to_device(micro_batch, self.model.device)
+                result = self._backward(batch, ce_weight, kd_weight, normalizer)
+                totals["loss"] += result.loss.detach()
+                totals["ce"] += (result.ce * batch.token_weight).sum() / normalizer[0]
+                totals["kd"] += (result.kd * batch.token_weight).sum() / normalizer[1]
+                totals["floored"] += result.metrics.get("floored", 0)
+                if signal and "teacher_tail_mass" in result.metrics:
+                    totals["teacher_tail_mass"] += result.metrics["teacher_tail_mass"] * (signal / signalled)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+            loss = self._finite(totals["loss"], grad_norm)
+            lr = learning_rate_at(self.steps_done, self.planned_steps, self.train)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.eval()
+        self.steps_done += 1
+        return StepMetrics(
+            step=self.steps_done,
+            loss=loss,
+            ce=totals["ce"].item(),
+            kd=totals["kd"].item(),
+            lr=lr,
+            grad_norm=grad_norm.item(),
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            tokens=sum(batch.response_tokens for batch in micro_batches),
+            labelled_tokens=labelled,
+            signal_tokens=signalled,
+            rollout_tokens=sum(batch.rollout_tokens for batch in micro_batches),
+            packed_tokens=sum(batch.packed_tokens for batch in micro_batches),
+            seconds=time.perf_counter() - started,
+            teacher_tail_mass=totals["teacher_tail_mass"].item() if "teacher_tail_mass" in totals else None,
+            floored=int(totals["floored"].item()),
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and float32 tensors of the model as they are now, for a rollout engine; a tied weight comes once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def _backward(self, batch: DistillBatch, ce_weight: float, kd_weight: float, normalizer: tuple[float, float]) -> DistillLoss:
+        device_type = self.model.device.type
+        with packed_attention(self.model):
+            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+                hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
+                result = self.objective.loss(
+                    hidden_PD[batch.target_rows],
+                    self.head.weight_VD,
+                    batch,
+                    ce_weight=ce_weight,
+                    kd_weight=kd_weight,
+                    normalizer=normalizer,
+                    bias=self.head.bias,
+                    logit_scale=self.head.logit_scale,
+                    logit_softcap=self.head.logit_softcap,
+                )
+            result.loss.backward()
+        return result
+
+    def _finite(self, loss: Tensor, grad_norm: Tensor) -> float:
+        for what, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):
+            if not torch.isfinite(torch.tensor(value)):
+                raise TrainingError(
+                    f"the {what} of update {self.steps_done + 1} is {value}, so the update was not applied: lower train.lr, lengthen "
+                    "train.warmup, or look at the teacher's answers; the last checkpoint holds the weights from before"
+                )
+        return loss.item()
+
+
+def _signalled_tokens(batch: DistillBatch) -> int:
+    if batch.teacher is None:
+        return 0
+    return batch.response_tokens if batch.teacher.valid is None else int(batch.teacher.valid.sum())
+
+
+def _to_device(item: Any, device: torch.device) -> Any:
+    """The same frozen dataclass with its tensors, and those of the dataclasses in it, on ``device``."""
+    if isinstance(item, Tensor):
+        return item.to(device, non_blocking=True)
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        return item
+    return dataclasses.replace(item, **{f.name: _to_device(getattr(item, f.name), device) for f in dataclasses.fields(item)})

@@ -1,0 +1,251 @@
+"""The command line as a user has it: real processes, a real teacher behind gRPC, Ctrl-C, SIGKILL, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from bbopd.cli.demo import token_budgets
+from bbopd.cli.main import main
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+
+WORDS = [
+    "the",
+    "thing",
+    "in",
+    "the",
+    "inner",
+    "theory",
+    "then",
+    "thins",
+    "into",
+    "nothing",
+    "and",
+    "thereby",
+    "the",
+    "other",
+    "end",
+    "begins",
+    "again",
+    "within",
+    "this",
+    "thin",
+    "line",
+]
+
+
+def bbopd(*words: str, **keywords) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "bbopd", *words], capture_output=True, text=True, timeout=240, check=False, env=environment(), **keywords
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("model"), tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    documents = [" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)]
+    path.write_text("\n\n\n".join(documents))
+    return path
+
+
+def write_config(folder: Path, model: Path, text: Path, **sections) -> Path:
+    config = {
+        "student": {"model": str(model), "init": {"keep_layers": [0, 3]}},
+        "teacher": {"serve": {"model": str(model)}, "timeout": 60, "start_timeout": 120},
+        "rollouts": {"per_update": 8, "max_new_tokens": 16},
+        "objective": {"ramp": 0.2},
+        "train": {
+            "batch_tokens": 64,
+            "micro_batch_tokens": 128,
+            "max_seq_len": 64,
+            "lr": 1e-3,
+            "cold_start_tokens": 150,
+            "on_policy_tokens": 400,
+            "checkpoint_every": 2,
+        },
+        "data": {"prompts": [{"text": str(text)}], "prompt_tokens": 8, "response_tokens": 16},
+        "eval": {"sequences": 4, "rollouts": 4, "max_new_tokens": 8},
+        "output": str(folder / "run"),
+    }
+    for name, values in sections.items():
+        config[name] = {**config.get(name, {}), **values}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def steps(run: Path) -> list[dict]:
+    if not (run / "metrics.jsonl").exists():
+        return []
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["ce"], line["kd"], line["rollout_tokens"]) for line in steps(run)]
+
+
+def measures(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["bits_per_byte"], line["kl_held_out"], line["kl_rollouts"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(model, text, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One uninterrupted run, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = bbopd("distill", str(write_config(folder, model, text)))
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = "import sys; from bbopd.cli.main import build_parser; build_parser().format_help(); sys.exit(bool({'torch','pydantic','numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    started = time.process_time()
+    best = min(_seconds_of_help() for _ in range(5))
+    assert best < 0.3, f"bbopd --help took {best:.2f} s (this test itself used {time.process_time() - started:.2f} s)"
+
+
+def _seconds_of_help() -> float:
+    before = os.times()
+    result = bbopd("--help")
+    after = os.times()
+    assert "distill" in result.stdout
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_a_run_trains_evaluates_and_leaves_everything(finished):
+    run, result = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert {"sampling", "scoring", "training"} <= set(summary["tokens_per_second"])
+    assert [stage for stage, *_ in measures(run)] == ["start", "cold_start", "end"]
+    first, *_, last = steps(run)
+    assert last["loss"] < first["loss"]
+    student = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert student.config.num_hidden_layers == 2
+    report = (run / "report.html").read_text()
+    assert "<svg" in report
+    assert f"{measures(run)[-1][1]:.3f}" in report
+    assert "bits/byte" in result.stdout
+    assert str(run / "model") in result.stdout
+    assert json.loads((run / "run.json").read_text())["config"]["student"]["model"]
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, text, tmp_path):
+    whole, _ = finished
+    config = write_config(tmp_path, model, text)
+    run = tmp_path / "run"
+    for lines in (1, 5, 9):  # in the cold start, after it, in the middle
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bbopd", "distill", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+        )
+        deadline = time.monotonic() + 120
+        while len(steps(run)) < lines and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read().decode()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    result = bbopd("distill", str(config))
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == losses(whole)
+    assert measures(run) == measures(whole)
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_goes_on(finished, model, text, tmp_path):
+    whole, _ = finished
+    config = write_config(tmp_path, model, text, train={"checkpoint_every": 1000})
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bbopd", "distill", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while len(steps(run)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "goes on from there" in output
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert (run / "report.html").exists()
+    assert (run / "checkpoints" / "latest").exists()
+    assert bbopd("distill", str(config)).returncode == 0
+    assert losses(run) == losses(whole)
+
+
+def test_a_finished_run_is_not_overwritten(finished, model, text):
+    run, _ = finished
+    result = bbopd("distill", str(run.parent / "run.yaml"))
+    assert result.returncode == 2
+    assert "finished run" in result.stderr
+
+
+def test_top_k_at_temperature_1_is_one_line(model, text, tmp_path):
+    config = write_config(tmp_path, model, text, train={"on_policy_tokens": 100, "cold_start_tokens": 0})
+    result = bbopd("distill", str(config), "--set", "teacher.topk=32", "--set", "objective.temperature=1")
+    assert result.returncode == 0, result.stderr
+    assert all(line["kd"] >= 0 for line in steps(tmp_path / "run"))
+
+
+def test_sft_runs_without_a_teacher(model, text, tmp_path):
+    config = write_config(tmp_path, model, text, objective={"name": "sft"}, train={"labelled_tokens": 200, "cold_start_tokens": 0})
+    data = yaml.safe_load(config.read_text())
+    del data["teacher"]
+    config.write_text(yaml.safe_dump(data))
+    result = bbopd("distill", str(config))
+    assert result.returncode == 0, result.stderr
+    assert all(line["kd"] == 0 and line["rollout_tokens"] == 0 for line in steps(tmp_path / "run"))
+    assert measures(tmp_path / "run")[-1][1] < measures(tmp_path / "run")[0][1]
+
+
+def test_bad_input_is_named_before_anything_is_spent(model, text, tmp_path, capsys):
+    config = str(write_config(tmp_path, model, text))
+    other = save_folder(tmp_path / "other", tiny_llama(vocab_size=300), tiny_tokenizer())
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    cases = [
+        (["--set", "train.lrr=1"], 2, ["did you mean train.lr?"]),
+        (["--set", f"student.model={tmp_path / 'no_model'}"], 2, ["no_model"]),
+        (["--set", f"data.prompts=[{{jsonl: {tmp_path / 'empty.jsonl'}}}]"], 2, ["empty.jsonl"]),
+        (["--set", "teacher.serve=null", "--set", "teacher.target=grpc://127.0.0.1:9"], 3, ["127.0.0.1:9"]),
+        (["--set", f"teacher.serve.model={other}"], 3, ["300", "262"]),
+        (["--set", "train.max_seq_len=100000"], 2, ["100000", "256"]),
+        (["--set", "student.init.keep_layers=[0, 9]"], 2, ["9", "4"]),
+    ]
+    for number, (words, status, expected) in enumerate(cases):
+        found = main(["distill", config, "--set", f"output={tmp_path / f'bad{number}'}", *words])
+        errors = capsys.readouterr().err
+        assert found == status, (words, errors)
+        for word in expected:
+            assert word in errors, (words, errors)
+        assert not steps(tmp_path / f"bad{number}")
+
+
+def test_the_demo_sizes_itself_between_its_bounds():
+    slow, fast = token_budgets(480, 1e9), token_budgets(480, 1e15)
+    assert slow == token_budgets(0, 1e15)
+    assert all(small < large for small, large in zip(slow, fast, strict=True))
+    middle = token_budgets(480, 1e11)
+    assert all(small <= between <= large for small, between, large in zip(slow, middle, fast, strict=True))

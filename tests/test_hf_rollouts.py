@@ -1,0 +1,276 @@
+"""The transformers engine against full forward passes without a cache, and its sampler against an exact inverse transform."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterable
+
+import numpy as np
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from bbopd.errors import DataError, ModelError
+from bbopd.rollouts.hf import HFEngine
+from bbopd.rollouts.sampling import draw_uniforms, sample_tokens
+from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling
+from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
+
+EOS = 2
+
+
+async def stream(prompts: Iterable[Prompt]) -> AsyncIterator[Prompt]:
+    for prompt in prompts:
+        yield prompt
+
+
+def write(engine: HFEngine, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
+    async def collect() -> list[Rollout]:
+        return [rollout async for rollout in engine.generate(stream(prompts), sampling)]
+
+    return sorted(asyncio.run(collect()), key=lambda rollout: rollout.draw)
+
+
+def make_prompts(lengths: list[int], seed: int = 0, vocab_size: int = 320) -> list[Prompt]:
+    random = np.random.default_rng(seed)
+    return [Prompt(f"p{i}", tuple(random.integers(3, vocab_size, length).tolist())) for i, length in enumerate(lengths)]
+
+
+def engine_for(model: torch.nn.Module, eos: tuple[int, ...] = (EOS,), **options: object) -> HFEngine:
+    return HFEngine(model, eos_token_ids=eos, pad_token_id=0, **options)
+
+
+def exact_logprobs(model: torch.nn.Module, rollout: Rollout) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([rollout.all_ids])).logits[0].double() / rollout.temperature
+    rows = logits.log_softmax(-1)[len(rollout.prompt.token_ids) - 1 : -1]
+    return rows[torch.arange(len(rollout)), torch.tensor(rollout.token_ids)].numpy()
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("vocab_size", [3, 256, 257, 1000])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampler_is_the_inverse_transform(vocab_size: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 3 * torch.randn(2000, vocab_size, generator=generator)
+    uniforms = torch.rand(2000, generator=generator, dtype=torch.float64)
+    p = (logits.double() / temperature).softmax(-1)
+    cdf = p.cumsum(-1)
+    ids, logprobs = sample_tokens(logits.clone(), uniforms, Sampling(1, temperature=temperature))
+    upper = cdf.gather(1, ids[:, None])[:, 0]
+    lower = upper - p.gather(1, ids[:, None])[:, 0]
+    assert (uniforms <= upper + 2e-6).all()
+    assert (uniforms >= lower - 2e-6).all()
+    torch.testing.assert_close(logprobs.double(), p.gather(1, ids[:, None])[:, 0].log(), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 1.0), (8, 0.5), (1, 1.0), (5000, 0.9)])
+def test_top_k_and_top_p_draw_from_the_renormalised_rest(top_k: int, top_p: float) -> None:
+    z = np.random.default_rng(3).normal(size=300) * 2
+    p = np.exp(z) / np.exp(z).sum()
+    order = np.argsort(-p)[: top_k or None]
+    within = p[order] / p[order].sum()
+    kept = order[: int(np.searchsorted(np.cumsum(within), top_p - 1e-12)) + 1]
+    q = np.zeros(300)
+    q[kept] = p[kept] / p[kept].sum()
+
+    count = 20_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    logits = torch.tensor(z, dtype=torch.float32).repeat(count, 1)
+    ids, logprobs = sample_tokens(logits, uniforms, Sampling(1, top_k=top_k, top_p=top_p))
+    assert set(ids.tolist()) <= set(kept.tolist())
+    shares = np.bincount(ids.numpy(), minlength=300) / count
+    np.testing.assert_allclose(shares, q, atol=1.5 / count)
+    np.testing.assert_allclose(logprobs.numpy(), np.log(q[ids.numpy()]), atol=1e-5)
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits = torch.full((4, 600), -torch.inf)
+    logits[:, [0, 255, 256, 599]] = 0.0
+    uniforms = torch.tensor([0.0, 0.2499999, 0.5, 1.0 - 2**-53], dtype=torch.float64).clamp(max=1 - 1e-12)
+    ids, logprobs = sample_tokens(logits, uniforms, Sampling(1))
+    assert ids.tolist() == [0, 0, 256, 599]
+    np.testing.assert_allclose(logprobs.numpy(), np.log(0.25), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_logits_that_are_not_finite_are_refused(value: float, top_k: int) -> None:
+    logits = torch.zeros(2, 300)
+    logits[1, 7] = value
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        sample_tokens(logits, torch.tensor([0.5, 0.5]).double(), Sampling(1, top_k=top_k))
+
+
+def test_streams_of_draws_differ_and_repeat() -> None:
+    assert torch.equal(draw_uniforms(-1, 2, 50), draw_uniforms(-1, 2, 50))
+    assert torch.equal(draw_uniforms(1, 2, 50), draw_uniforms(1, 2, 50))
+    assert torch.equal(draw_uniforms(1, 2, 50)[:20], draw_uniforms(1, 2, 20))
+    streams = torch.stack([draw_uniforms(seed, draw, 50) for seed in range(3) for draw in range(3)])
+    assert len(torch.unique(streams)) == 9 * 50
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def tiny_mistral(seed: int) -> MistralForCausalLM:
+    """Sliding windows with SDPA and grouped queries."""
+    config = tiny_llama().config.to_dict() | {"sliding_window": 5, "architectures": None, "model_type": "mistral"}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MistralForCausalLM(MistralConfig(**config)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2, tiny_gemma2, tiny_mistral])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_logprobs_are_those_of_a_full_forward_pass(make: type, temperature: float) -> None:
+    model = make(seed=1)
+    prompts = make_prompts([1, 9, 4, 4, 12, 2], seed=5)
+    prompts += [prompts[1], prompts[4]]
+    rollouts = write(engine_for(model, eos=tuple(range(2, 12))), prompts, Sampling(24, temperature=temperature, seed=4))
+    assert [rollout.rollout_id for rollout in rollouts] == [f"{prompt.prompt_id}#{i}" for i, prompt in enumerate(prompts)]
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout, prompt in zip(rollouts, prompts, strict=True):
+        assert rollout.prompt is prompt
+        assert rollout.temperature == temperature
+        assert rollout.logprobs is not None
+        assert rollout.logprobs.dtype == np.float32
+        np.testing.assert_allclose(rollout.logprobs, exact_logprobs(model, rollout), atol=2e-4)
+
+
+def test_tokens_are_those_of_a_plain_loop_without_cache() -> None:
+    model = tiny_llama(seed=2)
+    prompts = make_prompts([7, 3, 3, 11], seed=6)
+    sampling = Sampling(15, seed=9)
+    for draw, rollout in enumerate(write(engine_for(model), prompts, sampling)):
+        ids = list(prompts[draw].token_ids)
+        for u in draw_uniforms(sampling.seed, draw, sampling.max_new_tokens).tolist():
+            with torch.no_grad():
+                p = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+            ids.append(int(torch.searchsorted(p.cumsum(-1), u)))
+            if ids[-1] == EOS:
+                break
+        assert rollout.all_ids == tuple(ids)
+
+
+def test_neighbours_in_the_batch_change_nothing() -> None:
+    model = tiny_llama(seed=3)
+    prompts = make_prompts([5, 20, 5, 1, 8, 13, 5], seed=7)
+    sampling = Sampling(20, seed=1)
+    together = write(engine_for(model, eos=tuple(range(2, 20))), prompts, sampling)
+    assert len({len(rollout) for rollout in together}) > 2
+    for options in ({"max_batch": 1}, {"max_batch": 3}, {"max_batch_tokens": 60}):
+        apart = write(engine_for(model, eos=tuple(range(2, 20)), **options), prompts, sampling)
+        assert [r.token_ids for r in apart] == [r.token_ids for r in together]
+    assert [r.token_ids for r in write(engine_for(model), prompts, Sampling(20, seed=2))] != [r.token_ids for r in together]
+
+
+def test_one_prompt_asked_twice_gets_two_answers() -> None:
+    (prompt,) = make_prompts([6])
+    first, second = write(engine_for(tiny_llama()), [prompt, prompt], Sampling(12))
+    assert first.token_ids != second.token_ids
+
+
+def test_an_answer_ends_with_its_stop_token_and_nothing_after() -> None:
+    stops = set(range(2, 60))
+    rollouts = write(
+        engine_for(tiny_llama(), eos=tuple(range(2, 30))), make_prompts([4] * 12), Sampling(10, stop_token_ids=tuple(range(30, 60)))
+    )
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        assert not stops & set(rollout.token_ids[:-1])
+        assert (rollout.token_ids[-1] in stops) == (rollout.finish_reason == "stop")
+        assert len(rollout) == 10 or rollout.finish_reason == "stop"
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_llama()
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    implementation = model.config._attn_implementation
+    write(engine_for(model), make_prompts([4, 6]), Sampling(3))
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == implementation
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="diverged"):
+        write(engine_for(model), make_prompts([4, 6]), Sampling(3))
+    assert [module.training for module in model.modules()] == modes
+    loss = model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum()
+    loss.backward()
+
+
+def test_bfloat16_compute_keeps_the_weights() -> None:
+    model = tiny_llama()
+    rollouts = write(engine_for(model, compute_dtype=torch.bfloat16), make_prompts([5, 8]), Sampling(10))
+    assert next(model.parameters()).dtype == torch.float32
+    for rollout in rollouts:
+        np.testing.assert_allclose(rollout.logprobs, exact_logprobs(model, rollout), atol=0.3)
+
+
+async def test_rollouts_arrive_while_others_are_written_and_closing_stops_the_thread() -> None:
+    engine = engine_for(tiny_llama(max_positions=4096), eos=tuple(range(3, 40)))
+    before = threading.active_count()
+    rollouts = engine.generate(stream(make_prompts([4] * 16)), Sampling(3000))
+    first = await anext(rollouts)
+    assert first.finish_reason == "stop"
+    await rollouts.aclose()  # type: ignore[attr-defined]
+    assert not engine._in_use.locked()
+    assert threading.active_count() <= before + 1  # the executor's own idle thread
+    assert not engine.model.training
+
+
+async def test_cancelling_stops_the_thread_and_weights_can_change_between_rollouts() -> None:
+    engine = engine_for(tiny_llama(max_positions=4096), eos=())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await anext(engine.generate(stream(make_prompts([4] * 16)), Sampling(3000)))
+    assert not engine._in_use.locked()
+    async for rollout in engine.generate(stream(make_prompts([4, 5])), Sampling(3)):
+        assert rollout.weights_version == 0
+        await asyncio.wait_for(engine.load_weights([], 1), timeout=30)
+    assert engine.version == 1
+
+
+async def test_prompts_are_checked_before_anything_is_written() -> None:
+    engine = engine_for(tiny_llama(max_positions=32))
+    for prompt, message in (
+        (Prompt("long", tuple(range(3, 28))), "prompt long has 25 tokens.*8.*32"),
+        (Prompt("none", ()), "none is empty"),
+    ):
+        with pytest.raises(DataError, match=message):
+            await anext(engine.generate(stream([prompt]), Sampling(8)))
+    assert [
+        len(r) async for r in engine_for(engine.model, eos=()).generate(stream([Prompt("fits", tuple(range(3, 27)))]), Sampling(8))
+    ] == [8]
+    with pytest.raises(ValueError, match="must be positive"):
+        await anext(engine.generate(stream([]), Sampling(8, temperature=0.0)))
+
+
+async def test_no_prompts_no_rollouts() -> None:
+    assert [r async for r in engine_for(tiny_llama()).generate(stream([]), Sampling(4))] == []
+
+
+async def test_weights_are_copied_in_and_versioned() -> None:
+    engine, other = engine_for(tiny_llama(seed=0)), tiny_llama(seed=8)
+    assert isinstance(engine, RolloutEngine)
+    addresses = {name: p.data_ptr() for name, p in engine.model.named_parameters()}
+    await engine.load_weights(other.named_parameters(), 3)
+    assert {name: p.data_ptr() for name, p in engine.model.named_parameters()} == addresses
+    (prompt,) = make_prompts([5])
+    sampling = Sampling(8, seed=1)
+    (mine,) = [r async for r in engine.generate(stream([prompt]), sampling)]
+    (theirs,) = [r async for r in engine_for(other).generate(stream([prompt]), sampling)]
+    assert mine.token_ids == theirs.token_ids
+    assert (mine.weights_version, theirs.weights_version) == (3, 0)
+    await engine.load_weights(engine.model.named_parameters(), 4)
+    assert engine.version == 4
+    with pytest.raises(ModelError, match="nowhere"):
+        await engine.load_weights([("nowhere", torch.zeros(1))], 5)
+    with pytest.raises(ModelError, match="shape"):
+        await engine.load_weights([("model.norm.weight", torch.zeros(1))], 5)
+    assert engine.version == 4

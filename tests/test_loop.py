@@ -1,0 +1,281 @@
+"""The loop over a tiny real student, a fake engine and a fake teacher: budgets, order, stopping, failing, going on."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from bbopd.config import FiltersConfig, RunConfig
+from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.data.prompts import PromptStream
+from bbopd.errors import ConfigError, TeacherError, TrainingError
+from bbopd.objectives import make_objective
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.gate import RolloutGate
+from bbopd.pipeline.loop import Loop, Parts
+from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.progress import SilentProgress
+from bbopd.pipeline.state import RunState
+from bbopd.pipeline.timing import Timeline
+from bbopd.rollouts.fake import FakeEngine
+from bbopd.rollouts.hf import HFEngine
+from bbopd.teachers.fake import FakeBackend, FakeTeacher
+from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.step import Trainer
+from bbopd.types import Prompt
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+VOCAB = 262
+
+
+def run_config(output, **sections) -> RunConfig:
+    base = {
+        "student": {"model": "unused"},
+        "teacher": {"target": "grpc://localhost:1"},
+        "rollouts": {"per_update": 8, "samples_per_prompt": 2, "max_new_tokens": 12, "on_policy_fraction": 0.5},
+        "objective": {"temperature": 1.0, "ramp": 0.2},
+        "train": {
+            "batch_tokens": 48,
+            "micro_batch_tokens": 64,
+            "max_seq_len": 64,
+            "lr": 1e-3,
+            "cold_start_tokens": 100,
+            "on_policy_tokens": 200,
+            "checkpoint_every": 2,
+        },
+        "data": {"prompt_tokens": 6, "response_tokens": 10},
+        "output": str(output),
+    }
+    for name, values in sections.items():
+        base[name] = {**base[name], **values}
+    return RunConfig.model_validate(base)
+
+
+def prompts(count: int = 24) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", tuple((7 * i + j) % 250 + 3 for j in range(6)), tuple((5 * i + 3 * j) % 250 + 3 for j in range(10)))
+        for i in range(count)
+    ]
+
+
+class Watcher(SilentProgress):
+    """Does something at one step."""
+
+    def __init__(self, rig, step, action) -> None:
+        self.rig, self.step, self.action = rig, step, action
+
+    def advance(self, metrics, budget) -> None:
+        if metrics["step"] == self.step:
+            self.action(self.rig)
+
+
+class Rig:
+    """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
+
+    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None) -> None:
+        self.config = config
+        self.folder = RunFolder.open(config, command="test")
+        self.stop = asyncio.Event()
+        self.evaluated: list[tuple[str, int]] = []
+        model = tiny_llama(vocab_size=VOCAB)
+        objective = make_objective(config.objective)
+        trainer = Trainer(model, objective, train=config.train, objective_config=config.objective, planned_steps=config.planned_steps)
+        state = RunState()
+        checkpoint = latest_checkpoint(self.folder.checkpoints)
+        if checkpoint is not None:
+            state = RunState.from_json(load_checkpoint(checkpoint, model=model, optimizer=trainer.optimizer))
+            trainer.steps_done = state.step
+        self.resumed_from = state.step
+        self.engine = engine or HFEngine(model, eos_token_ids=(2,), pad_token_id=0)
+        self.log = RejectedLog(self.folder.rejected)
+
+        def save(now: RunState) -> None:
+            save_checkpoint(
+                self.folder.checkpoints,
+                now.step,
+                model=model,
+                tokenizer=tiny_tokenizer(),
+                optimizer=trainer.optimizer,
+                state=now.to_json(),
+                keep=2,
+            )
+
+        self.parts = Parts(
+            trainer=trainer,
+            engine=self.engine,
+            prompts=PromptStream(prompts(), config.train.seed),
+            gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=1, reject_duplicates=False), (2,)), self.log, state.rejected),
+            teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
+            want=objective.signal(config.teacher),
+            save=save,
+        )
+        self.metrics = RunMetrics(self.folder, from_step=state.step)
+
+        async def record(stage: str, step: int) -> Mapping[str, object]:
+            self.evaluated.append((stage, step))
+            return {"stage": stage, "step": step, "bits_per_byte": 1.0}
+
+        self.loop = Loop(
+            config,
+            self.parts,
+            state,
+            metrics=self.metrics,
+            timeline=Timeline(),
+            progress=Watcher(self, *(at_step or (0, None))),
+            evaluate=record,
+            stop=self.stop,
+        )
+
+    async def run(self) -> str:
+        try:
+            return await self.loop.run()
+        finally:
+            self.metrics.close()
+            self.log.close()
+
+    def losses(self) -> list[tuple[int, float, float, float]]:
+        return [(line["step"], line["loss"], line["ce"], line["kd"]) for line in self.folder.read_lines("metrics.jsonl")]
+
+
+async def test_budgets_phases_and_books(tmp_path):
+    rig = Rig(run_config(tmp_path / "run"))
+    assert await rig.run() == "finished"
+    lines = rig.folder.read_lines("metrics.jsonl")
+    cold = [line for line in lines if line["phase"] == "cold_start"]
+    main = [line for line in lines if line["phase"] == "on_policy"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert sum(line["rollout_tokens"] for line in cold) == 0
+    assert sum(line["labelled_tokens"] for line in cold) == rig.loop.state.cold_start_tokens >= 100
+    assert sum(line["rollout_tokens"] for line in main) == rig.loop.state.on_policy_tokens == main[-1]["on_policy_tokens"] >= 200
+    # the last cycle is the one that spent the budget: without it, it was not spent
+    last_cycle = [line for line in main if line["cycle"] == main[-1]["cycle"]]
+    assert rig.loop.state.on_policy_tokens - sum(line["rollout_tokens"] for line in last_cycle) < 200
+    assert rig.evaluated == [("start", 0), ("cold_start", cold[-1]["step"]), ("end", lines[-1]["step"])]
+    assert rig.loop.state.scored_tokens == rig.loop.state.trained_tokens == sum(line["tokens"] for line in lines)
+    assert rig.engine.version == lines[-1]["step"]
+
+
+async def test_a_stop_saves_and_the_same_command_reaches_the_same_losses(tmp_path):
+    whole = Rig(run_config(tmp_path / "whole"))
+    await whole.run()
+
+    config = run_config(tmp_path / "parts")
+    first = Rig(config, at_step=(3, lambda rig: rig.stop.set()))
+    assert await first.run() == "stopped"
+    second = Rig(config)
+    assert second.resumed_from >= 3
+    assert await second.run() == "finished"
+    assert second.losses() == whole.losses()
+    assert ("start", 0) not in second.evaluated
+
+
+async def test_what_a_lost_checkpoint_did_not_hold_is_done_again(tmp_path):
+    whole = Rig(run_config(tmp_path / "whole"))
+    await whole.run()
+    config = run_config(tmp_path / "killed")
+
+    def die(rig):
+        raise KeyboardInterrupt  # the process ends here: nothing more is saved
+
+    killed = Rig(config, at_step=(6, die))
+    with pytest.raises(KeyboardInterrupt):
+        await killed.run()
+    again = Rig(config)
+    assert again.resumed_from < 6
+    assert await again.run() == "finished"
+    assert again.losses() == whole.losses()
+
+
+class _LongWriter(FakeEngine):
+    """Never ends a rollout, so that only a stop request can end the cycle."""
+
+    async def generate(self, prompts, sampling):
+        async for _ in prompts:
+            await asyncio.sleep(3600)
+        yield  # pragma: no cover
+
+
+async def test_a_stop_while_sampling_drops_the_cycle_at_once(tmp_path):
+    config = run_config(tmp_path / "run", train={"cold_start_tokens": 0})
+    rig = Rig(config, engine=_LongWriter(VOCAB, eos_token_id=2))
+    asyncio.get_running_loop().call_later(0.3, rig.stop.set)
+    assert await asyncio.wait_for(rig.run(), timeout=20) == "stopped"
+    assert rig.loop.state == RunState(seconds=rig.loop.state.seconds)
+    assert rig.losses() == []
+
+
+async def test_a_dying_teacher_is_an_error_with_the_work_kept(tmp_path):
+    config = run_config(tmp_path / "run", train={"checkpoint_every": 100})
+    rig = Rig(config, teacher=FakeTeacher(FakeBackend(VOCAB, die_after=20)))
+    with pytest.raises(TeacherError):
+        await rig.run()
+    kept = latest_checkpoint(rig.folder.checkpoints)
+    assert kept is not None
+    assert json.loads((kept / "state.json").read_text())["state"]["step"] == rig.losses()[-1][0] > 0
+    again = Rig(config)
+    assert await again.run() == "finished"
+
+
+async def test_rollouts_that_are_all_rejected_end_the_run(tmp_path):
+    config = run_config(tmp_path / "run", train={"cold_start_tokens": 0})
+    rig = Rig(config)
+    gate = RolloutGate(RolloutFilter(FiltersConfig(min_tokens=1000), (2,)), rig.log, {})
+    rig.loop._parts = replace(rig.parts, gate=gate)
+    with pytest.raises(TrainingError, match=r"no rollout passed the filters in 8 cycles.*too_short 32"):
+        await rig.run()
+    assert len(rig.folder.read_lines("rejected.jsonl")) == 32
+
+
+async def test_evaluations_every_n_steps(tmp_path):
+    config = run_config(tmp_path / "run")
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 4})})
+    rig = Rig(config)
+    await rig.run()
+    steps = [step for stage, step in rig.evaluated if stage == "step"]
+    assert steps
+    assert len(steps) <= rig.loop.state.step // 4
+    assert all(later // 4 > earlier // 4 for earlier, later in zip(steps, steps[1:], strict=False))
+
+
+async def test_the_demo_recipe_lowers_the_divergence(tmp_path):
+    config = run_config(tmp_path / "run", train={"on_policy_tokens": 1500, "lr": 5e-3}, objective={"alpha": 0.0, "ramp": 0})
+    rig = Rig(config)
+    await rig.run()
+    kd = [line["kd"] for line in rig.folder.read_lines("metrics.jsonl")]
+    assert sum(kd[-4:]) < 0.8 * sum(kd[:4])
+
+
+def test_another_configuration_is_refused_by_its_first_difference(tmp_path):
+    RunFolder.open(run_config(tmp_path / "run"), command="test")
+    with pytest.raises(ConfigError, match=r"train\.lr = 0\.001, this one has 0\.002"):
+        RunFolder.open(run_config(tmp_path / "run", train={"lr": 2e-3}), command="test")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    folder = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    folder.write_json("summary.json", {"status": "finished"})
+    with pytest.raises(ConfigError, match="finished run"):
+        RunFolder.open(run_config(tmp_path / "run"), command="test")
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    folder = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    (folder.root / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [line["step"] for line in folder.read_lines("metrics.jsonl")] == [1, 2]
+    folder.rewind("metrics.jsonl", 1)
+    assert (folder.root / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_every_second_belongs_to_one_activity():
+    now = [0.0]
+    timeline = Timeline(lambda: now[0])
+    with timeline.activity("training"):
+        now[0] += 3
+        with timeline.activity("saving"):
+            now[0] += 2
+        now[0] += 1
+    now[0] += 4
+    assert timeline.seconds() == {"other": 4.0, "training": 4.0, "saving": 2.0}
+    assert timeline.elapsed == 10.0

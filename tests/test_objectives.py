@@ -1,0 +1,132 @@
+"""Objectives: which teachers they take, which they refuse, and what their loss is."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
+from bbopd.errors import ConfigError, TeacherError, TrainingError
+from bbopd.objectives import OBJECTIVES, make_objective
+from bbopd.types import DIVERGENCES, DistillBatch, FullTeacher, Offer, OpTeacher, SignalSpec, TeacherInfo
+from tests.distill_oracle import compare, draw, logits_of, make_teacher, oracle
+
+
+def batch_of(teacher: OpTeacher | None, labels: torch.Tensor) -> DistillBatch:
+    N = labels.shape[0]
+    rows = torch.arange(N)
+    return DistillBatch(
+        input_ids=rows,
+        position_ids=rows,
+        boundaries=torch.tensor([0, N], dtype=torch.int32),
+        target_rows=rows,
+        target_ids=labels.clamp(min=0),
+        labels=labels,
+        token_weight=torch.linspace(0.5, 1.5, N),
+        teacher=teacher,
+        response_tokens=N,
+        rollout_tokens=0,
+    )
+
+
+def teacher_of(*offers: Offer) -> TeacherInfo:
+    return TeacherInfo(model="tiny", vocab_size=9, offers=offers)
+
+
+def served(**options: object) -> TeacherConfig:
+    return TeacherConfig(serve=ServeConfig(model="tiny"), **options)
+
+
+def test_the_table_holds_every_name_a_config_can_give() -> None:
+    assert set(OBJECTIVES) == {*DIVERGENCES, "sft"}
+    for name in OBJECTIVES:
+        assert make_objective(ObjectiveConfig(name=name)).name == name
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("t2_scaling", [True, False])
+def test_loss_is_the_op_with_the_configured_settings(name: str, t2_scaling: bool) -> None:
+    hidden, weight, generator = draw(4, 9)
+    labels = torch.tensor([1, -100, 8, -100])
+    config = ObjectiveConfig(name=name, temperature=2.0, t2_scaling=t2_scaling, beta=0.3, skew=0.2)
+    batch = batch_of(make_teacher("full", 4, 9, 2.0, generator), labels)
+    ours = make_objective(config).loss(
+        hidden, weight, batch, ce_weight=0.2, kd_weight=0.9, normalizer=(3, 5), logit_scale=1.5, logit_softcap=6.0, bias=torch.ones(9)
+    )
+    theirs, _, _ = oracle(
+        logits_of(hidden, weight, torch.ones(9), 1.5, 6.0), batch.teacher, labels, temperature=2.0, divergence=name, beta=0.3, skew=0.2,
+        t2_scaling=t2_scaling, token_weight=batch.token_weight, normalizer=(3, 5), ce_weight=0.2, kd_weight=0.9,
+    )  # fmt: skip
+    compare(ours.loss, theirs, (hidden, weight), 1e-7)
+
+
+def test_sft_looks_at_labels_alone() -> None:
+    hidden, weight, generator = draw(4, 9)
+    labels = torch.tensor([1, -100, 8, 3])
+    batch = batch_of(make_teacher("full", 4, 9, 1.0, generator), labels)
+    out = make_objective(ObjectiveConfig(name="sft")).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+    theirs, _, _ = oracle(logits_of(hidden, weight), None, labels, token_weight=batch.token_weight, ce_weight=1.0)
+    compare(out.loss, theirs, (hidden, weight), 1e-10)
+    assert make_objective(ObjectiveConfig(name="sft")).signal(served()) is None
+
+
+def test_a_batch_without_a_teacher_is_plain_cross_entropy() -> None:
+    hidden, weight, _ = draw(3, 9)
+    batch = batch_of(None, torch.tensor([1, 2, 3]))
+    out = make_objective(ObjectiveConfig()).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=0.0, normalizer=None)
+    theirs, _, _ = oracle(logits_of(hidden, weight), None, batch.labels, token_weight=batch.token_weight, ce_weight=1.0)
+    compare(out.loss, theirs, (hidden, weight), 1e-10)
+
+
+def test_signal_asks_for_raw_logits_or_for_ids_at_the_temperature() -> None:
+    objective = make_objective(ObjectiveConfig(temperature=2.0))
+    assert objective.signal(served()) == SignalSpec(level="full", temperature=1.0)
+    assert objective.signal(served(topk=32)) == SignalSpec(level="topk", temperature=2.0, top_k=32)
+
+
+def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
+    with pytest.raises(
+        ConfigError, match=r"reverse_kl cannot use teacher.signal topk.*full, candidates, sampled.*forward_kl, jsd, skew_forward_kl"
+    ):
+        make_objective(ObjectiveConfig(name="reverse_kl")).signal(served(topk=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "offer", "want", "message"),
+    [
+        ("forward_kl", Offer("sampled"), SignalSpec("full"), "asks for the full signal, but teacher tiny offers sampled.*fits: reverse_kl"),
+        ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "an objective that fits: sft"),
+        ("forward_kl", Offer("topk", 64), SignalSpec("topk", 2.0, 8), "temperature 2.0, but teacher tiny applies 1.0 to 1.0"),
+        ("jsd", Offer("topk", 20), SignalSpec("topk", 1.0, 64), "top 64 ids a token, but teacher tiny gives at most 20"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(name: str, offer: Offer, want: SignalSpec, message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        make_objective(ObjectiveConfig(name=name)).check(teacher_of(offer), want)
+
+
+def test_a_teacher_that_fits_is_taken() -> None:
+    objective = make_objective(ObjectiveConfig(temperature=2.0))
+    offers = (Offer("full"), Offer("topk", 64, 0.5, 4.0))
+    for config in (served(), served(topk=64)):
+        objective.check(teacher_of(*offers), objective.signal(config))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "sft"])
+def test_a_diverged_student_is_a_training_error(name: str) -> None:
+    hidden, weight, generator = draw(2, 9)
+    batch = batch_of(FullTeacher(torch.randn(2, 9, generator=generator)), torch.tensor([1, 2]))
+    objective = make_objective(ObjectiveConfig(name=name))
+    with pytest.raises(TrainingError, match="hidden states are not finite"):
+        objective.loss(hidden * float("nan"), weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+    with pytest.raises(TrainingError, match="output weights are not finite"):
+        objective.loss(hidden, weight / 0.0, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+
+
+def test_the_example_of_one_step_by_hand_learns() -> None:
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "distill_step.py"))
+    losses = example["main"](steps=12)
+    assert losses[-1] < 0.8 * losses[0]
