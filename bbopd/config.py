@@ -292,16 +292,18 @@ class RunConfig(_Section):
             raise ValueError("a run without rollouts needs train.labelled_tokens or train.total_steps as its budget")
         if rollouts.max_new_tokens >= train.max_seq_len:
             raise ValueError(
-                f"rollouts.max_new_tokens {rollouts.max_new_tokens} leaves no room for a prompt within train.max_seq_len {train.max_seq_len}"
+                f"rollouts.max_new_tokens {rollouts.max_new_tokens} leaves no room for a prompt within train.max_seq_len "
+                f"{train.max_seq_len}"
             )
-        if self.writes_rollouts and not 1 <= self.rollouts_per_cycle:
+        if self.writes_rollouts and self.rollouts_per_cycle < 1:
             raise ValueError(
                 f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all"
             )
         has_ramp = objective.ramp > 0 and objective.name != "sft"
         if has_ramp and rollouts.on_policy_fraction == 1.0 and train.cold_start_tokens == 0:
             raise ValueError(
-                "objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, or on_policy_fraction below 1"
+                "objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, "
+                "or rollouts.on_policy_fraction below 1"
             )
         steps = self.planned_steps
         for key, value in (("objective.ramp", objective.ramp if has_ramp else 0), ("train.warmup", train.warmup)):

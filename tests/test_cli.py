@@ -115,7 +115,10 @@ def finished(model, text, tmp_path_factory) -> tuple[Path, subprocess.CompletedP
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    code = "import sys; from bbopd.cli.main import build_parser; build_parser().format_help(); sys.exit(bool({'torch','pydantic','numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; from bbopd.cli.main import build_parser; build_parser().format_help(); "
+        "sys.exit(bool({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
     started = time.process_time()
     best = min(_seconds_of_help() for _ in range(5))

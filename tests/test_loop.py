@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -236,7 +237,7 @@ async def test_evaluations_every_n_steps(tmp_path):
     steps = [step for stage, step in rig.evaluated if stage == "step"]
     assert steps
     assert len(steps) <= rig.loop.state.step // 4
-    assert all(later // 4 > earlier // 4 for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later // 4 > earlier // 4 for earlier, later in pairwise(steps))
 
 
 async def test_the_demo_recipe_lowers_the_divergence(tmp_path):

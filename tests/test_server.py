@@ -14,7 +14,7 @@ from bbopd.errors import ConfigError
 from bbopd.rpc import teacher_pb2 as pb
 from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
-from bbopd.rpc.codec import decode_info, encode_item, encode_prompt, encode_sampling, encode_tensor
+from bbopd.rpc.codec import decode_info, decode_tensor, encode_item, encode_prompt, encode_sampling, encode_tensor
 from bbopd.rpc.server import SERVICE, start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
@@ -232,6 +232,19 @@ async def test_nothing_is_sent_without_credit():
             await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=payload_bytes(chunk))))
             assembler.add((await reading).chunk)
             await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=2**22)))
+        call.cancel()
+
+
+async def test_an_answer_is_resumed_from_the_row_asked_for():
+    item = Rollout("r", Prompt("p", (1,)), tuple(range(100)))
+    backend = FakeBackend(20_000)
+    async with running(backend) as (_, _, stub):
+        call = await open_stream(stub)
+        await call.write(encode_item(1, item, SignalSpec("full"), resume_from=70))
+        chunk = (await next_answer(call)).chunk
+        assert (chunk.position, chunk.rows, chunk.total_rows) == (70, 30, 100)
+        expected = backend.score([item], SignalSpec("full"))[0].logits[70:]
+        np.testing.assert_array_equal(decode_tensor(chunk.logits, "logits"), expected)
         call.cancel()
 
 

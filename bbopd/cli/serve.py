@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import os
@@ -11,11 +10,12 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bbopd.config import ServeConfig
-from bbopd.config_file import parse_config, read_yaml
 from bbopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bbopd.config import ServeConfig
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.parent_pid is not None:
         threading.Thread(target=_follow_parent, args=(args.parent_pid,), daemon=True, name="bbopd-parent").start()
 
+    import asyncio
+
     from bbopd.rpc.server import require_loopback
     from bbopd.teachers.hf import HFBackend
 
@@ -56,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _configuration(args: argparse.Namespace) -> ServeConfig:
+    from bbopd.config import ServeConfig
+    from bbopd.config_file import parse_config, read_yaml
+
     given: dict[str, Any] = read_yaml(args.config) if args.config else {}
     given.update({key: getattr(args, key) for key in ("model", "host", "port") if getattr(args, key) is not None})
     if "model" not in given and not any(text.startswith("model=") for text in args.overrides):
@@ -64,6 +69,8 @@ def _configuration(args: argparse.Namespace) -> ServeConfig:
 
 
 async def _serve(backend: Any, config: ServeConfig, ready_file: Path | None) -> None:
+    import asyncio
+
     from bbopd.rpc.server import start_server
 
     stopping = asyncio.Event()

@@ -21,15 +21,7 @@ from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.answers import answer_bytes, signal_chunks
 from bbopd.rpc.backend import TeacherBackend
 from bbopd.rpc.channel import channel_options, is_loopback
-from bbopd.rpc.codec import (
-    PROTOCOL_VERSION,
-    decode_item,
-    decode_prompt,
-    decode_sampling,
-    encode_completion,
-    encode_failure,
-    encode_info,
-)
+from bbopd.rpc.codec import PROTOCOL_VERSION, decode_item, decode_prompt, decode_sampling, encode_completion, encode_failure, encode_info
 from bbopd.rpc.limits import RefusedError, check_prompt, check_rollout, check_sampling, check_want
 from bbopd.rpc.scheduler import Answer, Job, Scheduler
 from bbopd.types import Completion, Rollout, SignalSpec, TeacherSignal
@@ -178,6 +170,15 @@ class _ProtocolError(Exception):
         self.code = code
 
 
+def _check_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise _ProtocolError(grpc.StatusCode.FAILED_PRECONDITION, f"protocol {version} is not spoken here, {PROTOCOL_VERSION} is")
+
+
+def _refusal(error: ValueError | RefusedError) -> RefusedError:
+    return error if isinstance(error, RefusedError) else RefusedError("invalid", str(error))
+
+
 class _Outcomes:
     """What one call waits for, and what is ready to be sent to it."""
 
@@ -252,9 +253,7 @@ class _ScoreStream(_Outcomes):
                     raise _ProtocolError(grpc.StatusCode.INVALID_ARGUMENT, "a stream is opened once, by its first message")
                 if kind == "open":
                     is_open = True
-                    if request.open.protocol_version != PROTOCOL_VERSION:
-                        text = f"protocol {request.open.protocol_version} is not spoken here, {PROTOCOL_VERSION} is"
-                        raise _ProtocolError(grpc.StatusCode.FAILED_PRECONDITION, text)
+                    _check_version(request.open.protocol_version)
                     self._credit(request.open.answer_credit_bytes)
                 elif kind == "credit":
                     self._credit(request.credit.bytes)
@@ -285,7 +284,7 @@ class _ScoreStream(_Outcomes):
             check_want(want, self._service.info)
             check_rollout(rollout, want, self._service.info)
         except (ValueError, RefusedError) as error:
-            self._fail(item.request_id, error if isinstance(error, RefusedError) else RefusedError("invalid", str(error)))
+            self._fail(item.request_id, _refusal(error))
             self._give_credit(payload)
             return
         self._submit(item.request_id, rollout, want, resume_from, payload)
@@ -328,9 +327,7 @@ class _Generation(_Outcomes):
     """One `Generate` call: all its prompts go to the scheduler at once, and come back as each is answered."""
 
     async def responses(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        if request.protocol_version != PROTOCOL_VERSION:
-            text = f"protocol {request.protocol_version} is not spoken here, {PROTOCOL_VERSION} is"
-            raise _ProtocolError(grpc.StatusCode.FAILED_PRECONDITION, text)
+        _check_version(request.protocol_version)
         sampling = decode_sampling(request.sampling)
         try:
             check_sampling(sampling, self._service.info)
@@ -343,7 +340,7 @@ class _Generation(_Outcomes):
                 prompt = decode_prompt(message)
                 check_prompt(prompt, sampling, self._service.info)
             except (ValueError, RefusedError) as error:
-                self._deliver(message.request_id, error if isinstance(error, RefusedError) else RefusedError("invalid", str(error)))
+                self._deliver(message.request_id, _refusal(error))
                 continue
             tokens = len(prompt.token_ids) + sampling.max_new_tokens
 
