@@ -134,7 +134,8 @@ class RolloutsConfig(_Section):
     on_policy_fraction: Fraction = 0.5
     """Share of a cycle's sequences that the student writes (GKD's lambda)."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
-    """Cycles a rollout may be old. The hf engine samples in turn with training, so its rollouts are always 0 old."""
+    """Cycles a rollout may be old. The hf engine samples in turn with training, so its rollouts are always 0 old; there, 1 sends each
+    to the teacher as it ends, and 0 all together in the order of drawing, so that a resumed run repeats an uninterrupted one."""
 
 
 class ObjectiveConfig(_Section):

@@ -5,8 +5,10 @@ Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` top-k, ``M``
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bbopd import op_checks, reference
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ENGINES = ("reference",)
-"""What ``impl`` may name in this build, beside ``auto``."""
+"""What ``impl`` may name on any machine, beside ``auto``; `linear_logprobs` also knows ``triton``."""
 
 
 def linear_distill(
@@ -170,8 +172,11 @@ def linear_logprobs(
         Asks for the log-probabilities at these ids (-1 is an empty slot, which gets -inf) and the mass outside them.
     temperature : float
         Divides the logits; it applies to everything returned.
-    bias, logit_scale, logit_softcap, vocab_size, impl
+    bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
+    impl : str
+        As in `linear_distill`, or ``triton``: one kernel over each row of logits, in float32 and without top-k or candidates, where Triton is
+        installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been proven in the interpreter only.
 
     Returns
     -------
@@ -184,7 +189,8 @@ def linear_logprobs(
     ValueError
         Shapes, dtypes, devices, names or values that do not fit.
     """
-    op_checks.check_engine(impl, ENGINES)
+    kernel = None if impl in ("auto", *ENGINES) else _triton_engine()
+    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
     op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
     available = op_checks.check_vocab_size(vocab_size, weight.shape[0])
     op_checks.check_temperature(temperature)
@@ -196,6 +202,20 @@ def linear_logprobs(
             raise ValueError(f"candidate_ids has shape {tuple(candidate_ids.shape)}: at least one id a token is needed")
     if not 0 <= top_k <= available:
         raise ValueError(f"top_k is {top_k}: it must be from 0 to the vocabulary's {available}")
+    if kernel is not None:
+        if top_k or candidate_ids is not None:
+            asked = f"top_k={top_k}" if top_k else "candidate_ids"
+            raise ValueError(f"impl='triton' gives no log-probabilities but those of token_ids, and {asked} was given: use impl='reference'")
+        return kernel.linear_logprobs(
+            hidden,
+            weight,
+            token_ids=token_ids,
+            temperature=temperature,
+            bias=bias,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            vocab_size=vocab_size,
+        )
     return reference.linear_logprobs(
         hidden,
         weight,
@@ -208,3 +228,12 @@ def linear_logprobs(
         logit_softcap=logit_softcap,
         vocab_size=vocab_size,
     )
+
+
+def _triton_engine() -> ModuleType | None:
+    """The Triton kernel of `linear_logprobs`, where it can run; looked for only when asked for, as importing Triton takes seconds."""
+    try:
+        from bbopd.kernels import logprobs
+    except ModuleNotFoundError:
+        return None
+    return logprobs if logprobs.INTERPRETED or torch.cuda.is_available() else None

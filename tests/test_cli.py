@@ -68,7 +68,7 @@ def write_config(folder: Path, model: Path, text: Path, **sections) -> Path:
     config = {
         "student": {"model": str(model), "init": {"keep_layers": [0, 3]}},
         "teacher": {"serve": {"model": str(model)}, "timeout": 60, "start_timeout": 120},
-        "rollouts": {"per_update": 8, "max_new_tokens": 16},
+        "rollouts": {"per_update": 8, "max_new_tokens": 16, "max_staleness": 0},
         "objective": {"ramp": 0.2},
         "train": {
             "batch_tokens": 64,

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,8 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
     ``sample_prompts`` are answered by the student before, the student after and the teacher. Raises `BbopdError`.
     """
     console = Console()
-    started = time.monotonic()
     with make_display(console, plain=plain) as display:
-        status = asyncio.run(_run(config, display, sample_prompts, started))
+        status = asyncio.run(_run(config, display, sample_prompts))
     folder = RunFolder(Path(config.output))
     report = write_report(folder.root)
     if status == "stopped":
@@ -53,7 +51,7 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
     return 0
 
 
-async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str], started: float) -> str:
+async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str]) -> str:
     stop = asyncio.Event()
     _stop_on_signals(stop, display)
     timeline = Timeline()
@@ -64,7 +62,7 @@ async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_pr
     if session is None:
         return "stopped"
     try:
-        return await _turn(session, display, timeline, stop, sample_prompts, started)
+        return await _turn(session, display, timeline, stop, sample_prompts)
     finally:
         await opening.__aexit__(None, None, None)
 
@@ -75,7 +73,6 @@ async def _turn(
     timeline: Timeline,
     stop: asyncio.Event,
     sample_prompts: Sequence[str],
-    started: float,
 ) -> str:
     config, folder, state = session.config, session.folder, session.state
     for name, seconds in state.seconds.items():
@@ -129,7 +126,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "rejected": state.rejected,
         "teacher_retries": state.teacher_retries,
         "samples": _samples(folder),
-        **{key: known[key] for key in ("machine", "config", "command", "source")},
+        **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }
 
 

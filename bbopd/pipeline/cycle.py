@@ -1,7 +1,8 @@
 """One update cycle up to its training data: draw, sample, filter, score.
 
-A rollout goes to the teacher as soon as it is finished and has passed the filters, while others are still being written. The
-items come back in the order of drawing, so that the same cycle gives the same batches whatever order they finished in.
+A rollout goes to the teacher as soon as it is finished and has passed the filters, while others are still being written; or, where a
+run must repeat itself, once all are, in the order of drawing, so that the teacher's batches are the same too. The items come back in
+the order of drawing, so that the same cycle gives the same batches whatever order they finished in.
 """
 
 from __future__ import annotations
@@ -41,26 +42,35 @@ async def collect_cycle(
     want: SignalSpec | None,
     sampling: Sampling,
     accept: Callable[[Rollout], bool],
+    stream: bool,
     on_activity: Callable[[str], None],
 ) -> CycleItems:
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
-    ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the
-    books on rejected ones. ``on_activity`` hears "sampling" while the student writes and "scoring" once only the teacher is
-    waited for. Raises what the engine or the teacher raises; both are then closed.
+    ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
+    rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``on_activity``
+    hears "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the teacher
+    raises; both are then closed.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
 
+    async def written() -> AsyncIterator[Rollout]:
+        if not rollout_prompts:
+            return
+        on_activity("sampling")
+        async with aclosing(_as_generator(engine.generate(_each(rollout_prompts), sampling))) as rollouts:
+            async for rollout in rollouts:
+                result.sampled_tokens += len(rollout)
+                yield rollout
+
     async def to_score() -> AsyncIterator[Rollout]:
-        if rollout_prompts:
-            on_activity("sampling")
-            async with aclosing(_as_generator(engine.generate(_each(rollout_prompts), sampling))) as rollouts:
-                async for rollout in rollouts:
-                    result.sampled_tokens += len(rollout)
-                    if accept(rollout):
-                        result.accepted += 1
-                        yield rollout
+        finished = written() if stream else _each(sorted([rollout async for rollout in written()], key=lambda rollout: rollout.draw))
+        async with aclosing(_as_generator(finished)) as rollouts:
+            async for rollout in rollouts:
+                if accept(rollout):
+                    result.accepted += 1
+                    yield rollout
         on_activity("scoring")
         for rollout in labelled:
             yield rollout
@@ -89,9 +99,9 @@ def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
     )
 
 
-async def _each(prompts: Sequence[Prompt]) -> AsyncIterator[Prompt]:
-    for prompt in prompts:
-        yield prompt
+async def _each(items: Sequence[Answer]) -> AsyncIterator[Answer]:
+    for item in items:
+        yield item
         await asyncio.sleep(0)
 
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,6 +52,7 @@ class RunFolder:
             folder.write_json(
                 "run.json",
                 {
+                    "started": datetime.now().astimezone().isoformat(timespec="seconds"),
                     "command": command,
                     "config": wanted,
                     "data_sha256": data_fingerprint,

@@ -156,6 +156,7 @@ class Loop:
                 want=self._parts.want,
                 sampling=sampling,
                 accept=self._parts.gate.accepts,
+                stream=config.rollouts.max_staleness > 0,
                 on_activity=switch.to,
             )
         finally:

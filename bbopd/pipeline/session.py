@@ -18,6 +18,7 @@ from bbopd.data.filters import RejectedLog, RolloutFilter
 from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
 from bbopd.errors import ConfigError
 from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, vocabulary_sha256
+from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
@@ -52,8 +53,9 @@ class Session:
 
     def save_model(self, folder: Path) -> None:
         """Write the student in Hugging Face format, tokenizer included."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
 @asynccontextmanager

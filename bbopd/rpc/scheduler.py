@@ -25,7 +25,8 @@ __all__ = ["Answer", "Client", "Job", "Scheduler"]
 
 Answer = TeacherSignal | Completion | RefusedError
 
-_LINGER = 0.005  # seconds an idle model waits for a batch to fill: clients send in bursts
+_LINGER = 0.01  # seconds without a new job after which a burst counts as over: half-filled calls waste the model
+_LONGEST_LINGER = 0.2
 _log = logging.getLogger("bbopd.serve")
 
 
@@ -95,8 +96,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            if self._queued_tokens() < self._batch_tokens:
-                await asyncio.sleep(_LINGER)
+            await self._let_burst_arrive()
             batch = self._take_batch()
             if not batch:
                 self._work.clear()
@@ -105,6 +105,14 @@ class Scheduler:
             for (client, job), answer in zip(batch, answers, strict=True):
                 if client in self._clients:
                     job.deliver(answer)
+
+    async def _let_burst_arrive(self) -> None:
+        """Wait until a call is full, or jobs have stopped coming: so the same burst always makes the same calls."""
+        deadline = asyncio.get_running_loop().time() + _LONGEST_LINGER
+        before = -1
+        while before < (tokens := self._queued_tokens()) < self._batch_tokens and asyncio.get_running_loop().time() < deadline:
+            before = tokens
+            await asyncio.sleep(_LINGER)
 
     def _queued_tokens(self) -> int:
         return sum(job.tokens for client in self._clients for job in client.queue)
