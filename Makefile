@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 SEED ?= 0
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint check format gpu wheel clean help
+.PHONY: demo test lint format wheel clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"

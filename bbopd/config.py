@@ -160,7 +160,7 @@ class ObjectiveConfig(_Section):
     def _weights_given_once(self) -> ObjectiveConfig:
         if self.alpha is not None and (self.ce_weight is not None or self.kd_weight is not None):
             raise ValueError("give alpha, or ce_weight and kd_weight, not both")
-        if self.ramp_kind == "alpha" and self.ce_weight is not None:
+        if self.ramp_kind == "alpha" and (self.ce_weight is not None or self.kd_weight is not None):
             raise ValueError("ramp_kind alpha needs alpha, not ce_weight and kd_weight")
         return self
 
@@ -287,6 +287,8 @@ class RunConfig(_Section):
                 f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
                 "temperature 1; set objective.temperature=1, or teacher.signal=full"
             )
+        if self.writes_rollouts and objective.weights[1] == 0:
+            raise ValueError("the KD weight is 0, so rollouts would teach nothing: lower objective.alpha, or take objective.name=sft")
         if self.writes_rollouts and train.on_policy_tokens == 0:
             raise ValueError("train.on_policy_tokens is 0: set a budget, or rollouts.on_policy_fraction=0 for a run without rollouts")
         if not self.writes_rollouts and train.labelled_tokens is None and train.total_steps is None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bbopd.config import RunConfig, ServeConfig
+from bbopd.config import RunConfig
 from bbopd.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,11 +20,6 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and lay ``--set a.b=c`` over it. Raises `ConfigError` naming the key, the value and the way out."""
     return parse_config(read_yaml(path), overrides, RunConfig, str(path))
-
-
-def load_serve_config(path: str | Path, overrides: Sequence[str] = ()) -> ServeConfig:
-    """Read a teacher file for ``bbopd serve``."""
-    return parse_config(read_yaml(path), overrides, ServeConfig, str(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

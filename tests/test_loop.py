@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from bbopd.config import FiltersConfig, RunConfig
+from bbopd.config import FiltersConfig, RunConfig, TeacherConfig
 from bbopd.data.filters import RejectedLog, RolloutFilter
 from bbopd.data.prompts import PromptStream
 from bbopd.errors import ConfigError, TeacherError, TrainingError
@@ -17,7 +17,6 @@ from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.loop import Loop, Parts
 from bbopd.pipeline.metrics import RunMetrics
-from bbopd.pipeline.progress import SilentProgress
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.rollouts.fake import FakeEngine
@@ -61,11 +60,21 @@ def prompts(count: int = 24) -> list[Prompt]:
     ]
 
 
-class Watcher(SilentProgress):
-    """Does something at one step."""
+class Watcher:
+    """Does something at one step, and keeps what it was told."""
 
     def __init__(self, rig, step, action) -> None:
         self.rig, self.step, self.action = rig, step, action
+        self.notes: list[str] = []
+
+    def activity(self, name, detail="") -> None:
+        pass
+
+    def evaluated(self, result) -> None:
+        pass
+
+    def note(self, text) -> None:
+        self.notes.append(text)
 
     def advance(self, metrics, budget) -> None:
         if metrics["step"] == self.step:
@@ -77,7 +86,7 @@ class Rig:
 
     def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None) -> None:
         self.config = config
-        self.folder = RunFolder.open(config, command="test")
+        self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
         self.evaluated: list[tuple[str, int]] = []
         model = tiny_llama(vocab_size=VOCAB)
@@ -113,6 +122,7 @@ class Rig:
             save=save,
         )
         self.metrics = RunMetrics(self.folder, from_step=state.step)
+        self.watcher = Watcher(self, *(at_step or (0, None)))
 
         async def record(stage: str, step: int) -> Mapping[str, object]:
             self.evaluated.append((stage, step))
@@ -124,7 +134,7 @@ class Rig:
             state,
             metrics=self.metrics,
             timeline=Timeline(),
-            progress=Watcher(self, *(at_step or (0, None))),
+            progress=self.watcher,
             evaluate=record,
             stop=self.stop,
         )
@@ -133,8 +143,11 @@ class Rig:
         try:
             return await self.loop.run()
         finally:
-            self.metrics.close()
-            self.log.close()
+            self.close()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.log.close()
 
     def losses(self) -> list[tuple[int, float, float, float]]:
         return [(line["step"], line["loss"], line["ce"], line["kd"]) for line in self.folder.read_lines("metrics.jsonl")]
@@ -248,21 +261,83 @@ async def test_the_demo_recipe_lowers_the_divergence(tmp_path):
     assert sum(kd[-4:]) < 0.8 * sum(kd[:4])
 
 
-def test_another_configuration_is_refused_by_its_first_difference(tmp_path):
+async def test_after_a_checkpoint_another_configuration_is_refused_by_its_first_difference(tmp_path):
+    first = Rig(run_config(tmp_path / "run"), at_step=(3, lambda rig: rig.stop.set()))
+    assert await first.run() == "stopped"
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens = 48, this one has 96"):
+        RunFolder.open(run_config(tmp_path / "run", train={"batch_tokens": 96}), command="test")
+    again = Rig(run_config(tmp_path / "run", train={"lr": 5e-4}))
+    assert again.changes == ["train.lr is now 0.0005, and was 0.001"]
+    assert again.resumed_from >= 3
+    again.close()
+
+
+def test_before_a_checkpoint_everything_may_be_mended(tmp_path):
+    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    (folder.root / "metrics.jsonl").write_text('{"step": 1}\n')
     RunFolder.open(run_config(tmp_path / "run"), command="test")
-    with pytest.raises(ConfigError, match=r"train\.lr = 0\.001, this one has 0\.002"):
-        RunFolder.open(run_config(tmp_path / "run", train={"lr": 2e-3}), command="test")
+    assert folder.read_lines("metrics.jsonl")
+    RunFolder.open(run_config(tmp_path / "run", train={"batch_tokens": 96}), command="test")
+    assert not folder.read_lines("metrics.jsonl")
+    assert folder.read_json("run.json")["config"]["train"]["batch_tokens"] == 96
+
+
+def test_a_folder_serves_one_process_at_a_time(tmp_path):
+    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    with folder.lock(), pytest.raises(ConfigError, match="another process"), folder.lock():
+        pass
+    with folder.lock():
+        pass
+
+
+async def test_a_nan_update_is_not_applied_and_the_work_before_it_is_kept(tmp_path):
+    rig = Rig(run_config(tmp_path / "run", train={"checkpoint_every": 100}), at_step=(5, poison))
+    with pytest.raises(TrainingError, match=r"update 6 .*not applied"):
+        await rig.run()
+    kept = latest_checkpoint(rig.folder.checkpoints)
+    assert kept is not None
+    assert json.loads((kept / "state.json").read_text())["state"]["step"] == 5
+    again = Rig(rig.config)
+    assert again.resumed_from == 5
+    assert await again.run() == "finished"
+
+
+def poison(rig: Rig) -> None:
+    """The next gradient will hold a NaN."""
+    parameter = next(rig.parts.trainer.model.parameters())
+
+    def spoil(gradient):
+        handle.remove()
+        return gradient * float("nan")
+
+    handle = parameter.register_hook(spoil)
+
+
+async def test_the_step_limit_ends_a_run_wherever_it_stands(tmp_path):
+    for name, limit in (("cold", 1), ("main", 7)):
+        rig = Rig(run_config(tmp_path / name, train={"total_steps": limit, "warmup": 0}, objective={"temperature": 1.0, "ramp": 0}))
+        assert await rig.run() == "finished"
+        assert rig.loop.state.step == limit
+
+
+async def test_a_large_tail_is_warned_of_once(tmp_path):
+    config = run_config(tmp_path / "run", train={"on_policy_tokens": 60}).model_copy(
+        update={"teacher": TeacherConfig(target="grpc://localhost:1", topk=2)}
+    )
+    rig = Rig(config)
+    await rig.run()
+    assert len([note for note in rig.watcher.notes if "in the tail" in note and "teacher.topk" in note]) == 1
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    folder = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
     folder.write_json("summary.json", {"status": "finished"})
     with pytest.raises(ConfigError, match="finished run"):
         RunFolder.open(run_config(tmp_path / "run"), command="test")
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
-    folder = RunFolder.open(run_config(tmp_path / "run"), command="test")
+    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
     (folder.root / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert [line["step"] for line in folder.read_lines("metrics.jsonl")] == [1, 2]
     folder.rewind("metrics.jsonl", 1)

@@ -7,8 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -53,26 +55,19 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
 
 async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str]) -> str:
     stop = asyncio.Event()
-    _stop_on_signals(stop, display)
     timeline = Timeline()
-    command = shlex.join(sys.argv)
-    with timeline.activity("loading"):
-        opening = open_session(config, command=command, progress=display)
-        session = await _or_stop(opening.__aenter__(), stop)
-    if session is None:
-        return "stopped"
-    try:
-        return await _turn(session, display, timeline, stop, sample_prompts)
-    finally:
-        await opening.__aexit__(None, None, None)
+    with _stop_on_signals(stop, display):
+        async with AsyncExitStack() as stack:
+            with timeline.activity("loading"):
+                opening = stack.enter_async_context(open_session(config, command=shlex.join(sys.argv), progress=display))
+                session = await _or_stop(opening, stop)
+            if session is None:
+                return "stopped"
+            return await _turn(session, display, timeline, stop, sample_prompts)
 
 
 async def _turn(
-    session: Session,
-    display: LiveDisplay | PlainDisplay,
-    timeline: Timeline,
-    stop: asyncio.Event,
-    sample_prompts: Sequence[str],
+    session: Session, display: LiveDisplay | PlainDisplay, timeline: Timeline, stop: asyncio.Event, sample_prompts: Sequence[str]
 ) -> str:
     config, folder, state = session.config, session.folder, session.state
     for name, seconds in state.seconds.items():
@@ -96,22 +91,22 @@ async def _turn(
         return result
 
     loop = Loop(config, session.parts, state, metrics=metrics, timeline=timeline, progress=display, evaluate=evaluate, stop=stop)
-    status = "failed"
-    error = ""
+    status, error, model_path = "failed", "", None
     try:
         status = await loop.run()
         if status == "finished":
-            session.save_model(folder.root / "model")
+            with timeline.activity("saving"):
+                model_path = session.save_model()
     except BbopdError as caught:
-        error = str(caught)
+        status, error = "failed", str(caught)
         raise
     finally:
         metrics.close()
-        folder.write_json("summary.json", _summary(session, loop, timeline, status, error))
+        folder.write_json("summary.json", _summary(session, loop, timeline, status, error, model_path))
     return status
 
 
-def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, error: str) -> dict[str, Any]:
+def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, error: str, model_path: Path | None) -> dict[str, Any]:
     state, folder = loop.state, session.folder
     seconds = {name: round(value, 2) for name, value in timeline.seconds().items()}
     known = folder.read_json("run.json")
@@ -119,7 +114,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
     return {
         "status": status,
         "error": error,
-        "model_path": str(folder.root / "model") if status == "finished" else None,
+        "model_path": None if model_path is None else str(model_path),
         "seconds": seconds,
         "tokens": {"sampled": state.sampled_tokens, "scored": state.scored_tokens, "trained": state.trained_tokens},
         "tokens_per_second": {name: round(count / seconds[name], 1) for name, count in tokens.items() if count and seconds.get(name)},
@@ -172,21 +167,30 @@ def _samples(folder: RunFolder) -> list[dict[str, Any]]:
 # ------------------------------------------------------------ stopping
 
 
-def _stop_on_signals(stop: asyncio.Event, display: LiveDisplay | PlainDisplay) -> None:
+@contextmanager
+def _stop_on_signals(stop: asyncio.Event, display: LiveDisplay | PlainDisplay) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks for a clean stop; the second ends the process at once, the last checkpoint standing."""
-
-    def heard() -> None:
-        if stop.is_set():
-            os._exit(INTERRUPTED)
-        display.note("stopping after what is under way, with a checkpoint; Ctrl-C again stops at once")
-        stop.set()
-
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, heard)
+    heard = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        if heard:
+            display.__exit__(None, None, None)  # the terminal's cursor comes back
+            os._exit(INTERRUPTED)
+        heard = True
+        display.note("stopping after what is under way, with a checkpoint; Ctrl-C again stops at once")
+        loop.call_soon_threadsafe(stop.set)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-async def _or_stop(opening: Any, stop: asyncio.Event) -> Any:
+async def _or_stop(opening: Awaitable[Session], stop: asyncio.Event) -> Session | None:
     """What ``opening`` gives, or None where a stop request came first."""
     task = asyncio.ensure_future(opening)
     waiting = asyncio.create_task(stop.wait())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bbopd import __version__
 from bbopd.cli import demo, distill, eval, serve
-from bbopd.errors import BbopdError
+from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1–5 an error (`bbopd.errors`), 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1-5 an error (`bbopd.errors`), 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
         return int(_COMMANDS[args.command][0].run(args))
@@ -40,3 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        print(f"bbopd {args.command}: {error}", file=sys.stderr)
+        return CheckpointError.exit_code

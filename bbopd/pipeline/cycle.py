@@ -7,13 +7,13 @@ the order of drawing, so that the same cycle gives the same batches whatever ord
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from bbopd.data.assemble import Item, rollout_of
+from bbopd.data.streams import each
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
 Answer = TypeVar("Answer")
@@ -55,17 +55,20 @@ async def collect_cycle(
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
 
-    async def written() -> AsyncIterator[Rollout]:
+    async def written() -> AsyncGenerator[Rollout, None]:
         if not rollout_prompts:
             return
         on_activity("sampling")
-        async with aclosing(_as_generator(engine.generate(_each(rollout_prompts), sampling))) as rollouts:
+        async with aclosing(_as_generator(engine.generate(each(rollout_prompts), sampling))) as rollouts:
             async for rollout in rollouts:
                 result.sampled_tokens += len(rollout)
                 yield rollout
 
-    async def to_score() -> AsyncIterator[Rollout]:
-        finished = written() if stream else _each(sorted([rollout async for rollout in written()], key=lambda rollout: rollout.draw))
+    async def to_score() -> AsyncGenerator[Rollout, None]:
+        finished: AsyncIterator[Rollout] = written()
+        if not stream:
+            finished = each(sorted([rollout async for rollout in finished], key=lambda rollout: rollout.draw))
+            on_activity("scoring")
         async with aclosing(_as_generator(finished)) as rollouts:
             async for rollout in rollouts:
                 if accept(rollout):
@@ -78,7 +81,8 @@ async def collect_cycle(
     if teacher is None or want is None:
         result.items = [item async for item in to_score()]
     else:
-        async with aclosing(_as_generator(teacher.score(to_score(), want))) as answers:
+        source = to_score()
+        async with aclosing(source), aclosing(_as_generator(teacher.score(source, want))) as answers:
             async for scored in answers:
                 result.scored_tokens += len(scored.rollout)
                 result.items.append(scored)
@@ -97,12 +101,6 @@ def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
         finish_reason="reference",
         draw=draw,
     )
-
-
-async def _each(items: Sequence[Answer]) -> AsyncIterator[Answer]:
-    for item in items:
-        yield item
-        await asyncio.sleep(0)
 
 
 async def _as_generator(source: AsyncIterator[Answer]) -> AsyncGenerator[Answer, None]:

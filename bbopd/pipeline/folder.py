@@ -6,13 +6,14 @@ state; ``summary.json`` is written when the run ends. Every whole-file write is 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +21,25 @@ from typing import Any, TextIO
 
 from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError, ConfigError
+from bbopd.trainer.checkpoint import latest_checkpoint
 
 _PACKAGES = ("bbopd", "torch", "transformers", "numpy", "grpcio", "protobuf", "safetensors", "pydantic")
+
+# What may differ when a run goes on from a checkpoint: where the teacher is, how often to save, and the remedies for a run that failed.
+_MAY_CHANGE = (
+    "output",
+    "teacher.target",
+    "teacher.serve",
+    "teacher.timeout",
+    "teacher.start_timeout",
+    "teacher.inflight_tokens",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch_tokens",
+    "train.lr",
+    "train.clip",
+    "data.filters",
+)
 
 
 class RunFolder:
@@ -35,47 +53,66 @@ class RunFolder:
         self.teacher_log = root / "teacher.log"
 
     @classmethod
-    def open(cls, config: RunConfig, *, command: str, data_fingerprint: str = "") -> RunFolder:
-        """Create the run's folder, or return to it.
+    def open(cls, config: RunConfig, *, command: str, data_fingerprint: str = "") -> tuple[RunFolder, list[str]]:
+        """Create the run's folder, or return to it; with it, what of the configuration has changed since, for a person to read.
 
-        Raises `ConfigError` where it holds a finished run, or one with another configuration (naming the first key that
-        differs).
+        Before the first checkpoint everything may change, and the run begins anew. After it, only what decides where and how
+        carefully a run goes on (`_MAY_CHANGE`). Raises `ConfigError` for any other difference, by its key, and for a finished run.
         """
         folder = cls(Path(config.output))
-        wanted = config.model_dump(mode="json")
         known = folder.read_json("run.json")
-        if known is None:
-            try:
-                folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"cannot create the run's folder {folder.root}: {error.strerror or error}; set output=") from error
-            folder.write_json(
-                "run.json",
-                {
-                    "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-                    "command": command,
-                    "config": wanted,
-                    "data_sha256": data_fingerprint,
-                    "machine": describe_machine(),
-                    "source": describe_source(),
-                },
-            )
-            return folder
         if folder.is_finished:
             raise ConfigError(f"{folder.root} holds a finished run: set output= to another folder, or delete it")
-        difference = _first_difference(known["config"], wanted)
-        if difference is not None:
-            key, before, now = difference
+        record = {
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": command,
+            "config": config.model_dump(mode="json"),
+            "data_sha256": data_fingerprint,
+            "machine": describe_machine(),
+            "source": describe_source(),
+        }
+        if known is None:
+            folder._begin(record)
+            return folder, []
+        changes = list(_differences(known["config"], record["config"]))
+        if latest_checkpoint(folder.checkpoints) is None:
+            if changes or known["data_sha256"] != data_fingerprint:
+                folder._begin(record)
+            return folder, []
+        for key, before, now in changes:
+            if not key.startswith(_MAY_CHANGE):
+                raise ConfigError(
+                    f"{folder.root} holds an unfinished run with {key} = {before!r}, this one has {now!r}: "
+                    "set output= to another folder, or go on with the same configuration"
+                )
+        if known["data_sha256"] != data_fingerprint:
             raise ConfigError(
-                f"{folder.root} holds an unfinished run with {key} = {before!r}, this one has {now!r}: "
-                "set output= to another folder, or go on with the same configuration"
+                f"the data of the run in {folder.root} has changed since it began, so its order could not be kept: "
+                "set output= to another folder, or bring the data back"
             )
-        if data_fingerprint and known.get("data_sha256") and known["data_sha256"] != data_fingerprint:
-            raise ConfigError(
-                f"the data of the run in {folder.root} has changed since it began: "
-                "its order could not be kept; set output= to another folder"
-            )
-        return folder
+        if changes:
+            folder.write_json("run.json", {**known, "config": record["config"]})
+        return folder, [f"{key} is now {now!r}, and was {before!r}" for key, before, now in changes]
+
+    def _begin(self, record: Mapping[str, Any]) -> None:
+        """Write what is run, and remove what an attempt that never reached a checkpoint has left."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "summary.json"):
+                (self.root / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot create the run's folder {self.root}: {error.strerror or error}; set output=") from error
+        self.write_json("run.json", record)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process alone. Raises `ConfigError` where another run has it."""
+        with (self.root / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"another process runs in {self.root}: wait for it, or set output= to another folder") from error
+            yield
 
     @property
     def is_finished(self) -> bool:
@@ -116,12 +153,16 @@ class RunFolder:
                 break
         return lines
 
-    def rewind(self, name: str, step: int) -> None:
-        """Drop lines after ``step``: they are of updates that the checkpoint does not hold, and will be made again."""
-        lines = [line for line in self.read_lines(name) if line["step"] <= step]
-        temporary = (self.root / name).with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self.root / name)
+    def rewind(self, name: str, step: int, *, key: str = "step") -> None:
+        """Drop lines whose ``key`` is past ``step``: they are of updates that the checkpoint does not hold, and will be made again."""
+        path = self.root / name
+        temporary = path.with_suffix(".tmp")
+        lines = [line for line in self.read_lines(name) if line[key] <= step]
+        try:
+            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
     def append_to(self, name: str) -> JsonLines:
         return JsonLines(self.root / name)
@@ -132,7 +173,10 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        try:
+            self._file: TextIO = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         try:
@@ -142,7 +186,8 @@ class JsonLines:
             raise CheckpointError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line has been flushed, or its failure raised
+            self._file.close()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -162,12 +207,16 @@ def describe_source() -> dict[str, Any]:
     here = Path(__file__).resolve().parents[2]
     if git is None or not (here / ".git").exists():
         return {}
-    asked = {"commit": ["rev-parse", "HEAD"], "changed_files": ["status", "--porcelain", "--untracked-files=no"]}
-    answers = {
-        key: subprocess.run([git, "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=False).stdout.strip()
-        for key, words in asked.items()
-    }
-    return {"commit": answers["commit"], "changed_files": len(answers["changed_files"].splitlines()), "argv": sys.argv}
+
+    def answer(*words: str) -> str:
+        try:
+            done = subprocess.run([git, "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=False)
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout.strip()
+
+    changed = answer("status", "--porcelain", "--untracked-files=no")
+    return {"commit": answer("rev-parse", "HEAD"), "changed_files": len(changed.splitlines())}
 
 
 def _processor_name() -> str:
@@ -178,11 +227,9 @@ def _processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*before, *(name for name in now if name not in before)]:
-            found = _first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
-        return None
-    return None if before == now else (key, before, now)
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now

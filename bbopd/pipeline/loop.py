@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from bbopd.config import RunConfig
 from bbopd.data.assemble import assemble, split_into_steps
-from bbopd.errors import BbopdError, TrainingError
+from bbopd.errors import ModelError, TrainingError
 from bbopd.pipeline.cycle import CycleItems, collect_cycle
 from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.progress import Budget, Progress
@@ -27,6 +27,7 @@ from bbopd.trainer.step import Trainer
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
 Evaluate = Callable[[str, int], Awaitable[Mapping[str, Any]]]
+_LARGE_TAIL = 0.2  # share of a top-k teacher's mass outside its ids
 _PATIENCE = 8  # cycles in a row without one accepted rollout before the run is given up
 
 
@@ -86,6 +87,7 @@ class Loop:
         self._stop = stop
         self._saved_step = state.step
         self._fruitless_cycles = 0
+        self._has_warned_of_tail = False
 
     async def run(self) -> Literal["finished", "stopped"]:
         """Returns "stopped" after a stop request, with a checkpoint written. Raises `BbopdError` with what was finished kept."""
@@ -107,28 +109,39 @@ class Loop:
             await self._turn(phase)
         self._save()
         await self._evaluate_once("end")
-        self._save(even_if_saved=True)
         return "finished"
 
     # ------------------------------------------------------------ one cycle
 
     async def _turn(self, phase: str) -> None:
-        if self._stop.is_set():
-            raise _StopRequestedError
-        try:
+        self._parts.trainer.planned_steps = self._projected_steps()
+        with self._kept_on_failure():
             cycle = await self._until_stopped(lambda: self._collect(phase))
-        except BbopdError:
-            self._save()  # nothing of this cycle has been trained: the boundary still stands
-            raise
         self._check_fruit(cycle)
         before_step = self.state.step
-        self._train(phase, cycle)
+        try:
+            self._train(phase, cycle)
+        except TrainingError:
+            self._save()  # the bad update was not applied, and drawing has moved on: going on skips what made it
+            raise
         await self._parts.engine.load_weights(self._parts.trainer.weights(), self.state.step)
         train, every = self._config.train, self._config.eval.every
         if self.state.step - self._saved_step >= train.checkpoint_every:
             self._save()
         if every and self.state.step // every > before_step // every and not self._budget_is_spent():
-            await self._evaluate_once("step")
+            with self._kept_on_failure():
+                await self._evaluate_once("step")
+
+    @contextmanager
+    def _kept_on_failure(self) -> Iterator[None]:
+        """Save before an error leaves a place where nothing of a cycle has been trained, unless the student itself has gone wrong."""
+        try:
+            yield
+        except (ModelError, _StopRequestedError):
+            raise
+        except Exception:
+            self._save()
+            raise
 
     async def _collect(self, phase: str) -> CycleItems:
         config, state = self._config, self.state
@@ -199,6 +212,7 @@ class Loop:
             state.trained_tokens += metrics.tokens
             state.on_policy_tokens += metrics.rollout_tokens
             if phase == "cold_start":
+                state.cold_start_steps += 1
                 state.cold_start_tokens += metrics.labelled_tokens
             else:
                 state.labelled_tokens += metrics.labelled_tokens
@@ -212,19 +226,42 @@ class Loop:
             }
             self._metrics.step(line)
             self._progress.advance(line, self._budget(phase))
+            self._warn_of_tail(metrics.teacher_tail_mass)
+            if self._steps_are_spent():
+                return
 
     # ------------------------------------------------------------ budgets, saving, evaluation
 
     def _cold_start_is_over(self) -> bool:
-        return self.state.cold_start_tokens >= self._config.train.cold_start_tokens
+        return self.state.cold_start_tokens >= self._config.train.cold_start_tokens or self._steps_are_spent()
+
+    def _steps_are_spent(self) -> bool:
+        return self._config.train.total_steps is not None and self.state.step >= self._config.train.total_steps
 
     def _budget_is_spent(self) -> bool:
         train, state = self._config.train, self.state
-        if train.total_steps is not None and state.step >= train.total_steps:
+        if self._steps_are_spent():
             return True
         if self._config.writes_rollouts:
             return state.on_policy_tokens >= train.on_policy_tokens
         return train.labelled_tokens is not None and state.labelled_tokens >= train.labelled_tokens
+
+    def _projected_steps(self) -> int:
+        """Length of the run for the schedules: what was planned, or more where answers turn out shorter than they may be."""
+        planned, train, state = self._config.planned_steps, self._config.train, self.state
+        if not state.on_policy_tokens:
+            return planned
+        steps_per_token = (state.step - state.cold_start_steps) / state.on_policy_tokens
+        projected = round(state.cold_start_steps + train.on_policy_tokens * steps_per_token)
+        return max(planned, min(projected, train.total_steps or projected))
+
+    def _warn_of_tail(self, tail_mass: float | None) -> None:
+        if tail_mass is not None and tail_mass > _LARGE_TAIL and not self._has_warned_of_tail:
+            self._has_warned_of_tail = True
+            self._progress.note(
+                f"the teacher's {self._config.teacher.topk} ids leave {tail_mass:.0%} of its mass in the tail, where the student "
+                "learns only the total: raise teacher.topk, lower objective.temperature, or set teacher.signal=full"
+            )
 
     def _budget(self, phase: str) -> Budget:
         train, state = self._config.train, self.state
@@ -235,8 +272,8 @@ class Loop:
         }[phase]
         return Budget(phase, done, total, state.step, self._config.planned_steps, self._timeline.elapsed)
 
-    def _save(self, *, even_if_saved: bool = False) -> None:
-        if self.state.step == self._saved_step and not even_if_saved:
+    def _save(self) -> None:
+        if self.state.step == self._saved_step:
             return
         with self._activity("saving"):
             self.state.seconds = self._timeline.seconds()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from bbopd.pipeline.folder import RunFolder
@@ -19,7 +20,9 @@ class RunMetrics:
         self._evaluated = {_name(line["stage"], line["step"]) for line in folder.read_lines("evals.jsonl")}
         self._steps = folder.append_to("metrics.jsonl")
         self._evals = folder.append_to("evals.jsonl")
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=from_step + 1)
+        self._board: SummaryWriter | None = None
+        with suppress(OSError):
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=from_step + 1)
 
     def step(self, line: Mapping[str, Any]) -> None:
         self._steps.write(line)
@@ -37,13 +40,20 @@ class RunMetrics:
     def close(self) -> None:
         self._steps.close()
         self._evals.close()
-        self._board.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
 
     def _draw(self, group: str, line: Mapping[str, Any]) -> None:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{group}/{name}", value, line["step"])
-        self._board.flush()
+        if self._board is None:
+            return
+        try:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{group}/{name}", value, line["step"])
+            self._board.flush()
+        except OSError:
+            self._board = None  # a full disk ends the drawing, not the run: the JSONL files say what happened
 
 
 def _name(stage: str, step: int) -> tuple[str, int]:

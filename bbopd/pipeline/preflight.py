@@ -12,8 +12,9 @@ def check_vocabulary(info: TeacherInfo, *, vocab_size: int, vocab_sha256: str) -
     """Raises `TeacherError` unless teacher and student number the same tokens alike."""
     if info.vocab_size != vocab_size:
         raise TeacherError(
-            f"teacher {info.model} has a vocabulary of {info.vocab_size} entries, the student of {vocab_size}: token-level "
-            "distillation needs the same one; take a student of the teacher's family"
+            f"teacher {info.model} has a vocabulary of {info.vocab_size} entries, the student of {vocab_size}: token-level distillation "
+            "needs the same one. Take a student of the teacher's family; where only padding entries differ, resize the smaller "
+            "embedding (resize_token_embeddings) and save it"
         )
     if info.vocab_sha256 and info.vocab_sha256 != vocab_sha256:
         raise TeacherError(

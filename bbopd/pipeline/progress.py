@@ -33,19 +33,3 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Something a person should read."""
-
-
-class SilentProgress:
-    """Watches nothing."""
-
-    def activity(self, name: str, detail: str = "") -> None:
-        pass
-
-    def advance(self, metrics: Mapping[str, Any], budget: Budget) -> None:
-        pass
-
-    def evaluated(self, result: Mapping[str, Any]) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from bbopd.config import RunConfig, StudentConfig, TeacherConfig
 from bbopd.data.filters import RejectedLog, RolloutFilter
 from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
-from bbopd.errors import ConfigError
+from bbopd.errors import CheckpointError, ConfigError, DataError, TeacherError
 from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, vocabulary_sha256
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
@@ -48,14 +50,21 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     teacher: RemoteTeacher | None
     prompts: PromptSet
-    stop_token_ids: tuple[int, ...]
     compute_dtype: torch.dtype
 
-    def save_model(self, folder: Path) -> None:
-        """Write the student in Hugging Face format, tokenizer included."""
-        with quiet():
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+    def save_model(self) -> Path:
+        """Write the student in Hugging Face format, tokenizer included, as the run's result; it appears whole or not at all."""
+        folder, unfinished = self.folder.root / "model", self.folder.root / "model.tmp"
+        try:
+            for old in (unfinished, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            with quiet():
+                self.model.save_pretrained(unfinished)
+                self.tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the trained model to {folder}: {error}; the same command tries again") from error
+        return folder
 
 
 @asynccontextmanager
@@ -66,10 +75,10 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
     """
     async with AsyncExitStack() as stack:
         student = config.student
-        fresh = not (Path(config.output) / "run.json").exists()
         progress.activity("loading", "tokenizer and text")
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
-        prompts = load_prompts(
+        prompts = await asyncio.to_thread(
+            load_prompts,
             config.data,
             tokenizer,
             seed=config.train.seed,
@@ -77,7 +86,11 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             eos_token_id=_end_of_text(tokenizer),
             max_new_tokens=config.rollouts.max_new_tokens,
         )
-        folder = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
+        _check_labels(config, prompts)
+        folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
+        stack.enter_context(folder.lock())
+        for change in changes:
+            progress.note(f"going on with another configuration: {change}")
         starting = asyncio.create_task(_start_teacher(config.teacher, folder, stack, progress))
         try:
             model = await asyncio.to_thread(_load_student, student, config.train.seed, config.train.deterministic)
@@ -85,7 +98,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             raise
-        teacher = await starting
+        teacher, process = await starting
         dtype = compute_dtype(student.dtype, model.device)
         _check_positions(config, model)
 
@@ -94,7 +107,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         if teacher is not None:
             vocab_size = model.get_input_embeddings().weight.shape[0]
             check_vocabulary(teacher.info, vocab_size=vocab_size, vocab_sha256=vocabulary_sha256(tokenizer, vocab_size))
-            check_lengths(teacher.info, prompts.train, max_new_tokens=config.rollouts.max_new_tokens)
+            longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+            check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
             if want is not None:
                 objective.check(teacher.info, want)
 
@@ -108,7 +122,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             activation_checkpointing=student.activation_checkpointing,
         )
         state = RunState()
-        checkpoint = None if fresh else latest_checkpoint(folder.checkpoints)
+        checkpoint = latest_checkpoint(folder.checkpoints)
         if checkpoint is not None:
             progress.activity("loading", str(checkpoint))
             state = RunState.from_json(await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer))
@@ -123,12 +137,15 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             compute_dtype=dtype,
         )
         await engine.load_weights((), state.step)
+        folder.rewind("rejected.jsonl", state.step - 1, key="weights_version")  # those of later cycles will be made again
         log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode))
         gate = RolloutGate(RolloutFilter(config.data.filters, stop_token_ids), log, state.rejected)
 
+        retries_before = state.teacher_retries
+
         def save(now: RunState) -> None:
             if teacher is not None:
-                now.teacher_retries = state.teacher_retries + teacher.counters["retries"]
+                now.teacher_retries = retries_before + teacher.counters["retries"]
             save_checkpoint(
                 folder.checkpoints,
                 now.step,
@@ -139,7 +156,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 keep=config.train.keep_checkpoints,
             )
 
-        yield Session(
+        session = Session(
             config=config,
             folder=folder,
             parts=Parts(
@@ -156,9 +173,16 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             tokenizer=tokenizer,
             teacher=teacher,
             prompts=prompts,
-            stop_token_ids=stop_token_ids,
             compute_dtype=dtype,
         )
+        try:
+            yield session
+        except TeacherError as error:
+            if process is None or process.alive:
+                raise
+            raise TeacherError(
+                f"{error}; its process has ended, and the last it wrote to {folder.teacher_log} is:\n{process.last_lines()}"
+            ) from error
 
 
 def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -174,20 +198,23 @@ def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-async def _start_teacher(config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress) -> RemoteTeacher | None:
-    target = config.target
+async def _start_teacher(
+    config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress
+) -> tuple[RemoteTeacher | None, TeacherProcess | None]:
+    """The teacher, where the run has one, and its process, where that was started here."""
+    target, process = config.target, None
     if config.serve is not None:
         progress.activity("loading", "student, and teacher in its own process")
         process = await TeacherProcess.start(config.serve, log_path=folder.teacher_log, timeout=config.start_timeout)
         stack.callback(process.stop)
         target = process.target
     if target is None:
-        return None
+        return None, None
     teacher = await RemoteTeacher.connect(
         target, timeout=config.timeout, inflight_tokens=config.inflight_tokens, connect_timeout=min(30.0, config.start_timeout)
     )
     stack.push_async_callback(teacher.close)
-    return teacher
+    return teacher, process
 
 
 def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
@@ -203,6 +230,16 @@ def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreT
         trust_remote_code=config.trust_remote_code,
         keep_layers=config.init.keep_layers,
     )
+
+
+def _check_labels(config: RunConfig, prompts: PromptSet) -> None:
+    labelled = config.rollouts.per_update - config.rollouts_per_cycle
+    if (labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
+        raise DataError(
+            f"rollouts.on_policy_fraction {config.rollouts.on_policy_fraction} and train.cold_start_tokens "
+            f"{config.train.cold_start_tokens} ask for labelled sequences, but no prompt has a known continuation: "
+            "add text, or responses, to data.prompts, or set rollouts.on_policy_fraction=1 and train.cold_start_tokens=0"
+        )
 
 
 def _check_positions(config: RunConfig, model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ class RunState:
     """Counters of one run, always at the boundary between two update cycles."""
 
     step: int = 0  # optimizer steps
+    cold_start_steps: int = 0  # those of the cold start
     cycle: int = 0  # update cycles, cold start included
     cold_start_tokens: int = 0  # labelled response tokens trained in the cold start
     labelled_tokens: int = 0  # labelled response tokens trained after it
