@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGED := $(VENV)/.packaged
 DEVELOPED := $(VENV)/.developed
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto kernels/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false

@@ -175,7 +175,7 @@ def linear_logprobs(
     bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
     impl : str
-        As in `linear_distill`, or ``triton``: one kernel over each row of logits, in float32 and without top-k or candidates, where Triton is
+        As in `linear_distill`, or ``triton``: one kernel over each row of logits, in float32, without top-k or candidates, where Triton is
         installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been proven in the interpreter only.
 
     Returns
@@ -205,7 +205,9 @@ def linear_logprobs(
     if kernel is not None:
         if top_k or candidate_ids is not None:
             asked = f"top_k={top_k}" if top_k else "candidate_ids"
-            raise ValueError(f"impl='triton' gives no log-probabilities but those of token_ids, and {asked} was given: use impl='reference'")
+            raise ValueError(
+                f"impl='triton' gives no log-probabilities but those of token_ids, and {asked} was given: use impl='reference'"
+            )
         return kernel.linear_logprobs(
             hidden,
             weight,

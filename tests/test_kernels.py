@@ -1,12 +1,13 @@
 """Triton kernels: against float64 beside plain PyTorch, in the interpreter (and on a GPU where there is one), and compiled for three GPUs.
 
-Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary. Whether Triton interprets is settled as it is imported, so that a process of its
-own answers all the cases at once.
+Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary. Whether Triton interprets is settled as it is imported, so that a process of
+its own answers all the cases at once.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bbopd import linear_logprobs
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.7")  # the interpreter of 3.6 stumbles over numpy 2.4
 if not list(importlib.metadata.distributions(name="bbopd")):
     pytest.skip("bbopd.kernels is there once bbopd is installed", allow_module_level=True)
 
@@ -41,15 +42,23 @@ for name, (tensors, options) in torch.load(questions).items():
     else:
         pairs = ((once.logsumexp, again.logsumexp), (once.sampled, again.sampled))
         answered[name] = [None if one is None else (one.cpu(), other.cpu()) for one, other in pairs]
+log_z, log_p = torch.empty(2, 3, device=device)
+ids = torch.tensor([-1, 6, 7], device=device)  # an id that does not fit reads nothing
+logprobs.row_logprobs[(3,)](torch.zeros(3, 16, device=device), None, ids, log_z, log_p, 7, 16, None, 1.0, BLOCK=logprobs.BLOCK)
+answered["ids beyond"] = log_p.cpu()
+tensors, _ = torch.load(questions)["bias"]
+arguments = [tensors[key].to(device) for key in ("hidden", "weight", "bias", "token_ids")] + [1.0, 1.0, None, 9, 0]
+arguments[3] %= 9
+answered["registered"] = torch.library.opcheck(torch.ops.bbopd.linear_logprobs_triton.default, tuple(arguments))
 torch.save(answered, answers)
 """
 
-Case = tuple[dict[str, Tensor], dict[str, Any]]
+Case = tuple[dict[str, Any], dict[str, Any]]  # tensors and the other options
 
 
 def draw(N: int, V: int, *, dtype: torch.dtype = torch.float32, bias: bool = False, spread: float = 1.0, **options: Any) -> Case:
     generator = torch.Generator().manual_seed(1000 * V + N)
-    tensors = {
+    tensors: dict[str, Any] = {
         "hidden": (spread * torch.randn(N, 24, generator=generator)).to(dtype),
         "weight": torch.randn(V, 24, generator=generator).to(dtype),
         "token_ids": torch.randint(0, options.get("vocab_size", V), (N,), generator=generator),
@@ -107,7 +116,10 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What the kernel makes of every case: two answers of each op, or the error; interpreted where the device is a CPU."""
     folder = tmp_path_factory.mktemp("kernels")
     cases = ANSWERED | {name: case for name, (case, _) in (REFUSED | REFUSED_ON_CPU).items()}
-    questions = {name: (tensors, options if "chunk_tokens" in options else {**options, "impl": "triton"}) for name, (tensors, options) in cases.items()}
+    questions = {
+        name: (tensors, options if "chunk_tokens" in options else {**options, "impl": "triton"})
+        for name, (tensors, options) in cases.items()
+    }
     questions["auto"] = (draw(2, 9)[0], {"top_k": 3})
     if request.param == "cuda":  # an id that does not fit is not looked for there
         questions = {name: question for name, question in questions.items() if name not in REFUSED_ON_CPU}
@@ -159,6 +171,14 @@ def test_what_is_refused(name: str, answers: dict[str, Any]) -> None:
     assert re.search((REFUSED | REFUSED_ON_CPU)[name][1], answers[name])
 
 
+def test_an_id_beyond_the_vocabulary_gets_nan(answers: dict[str, Any]) -> None:
+    torch.testing.assert_close(answers["ids beyond"], torch.tensor([torch.nan, -math.log(7), torch.nan]), equal_nan=True)
+
+
+def test_torch_compile_sees_one_opaque_op(answers: dict[str, Any]) -> None:
+    assert set(answers["registered"].values()) == {"SUCCESS"}
+
+
 def test_auto_leaves_the_kernel_alone(answers: dict[str, Any]) -> None:
     assert isinstance(answers["auto"], list)  # with a top-k, which the kernel refuses
 
@@ -174,17 +194,17 @@ def test_without_a_gpu_the_engine_is_not_there() -> None:
 @pytest.mark.parametrize("bare", [False, True], ids=["all of it", "bare"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_it_compiles_without_spilling(capability: int, bare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bbopd.kernels import logprobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from bbopd.kernels import logprobs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": "*fp32", "bias": "*fp32", "token_ids": "*i64", "logsumexp": "*fp32", "sampled": "*fp32"}
     types |= {"V": "i32", "stride": "i32", "inner": "fp32", "outer": "fp32"}
     constants: dict[str, Any] = {"BLOCK": logprobs.BLOCK} | (dict.fromkeys(("bias", "token_ids", "inner")) if bare else {})
     signature = types | dict.fromkeys(constants, "constexpr")
-    aligned = {(list(types).index(name),): [["tt.divisibility", 16]] for name in ("logits", "stride")}
+    divisors = {"logits": 16, "bias": 16, "stride": logprobs.ROW_ALIGNMENT}
+    aligned = {(list(types).index(name),): [["tt.divisibility", divisor]] for name, divisor in divisors.items()}
     source = ASTSource(logprobs.row_logprobs, signature, constants, aligned)
     options = {"num_warps": logprobs.WARPS, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -31,7 +31,7 @@ from bbopd.report.table import plain_lines, result_table, speed_table
 from bbopd.types import Prompt, Sampling
 
 INTERRUPTED = 130
-_SAMPLE_TOKENS = 96
+_SAMPLE_TOKENS = 64
 
 
 def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = ()) -> int:
