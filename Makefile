@@ -11,11 +11,12 @@ export TOKENIZERS_PARALLELISM := false
 SEED ?= 0
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint format wheel clean help
+.PHONY: demo test lint format wheel package clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
+	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
 
 # The library, built and installed editable, with the demo's model.
@@ -52,6 +53,14 @@ format: $(DEVELOPED)
 wheel: $(DEVELOPED)
 	rm -rf dist
 	$(BIN)/python -m build
+
+# sdist -> wheel -> an empty environment -> used from another folder.
+package: wheel
+	rm -rf build/package && $(PYTHON) -m venv build/package
+	build/package/bin/pip install -q -c constraints.txt torch==2.13.0
+	build/package/bin/pip install -q -c constraints.txt dist/*.whl
+	cd / && $(CURDIR)/build/package/bin/python $(CURDIR)/tests/use_installed.py
+	cd / && $(CURDIR)/build/package/bin/bbopd --version
 
 clean:
 	rm -rf build dist $(VENV)

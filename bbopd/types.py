@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "reference"]
 
 LEVELS: tuple[Level, ...] = ("full", "candidates", "topk", "sampled", "text")
 DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+IGNORE_INDEX = -100  # as a label: no ground truth
 
 
 # ---------------------------------------------------------------- what the two ops take and return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import CheckpointError
 from bbopd.objectives import make_objective
-from bbopd.trainer import Trainer, latest_checkpoint, load_checkpoint, save_checkpoint
-from bbopd.trainer.checkpoint import _require_space
+from bbopd.trainer import Trainer, latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from tests.batches import pack, random_sequences, random_teacher
 from tests.tiny_models import tiny_llama, tiny_qwen2, tiny_tokenizer
 
@@ -181,9 +181,59 @@ def test_a_state_that_json_cannot_hold_leaves_nothing_behind(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000000"]
 
 
+def huge_model(parameters: int) -> LlamaForCausalLM:
+    """A model that takes no memory, with that many float32 parameters, as near as one layer allows."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=parameters // 64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+                tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r"bytes free and a checkpoint needs 1,152,921,504,606,846,976"):
-        _require_space(tmp_path, 2**60)
+    model = huge_model(10**15)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match=r"bytes free and a checkpoint needs 4,000,000,.*free some space"):
+        save_checkpoint(tmp_path / "new", 1, model=model, tokenizer=tiny_tokenizer(), optimizer=optimizer, state={}, keep=2)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_run_whose_checkpoints_will_not_fit_is_refused_before_it_starts(tmp_path):
+    root = tmp_path / "not" / "yet" / "there"
+    require_space(root, model=make_trainer().model, keep=2)
+    assert list(tmp_path.iterdir()) == []
+    free = shutil.disk_usage(tmp_path).free
+    model = huge_model(free // 30)  # weights and two moments: 12 bytes a parameter, so two checkpoints fit and three do not
+    require_space(root, model=model, keep=1)
+    with pytest.raises(CheckpointError, match=r"and 3 more checkpoints of [\d,]+ bytes \(train.keep_checkpoints 2, .*lower train.keep"):
+        require_space(root, model=model, keep=2)
+    (root / "step-00000001").mkdir(parents=True)
+    require_space(root, model=model, keep=2)
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=rf"could not be written below {tmp_path / below} .*check the disk and the permissions"):
+        save(make_trainer(), tmp_path / below)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_hide_the_new_one(tmp_path):
+    trainer = make_trainer()
+    stuck = tmp_path / ("step-" + "0" * 248)  # too long a name to be set aside
+    stuck.mkdir()
+    with pytest.raises(CheckpointError, match=r"step-00000000 is whole, but the old .* cannot be removed .*: remove it by hand"):
+        save(trainer, tmp_path, keep=1)
+    assert load(latest_checkpoint(tmp_path), trainer) == {"steps_done": 0}
+
+
+def test_a_pointer_that_cannot_be_read_is_said_with_the_way_out(tmp_path):
+    save(make_trainer(), tmp_path)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"latest cannot be read .*remove it to resume from the newest checkpoint"):
+        latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [30_000, 150_000], ids=["model", "optimizer"])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bbopd.config import EvalConfig
-from bbopd.errors import DataError, TeacherError
-from bbopd.evaluate.agreement import AgreementMeter, measure_agreement, signal_to_measure
+from bbopd.errors import DataError, TeacherError, TrainingError
+from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
 from bbopd.evaluate.bits_per_byte import NO_TEXT, bits_per_byte, document_windows, token_byte_counts
-from bbopd.evaluate.samples import each, student_answers, teacher_answers
+from bbopd.evaluate.samples import student_answers, teacher_answers
 from bbopd.evaluate.statistics import ratio
 from bbopd.evaluate.student import StudentView, in_batches
 from bbopd.evaluate.suite import EvalSuite
@@ -225,6 +225,13 @@ def scored_rollouts(teacher: DenseTeacher, want: SignalSpec, seed: int) -> list[
     return [ScoredRollout(rollout, teacher.signal(rollout, want)) for rollout in rollouts]
 
 
+def measure_agreement(student: StudentView, scored: Iterable[ScoredRollout], want: SignalSpec) -> Agreement:
+    meter = AgreementMeter(student, want)
+    for item in scored:
+        meter.add(item)
+    return meter.result()
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_agreement_from_full_signals_is_that_of_the_dense_distributions(seed: int) -> None:
     student, teacher = tiny_llama(VOCAB, seed=seed), DenseTeacher(tiny_llama(VOCAB, seed=seed + 10), dtype=np.float32)
@@ -298,11 +305,24 @@ def test_batch_boundaries_do_not_change_agreement() -> None:
 def test_agreement_needs_a_fitting_signal() -> None:
     view = StudentView(tiny_llama(VOCAB))
     with pytest.raises(ValueError, match="temperature 1"):
-        measure_agreement(view, [], SignalSpec("full", temperature=2.0))
+        AgreementMeter(view, SignalSpec("full", temperature=2.0))
     with pytest.raises(ValueError, match="candidates"):
-        measure_agreement(view, [], SignalSpec("candidates"))
+        AgreementMeter(view, SignalSpec("candidates"))
     with pytest.raises(DataError, match="no token"):
-        measure_agreement(view, [], SignalSpec("full"))
+        AgreementMeter(view, SignalSpec("full")).result()
+
+
+def test_a_student_that_diverges_is_a_training_error() -> None:
+    student, teacher = tiny_llama(VOCAB), DenseTeacher(tiny_llama(VOCAB, seed=1))
+    scored, view = scored_rollouts(teacher, SignalSpec("full"), 3), StudentView(student)
+    with torch.no_grad():
+        student.get_parameter("model.norm.weight")[0] = torch.nan
+    with pytest.raises(TrainingError, match="the student's hidden states are not finite"):
+        measure_agreement(view, scored, SignalSpec("full"))
+    with pytest.raises(TrainingError, match="hidden states are not finite"):
+        bits_per_byte(view, random_prompts(3), token_byte_counts(tiny_tokenizer()))
+    with pytest.raises(TrainingError, match=r"the student's weights model\.norm\.weight are not finite"):
+        StudentView(student)
 
 
 def test_signal_to_measure_prefers_the_exact_one() -> None:
@@ -463,7 +483,3 @@ async def test_answers_come_in_the_order_of_the_prompts() -> None:
                 break
         assert answer == tokenizer.decode(ids[len(prompt.token_ids) :])
     assert await teacher_answers(DenseTeacher(student), prompts, greedy) == ["answer to long", "answer to short"]
-
-
-async def test_each_gives_every_item() -> None:
-    assert [item async for item in each((3, 1, 2))] == [3, 1, 2]

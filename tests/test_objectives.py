@@ -89,7 +89,8 @@ def test_signal_asks_for_raw_logits_or_for_ids_at_the_temperature() -> None:
 
 def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
     with pytest.raises(
-        ConfigError, match=r"reverse_kl cannot use teacher.signal topk.*full, candidates, sampled.*forward_kl, jsd, skew_forward_kl"
+        ConfigError,
+        match=r"reverse_kl cannot use teacher.signal topk: set teacher.signal to full, or objective.name to forward_kl or jsd or skew_for",
     ):
         make_objective(ObjectiveConfig(name="reverse_kl")).signal(served(topk=32))
 
@@ -97,7 +98,13 @@ def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
 @pytest.mark.parametrize(
     ("name", "offer", "want", "message"),
     [
-        ("forward_kl", Offer("sampled"), SignalSpec("full"), "asks for the full signal, but teacher tiny offers sampled.*fits: reverse_kl"),
+        ("forward_kl", Offer("sampled"), SignalSpec("full"), "asks for the full signal, but teacher tiny offers sampled.*fits: sft$"),
+        (
+            "forward_kl",
+            Offer("topk", 64),
+            SignalSpec("full"),
+            "teacher tiny offers topk.*fits: forward_kl, jsd, skew_forward_kl, skew_reve",
+        ),
         ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "an objective that fits: sft"),
         ("forward_kl", Offer("topk", 64), SignalSpec("topk", 2.0, 8), "temperature 2.0, but teacher tiny applies 1.0 to 1.0"),
         ("jsd", Offer("topk", 20), SignalSpec("topk", 1.0, 64), "top 64 ids a token, but teacher tiny gives at most 20"),

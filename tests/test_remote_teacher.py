@@ -316,6 +316,7 @@ class BreakingServer(teacher_pb2_grpc.TeacherServiceServicer):
     def __init__(self, backend: FakeBackend, fault: str, always: bool = False) -> None:
         self.backend, self.fault, self.always = backend, fault, always
         self.streams = 0
+        self.received: list[str] = []
         self.resumed_from: list[int] = []
 
     async def GetInfo(self, request, context):  # noqa: N802
@@ -329,7 +330,14 @@ class BreakingServer(teacher_pb2_grpc.TeacherServiceServicer):
             if request.WhichOneof("kind") != "item":
                 continue
             rollout, want, resume_from = decode_item(request.item)
+            self.received.append(rollout.rollout_id)
             self.resumed_from.append(resume_from)
+            if misbehaves and self.fault == "refuse, then break":
+                if rollout.rollout_id != "r0":
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the line went dead")
+                busy = RefusedError("unavailable", "too busy", is_retryable=True, retry_after=5.0)
+                yield pb.ScoreResponse(failure=encode_failure(request.item.request_id, busy))
+                continue
             signal = self.backend.score([rollout], want)[0]
             for number, (response, _) in enumerate(
                 signal_chunks(request.item.request_id, rollout, signal, self.backend.info.vocab_size, resume_from)
@@ -392,6 +400,15 @@ async def test_a_bad_or_refused_item_is_asked_again(fault):
         assert teacher.counters["retries"] == 1
         assert teacher.counters["bad_answers"] == (fault == "corrupt")
         assert service.streams == 1
+
+
+async def test_items_are_sent_in_the_order_of_the_source_on_a_new_stream_too():
+    async with breaking("refuse, then break") as (teacher, service):
+        scored = await collect(teacher.score(stream(long_rollouts(4)), SignalSpec("sampled")))
+        assert len(scored) == 4
+        assert teacher.counters["retries"] == 1
+        assert service.received[-4:] == ["r0", "r1", "r2", "r3"], "though the request for r0 is the newest"
+        assert service.received[:2] == ["r0", "r1"]
 
 
 async def test_bad_answers_are_retried_three_times_at_most():

@@ -260,6 +260,9 @@ def test_terminal_table_and_plain_lines_have_the_same_figures(run_dir: Path) -> 
         for figure in (*row.values, row.change):
             assert figure in shown
             assert figure in lines
+    note = "scoring: its tokens over the seconds in which only the teacher was waited for"
+    assert note in " ".join(shown.split())
+    assert note in lines
     for speed in speed_rows(data):
         for figure in (speed.seconds, speed.speed, speed.share):
             assert figure in shown

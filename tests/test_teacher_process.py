@@ -66,6 +66,18 @@ async def test_one_that_cannot_start_says_why(tmp_path):
         await TeacherProcess.start(ServeConfig(model=str(tmp_path / "empty")), tmp_path / "teacher.log", timeout=120)
 
 
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [("file/teacher.log", "file: Not a directory|file: File exists"), ("full/teacher.log", "full/teacher.yaml: No space left on device")],
+)
+async def test_files_that_cannot_be_written_are_named_with_the_way_out(tmp_path, log, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "teacher.yaml").symlink_to("/dev/full")
+    with pytest.raises(TeacherError, match=rf"cannot start the teacher some/model: .*({message}); free some space there"):
+        await TeacherProcess.start(ServeConfig(model="some/model"), tmp_path / log, timeout=5)
+
+
 async def test_one_that_is_too_slow_is_ended(folder, tmp_path):
     with pytest.raises(TeacherError, match=r"was not ready after 0.2 s \(teacher.start_timeout\)"):
         await TeacherProcess.start(ServeConfig(model=str(folder)), tmp_path / "teacher.log", timeout=0.2)

@@ -6,7 +6,8 @@ Shape: ``L`` response tokens of one rollout.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -16,14 +17,13 @@ from bbopd.errors import DataError
 from bbopd.types import Rollout
 
 Reason = Literal["empty", "too_short", "too_long", "truncated", "repetition", "duplicate"]
-REASONS: tuple[Reason, ...] = ("empty", "too_short", "too_long", "truncated", "repetition", "duplicate")
 
 
 class RolloutFilter:
-    """Judges rollouts by `FiltersConfig` and counts the verdicts.
+    """Judges rollouts by `FiltersConfig`.
 
     Two equal answers to one prompt are duplicates within one update cycle: `start_cycle` forgets the answers seen, so that
-    nothing but ``counts`` outlives a cycle. The token that ends an answer is no part of its length or repetition.
+    nothing outlives a cycle. The token that ends an answer is no part of its length or repetition.
 
     Parameters
     ----------
@@ -35,18 +35,12 @@ class RolloutFilter:
         self._config = config
         self._stop_ids = frozenset(stop_token_ids)
         self._seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        self.counts: dict[str, int] = {"accepted": 0} | dict.fromkeys(REASONS, 0)
 
     def start_cycle(self) -> None:
         self._seen.clear()
 
     def check(self, rollout: Rollout) -> Reason | None:
-        """The first reason to reject ``rollout``, in the order of `REASONS`, or None. Counts it either way."""
-        reason = self._judge(rollout)
-        self.counts[reason or "accepted"] += 1
-        return reason
-
-    def _judge(self, rollout: Rollout) -> Reason | None:
+        """The first reason to reject ``rollout``, in the order of `Reason`, or None."""
         config = self._config
         ids = rollout.token_ids
         if ids and ids[-1] in self._stop_ids:
@@ -78,15 +72,17 @@ def repeated_share(ids: tuple[int, ...], n: int) -> float:
 
 
 class RejectedLog:
-    """Appends rejected rollouts to a JSONL file, one flushed line each: reason, ids, and text where ``decode`` is given."""
+    """Appends rejected rollouts to a JSONL file, one flushed line each: reason, ids, and text where ``decode`` is given.
+
+    Raises `DataError` where the file cannot be made, and later where the disk does not take a line.
+    """
 
     def __init__(self, path: Path, decode: Callable[[list[int]], str] | None = None) -> None:
+        self._path = path
         self._decode = decode
-        try:
+        with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"cannot write rejected rollouts to {path}: {error.strerror}") from error
 
     def write(self, rollout: Rollout, reason: Reason) -> None:
         line = {
@@ -100,14 +96,26 @@ class RejectedLog:
         }
         if self._decode is not None:
             line |= {"prompt": self._decode(list(rollout.prompt.token_ids)), "response": self._decode(list(rollout.token_ids))}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._explained():
+            self._file.close()
 
     def __enter__(self) -> RejectedLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"cannot write rejected rollouts to {self._path}: {error.strerror}; free some space there, or set output to a folder "
+                "that can be written"
+            ) from error

@@ -1,4 +1,4 @@
-"""Async iterators over what is there already."""
+"""Async iterators over what is there already, for the seams that take a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 async def each(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """Yield ``items`` one by one, and let others run in between."""
+    """Every item in its order. Others get a turn between two of them, so that a long list does not hold up the event loop."""
     for item in items:
         yield item
         await asyncio.sleep(0)

@@ -8,7 +8,6 @@ Shape suffixes: ``N`` response tokens, ``K`` top-k, ``V`` vocabulary, ``S`` sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,8 @@ from bbopd.data.assemble import assemble
 from bbopd.errors import DataError
 from bbopd.evaluate.bits_per_byte import ByteMeter
 from bbopd.evaluate.statistics import Estimate, ratio
-from bbopd.evaluate.student import PACKED_TOKENS, StudentView, sum_by_sequence, teacher_on, token_count
+from bbopd.evaluate.student import PACKED_TOKENS, StudentView, sum_by_sequence, token_count
+from bbopd.modeling import to_device
 from bbopd.types import FullTeacher, OpTeacher, ScoredRollout, SignalSpec, TeacherInfo, TopKTeacher
 
 _TOP_K = 64
@@ -95,7 +95,7 @@ class AgreementMeter:
         batch = assemble(self._waiting, self._want)
         self._waiting, self._waiting_tokens = [], 0
         assert batch.teacher is not None, "scored rollouts make a batch with a teacher"
-        teacher = teacher_on(batch.teacher, self._student.device)
+        teacher = to_device(batch.teacher, self._student.device)
         hidden_ND = self._student.hidden(batch)
         own = self._student.logprobs(hidden_ND, top_k=1, token_ids=batch.target_ids.to(self._student.device))
         assert own.topk_ids is not None, "top_k was asked for"
@@ -109,14 +109,6 @@ class AgreementMeter:
         valid_N = torch.ones(len(hidden_ND), dtype=torch.bool) if teacher.valid is None else teacher.valid.cpu()
         for name, values_N in (found | {"tokens": valid_N}).items():
             self._sums[name].extend(sum_by_sequence(torch.where(valid_N, values_N.double().cpu(), 0.0), batch))
-
-
-def measure_agreement(student: StudentView, scored: Iterable[ScoredRollout], want: SignalSpec) -> Agreement:
-    """Agreement over ``scored``, whose signals were asked for as ``want`` says. Raises `DataError` where there is no token."""
-    meter = AgreementMeter(student, want)
-    for item in scored:
-        meter.add(item)
-    return meter.result()
 
 
 def _teacher_best(teacher: OpTeacher) -> Tensor:

@@ -18,7 +18,7 @@ from bbopd.data.assemble import assemble
 from bbopd.errors import DataError
 from bbopd.evaluate.statistics import ratio
 from bbopd.evaluate.student import StudentView, in_batches, sum_by_sequence
-from bbopd.modeling.vocabulary import _token_bytes
+from bbopd.modeling import token_bytes
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.types import DistillBatch, Prompt, Rollout
 
@@ -47,7 +47,7 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """
     tokens = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    to_bytes = _token_bytes(tokenizer)
+    to_bytes = token_bytes(tokenizer)
     counts = torch.full((max(tokens.values(), default=-1) + 1,), NO_TEXT, dtype=torch.int64)
     for token, index in tokens.items():
         counts[index] = len(token.encode() if token in added else to_bytes(token))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
+from bbopd.data.streams import each
 from bbopd.types import Completion, Prompt, Rollout, RolloutEngine, Sampling, Teacher
 
 Decode = Callable[[Sequence[int]], str]
-Item = TypeVar("Item")
 
 
 async def student_answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, decode: Decode) -> list[str]:
@@ -21,9 +20,3 @@ async def teacher_answers(teacher: Teacher, prompts: Sequence[Prompt], sampling:
     """The teacher's own answers, in the order of ``prompts``."""
     answers: dict[str, Completion] = {answer.prompt.prompt_id: answer async for answer in teacher.complete(each(prompts), sampling)}
     return [answers[prompt.prompt_id].text if prompt.prompt_id in answers else "" for prompt in prompts]
-
-
-async def each(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """An async iterator over what is there already."""
-    for item in items:
-        yield item

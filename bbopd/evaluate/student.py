@@ -6,7 +6,6 @@ Shape suffixes: ``P`` packed tokens, ``N`` response tokens, ``D`` hidden, ``S`` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bbopd.modeling import output_head, packed_hidden
 from bbopd.modeling.head import undisturbed
+from bbopd.objectives.base import require_finite
 from bbopd.ops import linear_distill, linear_logprobs
 from bbopd.types import DistillBatch, Divergence, OpTeacher, Rollout, ScoredRollout, TokenLogprobs
 
@@ -28,10 +28,11 @@ Item = TypeVar("Item", Rollout, ScoredRollout)
 class StudentView:
     """Measures ``model`` as it is when a method is called: in eval mode, without gradients, its own modes left as they were.
 
-    ``compute_dtype`` is that of the body's matrix products, None the weights' own.
+    ``compute_dtype`` is that of the body's matrix products, None the weights' own. Raises `TrainingError` for a model that has diverged.
     """
 
     def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype | None = None) -> None:
+        require_finite(*((f"weights {name}", parameter) for name, parameter in model.named_parameters()))
         self._model = model
         self._head = output_head(model)
         self._options: dict[str, Any] = {
@@ -44,12 +45,14 @@ class StudentView:
 
     @torch.no_grad()
     def hidden(self, batch: DistillBatch) -> Tensor:
-        """Hidden states [N, D] that predict the batch's response tokens."""
+        """Hidden states [N, D] that predict the batch's response tokens. Raises `TrainingError` where they are not finite."""
         device = self.device
         mixed = self._compute_dtype not in (None, self._head.weight_VD.dtype)
         with undisturbed(self._model), torch.autocast(device.type, dtype=self._compute_dtype if mixed else None, enabled=mixed):
             hidden_PD = packed_hidden(self._model, batch.input_ids.to(device), batch.position_ids.to(device), batch.boundaries)
-        return hidden_PD[batch.target_rows.to(device)].to(self._head.weight_VD.dtype)
+        hidden_ND = hidden_PD[batch.target_rows.to(device)].to(self._head.weight_VD.dtype)
+        require_finite(("hidden states", hidden_ND))
+        return hidden_ND
 
     @torch.no_grad()
     def logprobs(self, hidden_ND: Tensor, **wanted: Any) -> TokenLogprobs:
@@ -63,12 +66,6 @@ class StudentView:
             hidden_ND, self._head.weight_VD, teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence=name, **self._options
         )
         return found.kd
-
-
-def teacher_on(teacher: OpTeacher, device: torch.device) -> OpTeacher:
-    """The same teacher with its tensors on ``device``."""
-    tensors = {field.name: value for field in fields(teacher) if isinstance(value := getattr(teacher, field.name), Tensor)}
-    return replace(teacher, **{name: value.to(device) for name, value in tensors.items()})  # type: ignore[arg-type]
 
 
 def in_batches(items: Iterable[Item], packed_tokens: int = PACKED_TOKENS) -> Iterator[list[Item]]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bbopd.config import EvalConfig
+from bbopd.data.streams import each
 from bbopd.errors import TeacherError
 from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
 from bbopd.evaluate.bits_per_byte import BitsPerByte, ByteMeter, bits_per_byte
-from bbopd.evaluate.samples import each
 from bbopd.evaluate.statistics import Estimate
 from bbopd.evaluate.student import StudentView
 from bbopd.pipeline.cycle import as_labelled

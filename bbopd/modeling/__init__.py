@@ -4,7 +4,8 @@ from bbopd.modeling.head import OutputHead, output_head
 from bbopd.modeling.layers import keep_layers
 from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
 from bbopd.modeling.packed import packed_attention, packed_hidden
-from bbopd.modeling.vocabulary import chat_template_sha256, tokenizer_sha256, vocabulary_sha256
+from bbopd.modeling.placement import to_device
+from bbopd.modeling.vocabulary import chat_template_sha256, token_bytes, tokenizer_sha256, vocabulary_sha256
 
 __all__ = [
     "OutputHead",
@@ -18,6 +19,8 @@ __all__ = [
     "packed_attention",
     "packed_hidden",
     "resolve_device",
+    "to_device",
+    "token_bytes",
     "tokenizer_sha256",
     "vocabulary_sha256",
 ]

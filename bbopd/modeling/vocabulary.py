@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -30,7 +31,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> st
     UTF-8 of its content. Ids without a token are left out, so rows that only pad an embedding matrix change nothing.
     """
     added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
-    to_bytes = _token_bytes(tokenizer)
+    to_bytes = token_bytes(tokenizer)
     digest = hashlib.sha256()
     for index, token in sorted((index, token) for token, index in tokenizer.get_vocab().items()):
         if index >= vocab_size:
@@ -59,7 +60,11 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256_of_json(template) if template else ""
 
 
-def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> Any:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
+    """How a token of the vocabulary, as the tokenizer spells it, becomes the bytes that it puts into a text.
+
+    Added tokens are not spelled this way: theirs are the UTF-8 of their content.
+    """
     return _byte_level if _is_byte_level(tokenizer) else _sentencepiece
 
 

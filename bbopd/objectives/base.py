@@ -6,7 +6,7 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from bbopd.config import TeacherConfig
 from bbopd.errors import TeacherError, TrainingError
 from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
+
+SIGNALS: tuple[str, ...] = get_args(TeacherConfig.model_fields["signal"].annotation)
+"""What a configuration can ask a teacher for: the levels that a message may propose."""
 
 
 class Objective(Protocol):
@@ -78,7 +81,7 @@ def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mappin
     offer = info.offer(want.level)
     offered = [one.level for one in info.offers]
     if offer is None:
-        fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered)] or ["sft"]
+        fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered) & set(SIGNALS)] or ["sft"]
         levels = ", ".join(offered) or "nothing"
         raise TeacherError(
             f"{name} asks for the {want.level} signal, but teacher {info.model} offers {levels}: "
@@ -97,7 +100,13 @@ def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mappin
 
 
 def check_student(hidden_ND: Tensor, weight_VD: Tensor) -> None:
-    """Refuse a student that has diverged. Asked on a CPU only: a GPU would have to be waited for, and its NaN reaches the loss."""
-    for what, tensor in (("hidden states", hidden_ND), ("output weights", weight_VD)):
-        if tensor.device.type == "cpu" and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
+    """`require_finite`, on a CPU only: a GPU would have to be waited for, and its NaN reaches the loss."""
+    if hidden_ND.device.type == "cpu":
+        require_finite(("hidden states", hidden_ND), ("output weights", weight_VD))
+
+
+def require_finite(*parts: tuple[str, Tensor]) -> None:
+    """Raises `TrainingError` for a student that has diverged: one of its named parts holds NaN or infinity."""
+    for what, tensor in parts:
+        if not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
             raise TrainingError(f"the student's {what} are not finite: lower train.lr, or resume from an earlier checkpoint")

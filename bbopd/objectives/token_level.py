@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError
-from bbopd.objectives.base import check_offer, check_student
+from bbopd.objectives.base import SIGNALS, check_offer, check_student
 from bbopd.ops import linear_distill
 from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
 
@@ -44,9 +44,10 @@ class TokenLevel:
         level = teacher.signal
         if level == "none" or level not in self.needs:
             fitting = [name for name, needs in NEEDS.items() if level in needs] or ["sft"]
+            usable = [need for need in self.needs if need in SIGNALS]
             raise ConfigError(
-                f"objective.name {self.name} cannot use teacher.signal {level}: set teacher.signal to one of "
-                f"{', '.join(self.needs)}, or objective.name to one of {', '.join(fitting)}"
+                f"objective.name {self.name} cannot use teacher.signal {level}: set teacher.signal to {' or '.join(usable)}, "
+                f"or objective.name to {' or '.join(fitting)}"
             )
         if level == "full":
             return SignalSpec(level="full")  # raw logits: the loss applies the temperature

@@ -31,7 +31,7 @@ from bbopd.pipeline.state import RunState
 from bbopd.rollouts.hf import HFEngine
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
-from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         teacher, process = await starting
         dtype = compute_dtype(student.dtype, model.device)
         _check_positions(config, model)
+        require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
 
         objective = make_objective(config.objective)
         want = objective.signal(config.teacher) if teacher is not None else None

@@ -11,7 +11,7 @@ from typing import Any
 from bbopd.errors import BbopdError
 from bbopd.report.charts import charts
 from bbopd.report.load import RunData, load_run
-from bbopd.report.table import KL_NOTE, result_rows, speed_rows, stage_titles
+from bbopd.report.table import KL_NOTE, SPEED_NOTE, result_rows, speed_rows, stage_titles
 
 _CSS = """
 :root{color-scheme:light dark;--page:#fcfcfb;--card:#fff;--ink:#22262b;--quiet:#646b75;--faint:#c3c8d0;
@@ -115,7 +115,9 @@ def _drawings(data: RunData) -> str:
 
 def _speeds(data: RunData) -> str:
     rows = [(row.title, row.tokens, row.seconds, row.speed, row.share) for row in speed_rows(data)]
-    return _table(("Activity", "tokens", "seconds", "tokens/s", "share"), rows) if rows else ""
+    if not rows:
+        return ""
+    return _table(("Activity", "tokens", "seconds", "tokens/s", "share"), rows) + f'<p class="quiet">{escape(SPEED_NOTE)}.</p>'
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

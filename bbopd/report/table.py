@@ -13,6 +13,7 @@ from rich.table import Table
 from bbopd.report.load import RunData, load_run
 
 STAGE_TITLES = {"start": "start", "cold_start": "cold start", "end": "end"}
+SPEED_NOTE = "scoring: its tokens over the seconds in which only the teacher was waited for"
 KL_NOTE = "KL in nats per response token at temperature 1; forward: KL(teacher‖student), reverse: KL(student‖teacher)"
 
 
@@ -128,7 +129,7 @@ def result_table(run: RunData | str | Path) -> Table:
 def speed_table(run: RunData | str | Path) -> Table:
     """Where the time went, for a terminal."""
     data = run if isinstance(run, RunData) else load_run(run)
-    table = Table(title="Where the time went", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Where the time went", title_justify="left", caption=SPEED_NOTE, caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("Activity")
     for title in ("tokens", "seconds", "tokens/s", "share"):
         table.add_column(title, justify="right")
@@ -145,10 +146,11 @@ def plain_lines(run: RunData | str | Path) -> list[str]:
         lines.append(
             f"{row.title}: {' -> '.join(value or '-' for value in row.values)} {row.unit}" + (f" ({row.change})" if row.change else "")
         )
-    for speed in speed_rows(data):
+    speeds = speed_rows(data)
+    for speed in speeds:
         parts = [f"{speed.seconds} s" if speed.seconds else "", speed.share, f"{speed.speed} tokens/s" if speed.speed else ""]
         lines.append(f"{speed.title}: {', '.join(part for part in parts if part)}")
-    return lines
+    return [*lines, f"({SPEED_NOTE})"] if speeds else lines
 
 
 def _text(number: float | None, measure: Measure) -> str:

@@ -1,14 +1,15 @@
 """Many small jobs of many clients, put together into few large calls of one model.
 
-A call takes jobs of one kind (same `SignalSpec`, or same `Sampling`) up to a number of tokens, from the clients in turn. The
-model runs in one thread of its own, so that the event loop goes on moving bytes meanwhile.
+A call takes jobs of one kind (same `SignalSpec`, or same `Sampling`) up to a number of tokens, from the clients in turn and from each
+in the order of its queue, so that what a lone client sends in one burst is always cut into the same calls. The model runs in one
+thread of its own, so that the event loop goes on moving bytes meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ __all__ = ["Answer", "Client", "Job", "Scheduler"]
 
 Answer = TeacherSignal | Completion | RefusedError
 
-_LINGER = 0.01  # seconds without a new job after which a burst counts as over: half-filled calls waste the model
-_LONGEST_LINGER = 0.2
+_POLL = 0.01  # seconds
+_QUIET_POLLS = 3  # without a new job, after which a burst counts as over: half-filled calls waste the model
+_LONGEST_LINGER = 1.0  # seconds
 _log = logging.getLogger("bbopd.serve")
 
 
@@ -55,7 +57,8 @@ class Scheduler:
     Parameters
     ----------
     batch_tokens : packed tokens of one call, prompts included; a single longer job still runs, alone.
-    max_inflight_bytes : answers of one client that may be waiting; a client above it is passed over until it takes some.
+    max_inflight_bytes : answers of one client that may be waiting. One call makes at most half of it for one client, and a client
+        that has not taken enough for that half to fit is passed over: a call is put off, never cut smaller by how fast answers go.
     """
 
     def __init__(self, backend: TeacherBackend, *, batch_tokens: int, max_inflight_bytes: int) -> None:
@@ -63,6 +66,7 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._max_inflight_bytes = max_inflight_bytes
         self._clients: deque[Client] = deque()
+        self._submitted = 0
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bbopd-teacher")
         self._loop_task = asyncio.create_task(self._run())
@@ -79,6 +83,7 @@ class Scheduler:
 
     def submit(self, client: Client, job: Job) -> None:
         client.queue.append(job)
+        self._submitted += 1
         self._work.set()
 
     def release(self, client: Client, answer_bytes: int) -> None:
@@ -101,49 +106,82 @@ class Scheduler:
             if not batch:
                 self._work.clear()
                 continue
-            answers = await loop.run_in_executor(self._thread, self._answer, [job for _, job in batch])
+            jobs = [job for _, job in batch]
+            try:
+                answers = await loop.run_in_executor(self._thread, self._answer, jobs)
+            except Exception as error:
+                _log.exception("a batch of %d items was lost", len(jobs))
+                answers = [_internal(job, error) for job in jobs]
             for (client, job), answer in zip(batch, answers, strict=True):
                 if client in self._clients:
-                    job.deliver(answer)
+                    self._deliver(job, answer)
+
+    def _deliver(self, job: Job, answer: Answer) -> None:
+        """Hand an answer over; one that cannot be is refused instead, and whatever happens the next one gets its turn."""
+        try:
+            job.deliver(answer)
+        except Exception as error:
+            _log.exception("the answer to %s could not be handed over", _name(job))
+            try:
+                job.deliver(_internal(job, error))
+            except Exception:
+                _log.exception("%s stays without an answer", _name(job))
 
     async def _let_burst_arrive(self) -> None:
-        """Wait until a call is full, or jobs have stopped coming: so the same burst always makes the same calls."""
-        deadline = asyncio.get_running_loop().time() + _LONGEST_LINGER
-        before = -1
-        while before < (tokens := self._queued_tokens()) < self._batch_tokens and asyncio.get_running_loop().time() < deadline:
-            before = tokens
-            await asyncio.sleep(_LINGER)
+        """Wait until nothing more can join the next call, or jobs have stopped coming."""
+        now = asyncio.get_running_loop().time
+        deadline, submitted, quiet_polls = now() + _LONGEST_LINGER, self._submitted, 0
+        while self._can_grow() and quiet_polls < _QUIET_POLLS and now() < deadline:
+            await asyncio.sleep(_POLL)
+            quiet_polls = quiet_polls + 1 if self._submitted == submitted else 0
+            submitted = self._submitted
 
-    def _queued_tokens(self) -> int:
-        return sum(job.tokens for client in self._clients for job in client.queue)
+    def _can_grow(self) -> bool:
+        batch, is_closed = self._plan()
+        return bool(batch) and not is_closed
 
     def _take_batch(self) -> list[tuple[Client, Job]]:
-        """One job from each client in turn, until nothing more fits. The client served first goes last next time."""
-        batch: list[tuple[Client, Job]] = []
-        tokens, progressed = 0, True
-        while progressed:
-            progressed = False
-            for client in tuple(self._clients):
-                job = self._next_fitting(client, batch[0][1].kind if batch else None, self._batch_tokens - tokens)
-                if job is None:
-                    continue
-                client.queue.remove(job)
-                client.pending_bytes += job.answer_bytes
-                batch.append((client, job))
-                tokens, progressed = tokens + job.tokens, True
+        """Take the next call's jobs out of their queues. The client served first goes last next time."""
+        batch, _ = self._plan()
+        for client, job in batch:
+            client.queue.popleft()
+            client.pending_bytes += job.answer_bytes
         if batch:
             self._clients.remove(batch[0][0])
             self._clients.append(batch[0][0])
         return batch
 
-    def _next_fitting(self, client: Client, kind: SignalSpec | Sampling | None, room: int) -> Job | None:
-        """The client's oldest job of this kind that fits into the room (no kind: any), where its answer fits among those waiting."""
-        job = next((job for job in client.queue if kind is None or (job.kind == kind and job.tokens <= room)), None)
-        if job is None:
-            return None
-        if client.pending_bytes and client.pending_bytes + job.answer_bytes > self._max_inflight_bytes:
-            return None
-        return job
+    def _plan(self) -> tuple[list[tuple[Client, Job]], bool]:
+        """The next call, one job from each client in turn, and whether it is closed: full, or some client's next job had no place.
+
+        A job that has no place, being of another kind or too large, holds back those behind it: were they to overtake it, a call
+        would depend on what had arrived when it was made.
+        """
+        batch: list[tuple[Client, Job]] = []
+        room, is_closed = self._batch_tokens, False
+        answer_bytes: Counter[Client] = Counter()
+        turns = deque((client, iter(client.queue)) for client in self._clients if self._has_room_for_answers(client))
+        while turns:
+            client, jobs = turns.popleft()
+            job = next(jobs, None)
+            if job is None:
+                continue
+            answer_bytes[client] += job.answer_bytes
+            fits = not batch or (job.kind == batch[0][1].kind and job.tokens <= room)
+            if not fits or job.answer_bytes < answer_bytes[client] > self._max_inflight_bytes // 2:
+                is_closed = True
+                continue
+            batch.append((client, job))
+            room -= job.tokens
+            turns.append((client, jobs))
+        return batch, is_closed or room <= 0
+
+    def _has_room_for_answers(self, client: Client) -> bool:
+        """Whether the most that one call can make for this client fits among the answers it has not taken."""
+        if not client.queue:
+            return False
+        most = max(self._max_inflight_bytes // 2, client.queue[0].answer_bytes)
+        return not client.pending_bytes or client.pending_bytes + most <= self._max_inflight_bytes
 
     # ------------------------------------------------------------ in the model's thread
 
@@ -153,13 +191,13 @@ class Scheduler:
             results = self._call(jobs)
             if len(results) != len(jobs):
                 raise RuntimeError(f"the model gave {len(results)} answers to {len(jobs)} items")
+            return [self._checked(job, result) for job, result in zip(jobs, results, strict=True)]
         except Exception as error:
             if len(jobs) > 1:
                 _log.warning("a batch of %d items failed (%s); running them one by one", len(jobs), error)
                 return [answer for job in jobs for answer in self._answer([job])]
             _log.warning("%s failed: %s", _name(jobs[0]), error, exc_info=True)
-            return [RefusedError("internal", f"{_name(jobs[0])}: {type(error).__name__}: {error}", is_retryable=True)]
-        return [self._checked(job, result) for job, result in zip(jobs, results, strict=True)]
+            return [_internal(jobs[0], error)]
 
     def _call(self, jobs: list[Job]) -> list[Any]:
         kind = jobs[0].kind
@@ -180,3 +218,7 @@ class Scheduler:
 
 def _name(job: Job) -> str:
     return f"rollout {job.payload.rollout_id}" if isinstance(job.payload, Rollout) else f"prompt {job.payload.prompt_id}"
+
+
+def _internal(job: Job, error: Exception) -> RefusedError:
+    return RefusedError("internal", f"{_name(job)}: {type(error).__name__}: {error}", is_retryable=True)

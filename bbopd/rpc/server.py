@@ -293,7 +293,6 @@ class _ScoreStream(_Outcomes):
         size = answer_bytes(rollout, want, self._service.info.vocab_size)
 
         def deliver(answer: Answer) -> None:
-            self._give_credit(payload)
             if isinstance(answer, TeacherSignal):
                 chunks: Iterator[tuple[pb.ScoreResponse, int]]
                 chunks = signal_chunks(request_id, rollout, answer, self._service.info.vocab_size, resume_from)
@@ -301,6 +300,7 @@ class _ScoreStream(_Outcomes):
             elif isinstance(answer, RefusedError):
                 self._scheduler.release(self._client, size)
                 self._fail(request_id, answer)
+            self._give_credit(payload)
 
         self._scheduler.submit(self._client, Job(want, rollout, len(rollout.all_ids), size, deliver))
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from bbopd.types import SignalSpec, TeacherSignal
 
-__all__ = ["MASS_TOLERANCE", "check_signal", "signal_temperature"]
+__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_temperature"]
 
 MASS_TOLERANCE = 2e-3
 """Largest |sum p + tail - 1|: float16 logprobs leave that much, a wrong temperature or a lost tail far more."""
 
 _ABOVE_ZERO = 1e-4  # a logprob of 0, as float32 sums round it
+_INTEGERS = {2: (np.int16, np.uint16, 0x7C00), 4: (np.int32, np.uint32, 0x7F800000), 8: (np.int64, np.uint64, 0x7FF0 << 48)}
 
 
 def signal_temperature(want: SignalSpec) -> float:
@@ -62,15 +63,28 @@ def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray
     _check_own_token(ids, logprobs, sampled, target_ids, first_row)
 
 
-def _check_logits(logits: np.ndarray, first_row: int) -> None:
-    """NaN-free and with a maximum of exactly 0 in every row: as integers, since NumPy compares float16 sixty times slower.
+def has_nan_or_inf(values: np.ndarray) -> bool:
+    """Whether any entry of a floating-point array is NaN or +inf; −inf, the logarithm of 0, is neither."""
+    signed, unsigned, inf, minus_inf = _as_integers(values)
+    return bool(values.size) and bool(signed.max() >= inf or unsigned.max() > minus_inf)
 
-    Read as signed integers, what is above zero (NaN of that sign too) is positive; read as unsigned ones, NaN of the other
-    sign lies above −inf.
+
+def _as_integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """The bits of ``values`` as signed and as unsigned integers, and what +inf is among the first and −inf among the second.
+
+    NumPy compares float16 sixty times slower than integers. Read as signed ones, what is above zero is positive in the same order,
+    with NaN of that sign above +inf; read as unsigned ones, NaN of the other sign lies above −inf.
     """
-    signed, unsigned, minus_inf = (np.int16, np.uint16, 0xFC00) if logits.dtype == np.float16 else (np.int32, np.uint32, 0xFF800000)
-    row_max = logits.view(signed).max(axis=1)
-    if row_max.any() or logits.view(unsigned).max() > minus_inf:
+    signed, unsigned, inf = _INTEGERS[values.dtype.itemsize]
+    bits = np.ascontiguousarray(values)
+    return bits.view(signed), bits.view(unsigned), inf, inf + 2 ** (8 * values.itemsize - 1)
+
+
+def _check_logits(logits: np.ndarray, first_row: int) -> None:
+    """NaN-free and with a maximum of exactly 0 in every row."""
+    signed, unsigned, _, minus_inf = _as_integers(logits)
+    row_max = signed.max(axis=1)
+    if row_max.any() or unsigned.max() > minus_inf:
         shown = logits.astype(np.float32).max(axis=1)  # NaN wins
         _reject(np.isnan(shown) | (row_max != 0), shown, "logits must have a maximum of 0, this row's is", first_row)
 

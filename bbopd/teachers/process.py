@@ -44,17 +44,25 @@ class TeacherProcess:
 
         Raises
         ------
-        TeacherError : it died or was not ready in time; the message ends with the last lines of its log.
+        TeacherError : its files cannot be written; or it died or was not ready in time, and the message ends with the last lines
+            of its log.
         """
         log = Path(log_path).absolute()
-        log.parent.mkdir(parents=True, exist_ok=True)
         settings, ready_file = log.with_suffix(".yaml"), log.with_suffix(".address")
-        settings.write_text(json.dumps(config.model_copy(update={"host": "127.0.0.1", "port": 0}).model_dump(mode="json"), indent=1))
-        ready_file.unlink(missing_ok=True)
+        shown = json.dumps(config.model_copy(update={"host": "127.0.0.1", "port": 0}).model_dump(mode="json"), indent=1)
         command = [sys.executable, "-m", "bbopd", "serve", str(settings), "--ready-file", str(ready_file), "--parent-pid", str(os.getpid())]
-        with log.open("wb") as output:
-            # a group of its own: Ctrl-C in the terminal reaches the run alone, which stops its teacher after saving
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(shown)
+            ready_file.unlink(missing_ok=True)
+            with log.open("wb") as output:
+                # a group of its own: Ctrl-C in the terminal reaches the run alone, which stops its teacher after saving
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+        except OSError as error:
+            raise TeacherError(
+                f"cannot start the teacher {config.model}: {error.filename or settings}: {error.strerror}; free some space there, or set "
+                "output to a folder that can be written"
+            ) from error
         started = cls(process, log, "")
         try:
             await started._wait_until_healthy(ready_file, config.model, timeout)

@@ -69,6 +69,11 @@ class RemoteTeacher:
         Items that fail for a while, or arrive damaged, are asked again up to 3 times; a broken stream is opened again and
         goes on where it broke.
 
+        Items are sent in the order of the source. A teacher's answer may depend, in its last bits, on what shares its batch; the
+        same rollouts get the same answers again where the teacher has no other client and all of them, prompts included, are
+        within ``inflight_tokens`` (and the teacher's own ``max_request_tokens``): beyond that, what is sent when depends on
+        how fast answers come.
+
         Raises
         ------
         TeacherError : not offered, refused, dead, or silent for ``timeout``; it names what was finished.

@@ -8,7 +8,8 @@ each is ready. Every wait ends: by an answer, by the stream breaking, or by the 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+import heapq
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +35,13 @@ _WINDOW = 64 * 2**20  # bytes of answers in flight, and again of answers ready a
 
 @dataclass(eq=False, slots=True)
 class _Item:
-    """One rollout that is not answered yet."""
+    """One rollout that is not answered yet, the ``place``-th of the source."""
 
+    place: int
     rollout: Rollout
     assembler: SignalAssembler
     retries: int = 0
-    is_queued: bool = True
+    is_queued: bool = False
     is_sent: bool = False
 
 
@@ -86,8 +88,9 @@ class ScoreSession:
         self._inflight_tokens = min(inflight_tokens, info.max_request_tokens or inflight_tokens)
         self._counters = counters
         self._unanswered: dict[int, _Item] = {}
-        self._unsent: deque[int] = deque()
+        self._unsent: list[tuple[int, int]] = []  # heap of (place, request number): what is sent goes in the order of the source
         self._next_id = 1
+        self._next_place = 0
         self._tokens = 0  # sent and not answered
         self._source_ended = False
         self._scored = 0
@@ -127,21 +130,28 @@ class ScoreSession:
             if not self._unanswered:
                 self._silence = 0.0
             self._tokens += tokens
-            self._enqueue(rollout, 0)
+            self._queue(self._ask(self._next_place, rollout, 0))
+            self._next_place += 1
         self._source_ended = True
         self._end_if_done()
 
     def _has_room(self, tokens: int) -> bool:
         return self._tokens == 0 or self._tokens + tokens <= self._inflight_tokens
 
-    def _enqueue(self, rollout: Rollout, retries: int) -> int:
+    def _ask(self, place: int, rollout: Rollout, retries: int) -> int:
+        """Note a new request; `_queue` lets it be sent."""
         request_id = self._next_id
         self._next_id += 1
         name = f"request {request_id} (rollout {rollout.rollout_id})"
-        self._unanswered[request_id] = _Item(rollout, SignalAssembler(rollout, self._want, self._info.vocab_size, name), retries)
-        self._unsent.append(request_id)
-        self._notify()
+        self._unanswered[request_id] = _Item(place, rollout, SignalAssembler(rollout, self._want, self._info.vocab_size, name), retries)
         return request_id
+
+    def _queue(self, request_id: int) -> None:
+        item = self._unanswered.get(request_id)
+        if item is not None and not item.is_queued and not item.is_sent:
+            item.is_queued = True
+            heapq.heappush(self._unsent, (item.place, request_id))
+            self._notify()
 
     def _end_if_done(self) -> None:
         if self._source_ended and not self._unanswered:
@@ -188,7 +198,7 @@ class ScoreSession:
             self._owed_credit = 0
             for item in self._unanswered.values():
                 item.is_queued, item.is_sent = True, False
-            self._unsent = deque(self._unanswered)
+            self._unsent = sorted((item.place, request_id) for request_id, item in self._unanswered.items())
             sender = asyncio.create_task(self._send(call))
             while (message := await self._read(call)) is not grpc.aio.EOF:
                 self._messages += 1
@@ -207,7 +217,7 @@ class ScoreSession:
                 self._owed_credit = 0
                 await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=grant)))
                 continue
-            request_id = self._unsent.popleft()
+            _, request_id = heapq.heappop(self._unsent)
             item = self._unanswered.get(request_id)
             if item is None:
                 continue
@@ -293,18 +303,11 @@ class ScoreSession:
             raise self._lost(f"failed the same item {_RETRIES + 1} times, at last: {error}")
         self._counters["retries"] += 1
         del self._unanswered[request_id]
-        again = self._enqueue(item.rollout, item.retries + 1)
+        again = self._ask(item.place, item.rollout, item.retries + 1)
         if delay:
-            self._unsent.remove(again)
-            self._unanswered[again].is_queued = False
-            asyncio.get_running_loop().call_later(delay, self._requeue, again)
-
-    def _requeue(self, request_id: int) -> None:
-        item = self._unanswered.get(request_id)
-        if item is not None and not item.is_queued and not item.is_sent:
-            item.is_queued = True
-            self._unsent.append(request_id)
-            self._notify()
+            asyncio.get_running_loop().call_later(delay, self._queue, again)
+        else:
+            self._queue(again)
 
     def _retire(self, request_id: int) -> None:
         self._tokens -= len(self._unanswered.pop(request_id).rollout.all_ids)

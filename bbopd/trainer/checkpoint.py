@@ -70,10 +70,15 @@ def save_checkpoint(
     CheckpointError
         Too little disk space (said before anything is written), or the disk refuses. Earlier checkpoints stay as they are.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
-    _require_space(root, _bytes_to_write(model, optimizer))
-    folder = _free_name(root, step)
+    with _explained(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        needed = _weight_bytes(model) + _moment_bytes(optimizer) + _SPARE_BYTES
+        if (free := shutil.disk_usage(root).free) < needed:
+            raise CheckpointError(
+                f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space; earlier checkpoints are whole"
+            )
+        folder = _free_name(root, step)
     aside = root / f"{_ASIDE}{folder.name}"
     with _explained(root, aside):
         aside.mkdir()
@@ -92,6 +97,30 @@ def save_checkpoint(
         _point(root, folder)
     _retire(root, folder, keep)
     return folder
+
+
+def require_space(root: Path, *, model: PreTrainedModel, keep: int) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk, before anything is spent on it.
+
+    Asked for is room for ``keep`` checkpoints and the one being written beside them, each of the weights, two AdamW moments of what is
+    trained, and some MiB for the rest; those already below ``root`` have their room. Nothing is written, and ``root`` need not exist.
+
+    Raises
+    ------
+    CheckpointError
+        Too little free space, or none to be asked about.
+    """
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    one = _weight_bytes(model) + moments + _SPARE_BYTES
+    with _explained(root):
+        folders = max(1, keep + 1 - len(_checkpoints(root)))
+        disk = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+        free = shutil.disk_usage(disk).free
+    if free < folders * one:
+        raise CheckpointError(
+            f"the disk of {root} has {free:,} bytes free, and {folders} more checkpoints of {one:,} bytes (train.keep_checkpoints {keep}, "
+            f"and one being written) need {folders * one:,}: free some space, lower train.keep_checkpoints, or set output to another disk"
+        )
 
 
 def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -129,7 +158,12 @@ def latest_checkpoint(root: Path) -> Path | None:
         return None
     pointer = root / _LATEST
     if pointer.is_file():
-        folder = root / pointer.read_text().strip()
+        try:
+            folder = root / pointer.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{pointer} cannot be read ({error}): remove it to resume from the newest checkpoint in {root}"
+            ) from error
         if (folder / _MANIFEST).is_file() and folder.parent == root:
             return folder
     return next((folder for folder in reversed(_checkpoints(root)) if (folder / _MANIFEST).is_file()), None)
@@ -161,7 +195,10 @@ def _retire(root: Path, newest: Path, keep: int) -> None:
     others = [path for path in _checkpoints(root) if path != newest]
     for path in others[: max(0, len(others) + 1 - keep)]:
         aside = root / f"{_ASIDE}{path.name}"
-        path.rename(aside)  # a removal cut short must not look like a checkpoint
+        try:
+            path.rename(aside)  # a removal cut short must not look like a checkpoint
+        except OSError as error:
+            raise CheckpointError(f"{newest} is whole, but the old {path} cannot be removed ({error}): remove it by hand") from error
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -181,21 +218,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _require_space(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise CheckpointError(
-            f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space, or lower train.keep_checkpoints; "
-            "earlier checkpoints are whole"
-        )
-
-
 @contextmanager
-def _explained(root: Path, aside: Path) -> Iterator[None]:
+def _explained(root: Path, aside: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         hint = "the disk is full: free some space" if full else "check the disk and the permissions"
         raise CheckpointError(
@@ -226,7 +255,11 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{path} is missing; {_way_out(folder)}")
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short; {_way_out(folder)}")
-        if _crc32(path) != entry["crc32"]:
+        try:
+            found = _crc32(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_way_out(folder)}") from error
+        if found != entry["crc32"]:
             raise CheckpointError(f"{path} was altered after it was written (CRC-32 differs); {_way_out(folder)}")
 
 
@@ -240,10 +273,13 @@ def _way_out(folder: Path) -> str:
 # ---------------------------------------------------------------- contents
 
 
-def _bytes_to_write(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    moments = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
-    return sum(weights.values()) + moments + _SPARE_BYTES
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Those of every parameter and buffer; a tied weight counts once, as it is written."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

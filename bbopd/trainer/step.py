@@ -5,28 +5,25 @@ Shape suffixes: ``P`` packed tokens, ``N`` response tokens (rows of the loss), `
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import TrainingError
-from bbopd.modeling import output_head, packed_attention, packed_hidden
+from bbopd.modeling import output_head, packed_attention, packed_hidden, to_device
 from bbopd.objectives import Objective
 from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
-from bbopd.types import DistillBatch, DistillLoss
+from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ class Trainer:
             The loss or the gradient is NaN or infinite. Weights and optimizer are as they were before the call.
         """
         started = time.perf_counter()
-        labelled = sum(int((batch.labels != _IGNORED).sum()) for batch in micro_batches)
+        labelled = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         signals = [_signalled_tokens(batch) for batch in micro_batches]
         signalled = sum(signals)
         ce_weight, kd_weight = loss_weights_at(self.steps_done, self.planned_steps, self.objective_config)
@@ -110,7 +107,7 @@ class Trainer:
         self.model.train()
         try:
             for micro_batch, signal in zip(micro_batches, signals, strict=True):
-                batch = _to_device(micro_batch, self.model.device)
+                batch = to_device(micro_batch, self.model.device)
                 result = self._backward(batch, ce_weight, kd_weight, normalizer)
                 totals["loss"] += result.loss.detach()
                 totals["ce"] += (result.ce * batch.token_weight).sum() / normalizer[0]
@@ -185,12 +182,3 @@ def _signalled_tokens(batch: DistillBatch) -> int:
     if batch.teacher is None:
         return 0
     return batch.response_tokens if batch.teacher.valid is None else int(batch.teacher.valid.sum())
-
-
-def _to_device(item: Any, device: torch.device) -> Any:
-    """The same frozen dataclass with its tensors, and those of the dataclasses in it, on ``device``."""
-    if isinstance(item, Tensor):
-        return item.to(device, non_blocking=True)
-    if not dataclasses.is_dataclass(item) or isinstance(item, type):
-        return item
-    return dataclasses.replace(item, **{f.name: _to_device(getattr(item, f.name), device) for f in dataclasses.fields(item)})
