@@ -251,8 +251,9 @@ def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_whole(tmp_path, limit
     assert load(latest_checkpoint(tmp_path), trainer) == {"steps_done": 2}
 
 
+# forks, so it must be without threads of its own
 WRITER = """
-import os, signal, sys, warnings
+import os, sys, warnings
 from pathlib import Path
 import torch
 from tests.tiny_models import tiny_llama, tiny_tokenizer
@@ -264,7 +265,7 @@ optimizer = build_optimizer(model, TrainConfig())
 for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)
 optimizer.step()
-warnings.simplefilter("ignore")  # a fork with threads about, which this one survives
+warnings.simplefilter("ignore")  # Python warns of any fork
 for line in sys.stdin:
     first = int(line)
     child = os.fork()
@@ -281,7 +282,7 @@ for line in sys.stdin:
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"}
     model = tiny_llama(hidden=256)
     optimizer = torch.optim.AdamW(model.parameters())
     moments = random.Random(0)

@@ -20,10 +20,10 @@ _SAMPLE_PROMPTS = ("Explain in two sentences why the sky is blue.",)
 
 # What a trained token costs, teacher, sampling and training together, and what a run costs besides (loading, three evaluations, saving),
 # both counted in float32 products at the speed that `operations_per_second` finds. Measured on 2 cores of an AMD EPYC with AVX2.
-_OPERATIONS_PER_TOKEN = 2.5e9
-_OPERATIONS_BESIDES = 1.8e13
-_SMALLEST, _LARGEST = (2_500, 4_000), (16_000, 45_000)  # (cold start, on-policy) tokens: enough to show the effect, and enough to stop at
-_PER_UPDATE, _NEW_TOKENS, _RESPONSE_TOKENS = 32, 64, 96
+_OPERATIONS_PER_TOKEN = 2.0e9
+_OPERATIONS_BESIDES = 1.7e13
+_TRAINED_PER_ON_POLICY = 1.5  # labelled tokens are trained beside the rollouts
+_SMALLEST, _LARGEST = (3_000, 3_500), (20_000, 40_000)  # (cold start, on-policy) tokens: enough to show the effect, and enough to stop at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +67,13 @@ def demo_config(model: str, output: str, *, seed: int, minutes: float) -> dict[s
         "student": {"model": model, "init": {"keep_layers": KEPT_LAYERS}},
         "teacher": {"serve": {"model": model, "port": 0, "levels": ["full", "topk", "text"]}, "signal": "full"},
         "rollouts": {
-            "per_update": _PER_UPDATE,
+            "per_update": 32,
             "samples_per_prompt": 2,
-            "max_new_tokens": _NEW_TOKENS,
-            "on_policy_fraction": 0.5,
+            "max_new_tokens": 64,
+            "on_policy_fraction": 0.75,
             "max_staleness": 0,
         },
-        "objective": {"name": "forward_kl", "alpha": 0.5, "temperature": 2.0, "ramp": 0.1},
+        "objective": {"name": "forward_kl", "alpha": 0.1, "temperature": 2.0, "ramp": 0.1},
         "train": {
             "batch_tokens": 512,
             "micro_batch_tokens": 2048,
@@ -86,7 +86,7 @@ def demo_config(model: str, output: str, *, seed: int, minutes: float) -> dict[s
             "checkpoint_every": 25,
             "seed": seed,
         },
-        "data": {"prompts": [{"demo": True}], "prompt_tokens": 48, "response_tokens": _RESPONSE_TOKENS},
+        "data": {"prompts": [{"demo": True}], "prompt_tokens": 48, "response_tokens": 96},
         "eval": {"sequences": 12, "rollouts": 16, "max_new_tokens": 64},
         "output": output,
     }
@@ -94,9 +94,8 @@ def demo_config(model: str, output: str, *, seed: int, minutes: float) -> dict[s
 
 def token_budgets(seconds: float, speed: float) -> tuple[int, int]:
     """(cold start, on-policy) tokens that fit into ``seconds`` at ``speed`` operations a second, between the two bounds."""
-    trained_per_on_policy = 1.0 + _RESPONSE_TOKENS / _NEW_TOKENS  # a labelled sequence is trained beside every rollout
     affordable = (seconds * speed - _OPERATIONS_BESIDES) / _OPERATIONS_PER_TOKEN
-    small, large = (cold_start + on_policy * trained_per_on_policy for cold_start, on_policy in (_SMALLEST, _LARGEST))
+    small, large = (cold_start + on_policy * _TRAINED_PER_ON_POLICY for cold_start, on_policy in (_SMALLEST, _LARGEST))
     share = min(1.0, max(0.0, (affordable - small) / (large - small)))
     cold_start, on_policy = (round((low + share * (high - low)) / 100) * 100 for low, high in zip(_SMALLEST, _LARGEST, strict=True))
     return cold_start, on_policy

@@ -63,8 +63,8 @@ Features detect_features() {
   found.avx512 = avx512_state && has_bit(extended.ebx, kAvx512f) && has_bit(extended.ebx, kAvx512dq) &&
                  has_bit(extended.ebx, kAvx512bw) && has_bit(extended.ebx, kAvx512vl);
   found.avx512_bf16 = found.avx512 && has_bit(extended1.eax, kAvx512Bf16);
-  found.amx_bf16 = amx_state && has_bit(extended.edx, kAmxBf16) && has_bit(extended.edx, kAmxTile) &&
-                   request_amx_permission();
+  found.amx_bf16 =
+      amx_state && has_bit(extended.edx, kAmxBf16) && has_bit(extended.edx, kAmxTile) && request_amx_permission();
   return found;
 }
 #else
