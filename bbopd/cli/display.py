@@ -129,7 +129,7 @@ class LiveDisplay:
             )
             rows.add_row("budget", bar)
             rows.add_row("step", f"{budget.step} of about {budget.planned_steps}")
-            rows.add_row("loss", describe_losses(self._metrics))
+            rows.add_row("update", describe_losses(self._metrics))
             speed, left = self._pace
             pace = f"{speed:.0f} tokens/s, about {clock(left)} left in this phase" if speed and left is not None else "measuring"
             rows.add_row("speed", f"{pace}; {clock(budget.elapsed)} so far")
