@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import zlib
 
+import bbopd.rpc.teacher_pb2 as pb
 import numpy as np
 import pytest
 
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
-from bbopd.rpc import teacher_pb2 as pb
 from bbopd.rpc.answers import CHUNK_BYTES, SignalAssembler, answer_bytes, payload_bytes, signal_chunks
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.teachers.fake import FakeBackend

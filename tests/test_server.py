@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bbopd.errors import ConfigError
-from bbopd.rpc import teacher_pb2 as pb
-from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
 from bbopd.rpc.codec import decode_info, decode_tensor, encode_item, encode_prompt, encode_sampling, encode_tensor
 from bbopd.rpc.server import SERVICE, start_server

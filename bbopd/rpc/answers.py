@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
-from bbopd.rpc import teacher_pb2 as pb
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
 from bbopd.rpc.signals import check_signal, signal_temperature

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.rpc import teacher_pb2 as pb
-from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_info
 from bbopd.types import TeacherInfo
 

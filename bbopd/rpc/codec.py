@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bbopd.rpc import teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.limits import Code, RefusedError
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo

@@ -15,9 +15,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError
-from bbopd.rpc import teacher_pb2 as pb
-from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.answers import answer_bytes, signal_chunks
 from bbopd.rpc.backend import TeacherBackend
 from bbopd.rpc.channel import channel_options, is_loopback

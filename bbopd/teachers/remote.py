@@ -9,9 +9,9 @@ from contextlib import aclosing
 
 import grpc
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import BadAnswerError, TeacherError
-from bbopd.rpc import teacher_pb2 as pb
-from bbopd.rpc import teacher_pb2_grpc
 from bbopd.rpc.channel import describe, fetch_info, open_channel
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_completion, decode_failure, encode_prompt, encode_sampling
 from bbopd.rpc.limits import RefusedError, check_prompt, check_sampling

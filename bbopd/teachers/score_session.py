@@ -17,8 +17,8 @@ from typing import Any
 
 import grpc
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError, TeacherError
-from bbopd.rpc import teacher_pb2 as pb
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
 from bbopd.rpc.channel import describe
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, encode_item
