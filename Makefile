@@ -4,18 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGED := $(VENV)/.packaged
 DEVELOPED := $(VENV)/.developed
+BENCHED := $(VENV)/.benched
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto kernels/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 SEED ?= 0
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 
-.PHONY: demo test lint format wheel package clean help
+.PHONY: demo test bench lint format wheel package clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
+	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
 
@@ -37,6 +40,14 @@ demo: $(PACKAGED)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+$(BENCHED): $(DEVELOPED)
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# Use BENCH_FLAGS=--quick for the smaller sizes.
+bench: $(BENCHED)
+	$(BIN)/python -m pytest -q $(wildcard benchmarks/bench_*.py) $(BENCH_FLAGS)
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bbopd import op_checks, reference
-from bbopd.types import DistillLoss, OpTeacher, TokenLogprobs
+from bbopd import cpu_distill, op_checks, reference
+from bbopd.types import DistillLoss, FullTeacher, OpTeacher, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ENGINES = ("reference",)
-"""What ``impl`` may name on any machine, beside ``auto``; `linear_logprobs` also knows ``triton``."""
+ENGINES = ("reference", "cpu")
+"""What ``impl`` may name in `linear_distill`, beside ``auto``; `linear_logprobs` has the reference and ``triton``."""
 
 
 def linear_distill(
@@ -85,7 +85,8 @@ def linear_distill(
     check : bool, optional
         Check values on a GPU as well, which waits for it. On a CPU they always are.
     impl : str
-        ``auto``, or the name of an engine in this build (``reference``).
+        ``reference`` (plain PyTorch, any device and float dtype), ``cpu`` (C++; float32, bfloat16 and float16 on a CPU), or ``auto``, which
+        takes ``cpu`` wherever it fits.
 
     Returns
     -------
@@ -120,7 +121,8 @@ def linear_distill(
         op_checks.check_teacher(teacher, hidden, weight, vocab_size, temperature)
     elif labels is None:
         raise ValueError("neither a teacher nor labels were given: there is nothing to learn from")
-    return reference.linear_distill(
+    engine = _distill_engine(impl, hidden, weight, bias, teacher)
+    return engine.linear_distill(
         hidden,
         weight,
         teacher,
@@ -175,8 +177,9 @@ def linear_logprobs(
     bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
     impl : str
-        As in `linear_distill`, or ``triton``: one kernel over each row of logits, in float32, without top-k or candidates, where Triton is
-        installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been proven in the interpreter only.
+        ``auto`` or ``reference`` (plain PyTorch), or ``triton``: one kernel over each row of logits, in float32, without top-k or
+        candidates, where Triton is installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been proven in
+        the interpreter only.
 
     Returns
     -------
@@ -189,8 +192,8 @@ def linear_logprobs(
     ValueError
         Shapes, dtypes, devices, names or values that do not fit.
     """
-    kernel = None if impl in ("auto", *ENGINES) else _triton_engine()
-    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
+    kernel = _triton_engine() if impl == "triton" else None
+    op_checks.check_engine(impl, ("reference",) if kernel is None else ("reference", "triton"))
     op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
     available = op_checks.check_vocab_size(vocab_size, weight.shape[0])
     op_checks.check_temperature(temperature)
@@ -230,6 +233,19 @@ def linear_logprobs(
         logit_softcap=logit_softcap,
         vocab_size=vocab_size,
     )
+
+
+def _distill_engine(impl: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: OpTeacher | None) -> ModuleType:
+    """The module that computes `linear_distill`: C++ wherever it can, unless the reference was asked for."""
+    tensors = [hidden, weight, bias]
+    if isinstance(teacher, FullTeacher):
+        tensors += [teacher.logits, teacher.hidden, teacher.weight, teacher.bias]
+    if impl == "reference" or (impl == "auto" and not cpu_distill.takes(*tensors)):
+        return reference
+    if not cpu_distill.takes(*tensors):
+        kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors if tensor is not None}))
+        raise ValueError(f"impl='cpu' takes float32, bfloat16 and float16 tensors on a CPU, not {kinds}: use impl='reference'")
+    return cpu_distill
 
 
 def _triton_engine() -> ModuleType | None:

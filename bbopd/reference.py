@@ -8,6 +8,7 @@ that ``torch.compile`` sees one opaque node of each.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ __all__ = ["linear_distill", "linear_logprobs"]
 
 
 def linear_distill(
+    hidden: Tensor, weight: Tensor, teacher: OpTeacher | None, labels: Tensor | None = None, *, chunk_tokens: int = 0, **options: Any
+) -> DistillLoss:
+    """`bbopd.ops.linear_distill`, on arguments of the right shapes and dtypes; ``chunk_tokens`` 0 chooses by the memory of a chunk."""
+    return linear_distill_with(_linear_distill, chunk_tokens, hidden, weight, teacher, labels, **options)
+
+
+def linear_distill_with(
+    op: Any,
+    memory: int,
     hidden: Tensor,
     weight: Tensor,
     teacher: OpTeacher | None,
@@ -43,9 +53,8 @@ def linear_distill(
     ignore_index: int = -100,
     normalizer: tuple[float | Tensor, float | Tensor] | float | Tensor | None = None,
     check: bool | None = None,
-    chunk_tokens: int = 0,
 ) -> DistillLoss:
-    """`bbopd.ops.linear_distill`, on arguments of the right shapes and dtypes; ``chunk_tokens`` 0 chooses by the memory of a chunk."""
+    """Call a registered op of an engine; ``memory`` is its last argument, 0 for what the engine finds good."""
     if divergence == "jsd" and beta in (0.0, 1.0):
         divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
     kind, tensors = _flatten_teacher(teacher)
@@ -53,7 +62,7 @@ def linear_distill(
     if normalizer is not None:
         normalizer = _pair(normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer), hidden.device)
     grad = torch.is_grad_enabled()
-    loss, ce, kd, metrics, *_ = _linear_distill(
+    loss, ce, kd, metrics, *_ = op(
         hidden,
         weight,
         bias,
@@ -78,7 +87,7 @@ def linear_distill(
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
-        chunk_tokens,
+        memory,
     )
     named = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
     for name, kinds in (
@@ -154,18 +163,12 @@ def _linear_distill(
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     N, device, V = hidden.shape[0], hidden.device, vocab_size
     if check:
-        _check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
+        check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
     with torch.autocast(device.type, enabled=False):
-        has_label_N = torch.zeros(N, dtype=torch.bool, device=device) if labels is None else labels != ignore_index
-        signal_N = valid if valid is not None else torch.full((N,), kind != "none", device=device)
-        counts_2 = torch.stack([has_label_N.sum(), signal_N.sum()]).to(dtype)
-        norm_2 = counts_2 if normalizer is None else normalizer.to(dtype)
-        norm_2 = torch.where(norm_2 > 0, norm_2, 1.0)
-        weight_N = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
-        weights = weights.to(dtype)
-        t2 = temperature**2 if t2_scaling else 1.0
-        ce_weight_N = torch.where(has_label_N, weight_N * (weights[0] / norm_2[0]), 0.0)
-        kd_weight_N = torch.where(signal_N, weight_N * (weights[1] * t2 / norm_2[1]), 0.0)
+        factors = TokenWeights.of(
+            hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, dtype
+        )
+        has_label_N, signal_N, t2 = factors.has_label, factors.signal, factors.t2
 
         teacher: Any = None
         if kind == "full":
@@ -193,30 +196,77 @@ def _linear_distill(
             beta=beta,
             skew=skew,
             check=check,
-            ce_grad=(ce_weight_N * logit_scale)[:, None],
-            kd_grad=(kd_weight_N * (logit_scale / temperature))[:, None],
+            ce_grad=(factors.ce * logit_scale)[:, None],
+            kd_grad=(factors.kd * (logit_scale / temperature))[:, None],
             ce=torch.zeros(N, dtype=dtype, device=device),
             kd=torch.zeros(N, dtype=dtype, device=device),
             floored=torch.zeros(N, dtype=torch.int64, device=device),
             ratio=torch.ones(N, dtype=dtype, device=device),
         )
         dH_ND, dW_VD, db_V = run(case, needs_hidden, needs_weight, needs_bias, chunk_tokens)
-        loss = (ce_weight_N * case.ce).sum() + (kd_weight_N * case.kd).sum()
-
-        signals = counts_2[1].clamp(min=1.0)
-        zero = torch.zeros((), dtype=dtype, device=device)
-        tail = torch.where(signal_N, extra_N.exp(), 0.0).sum() / signals if kind == "topk" and extra_N is not None else zero
-        ratio = torch.where(signal_N, case.ratio, 0.0).sum() / signals
-        capped = (case.ratio > RATIO_CAP).sum().to(dtype)
-        metrics = torch.stack([counts_2[0], counts_2[1], case.floored.sum().to(dtype), tail, ratio, capped])
-    if dW_VD.numel() and weight.shape[0] > V:
-        dW_VD = torch.nn.functional.pad(dW_VD, (0, 0, 0, weight.shape[0] - V))
-    if db_V.numel() and bias is not None and bias.shape[0] > V:
-        db_V = torch.nn.functional.pad(db_V, (0, bias.shape[0] - V))
+        loss = (factors.ce * case.ce).sum() + (factors.kd * case.kd).sum()
+        metrics = factors.metrics(kind, case.floored, extra_N, case.ratio, RATIO_CAP)
+    dW_VD, db_V = pad_vocabulary(dW_VD, weight.shape[0]), pad_vocabulary(db_V, weight.shape[0])
     return loss, case.ce, t2 * case.kd, metrics, dH_ND, dW_VD, db_V
 
 
-def _check_values(
+def pad_vocabulary(grad: Tensor, rows: int) -> Tensor:
+    """A gradient with zeros for the logits that are padding; an empty one stays empty."""
+    missing = rows - grad.shape[0]
+    return torch.nn.functional.pad(grad, (0, 0) * (grad.dim() - 1) + (0, missing)) if grad.numel() and missing else grad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenWeights:
+    """Which tokens count, and by how much: dloss/dCE and dloss/dKD of each, in the compute dtype."""
+
+    ce: Tensor  # [N]
+    kd: Tensor  # [N]
+    has_label: Tensor  # [N] bool
+    signal: Tensor  # [N] bool
+    counts: Tensor  # [2] tokens with a label, tokens with a signal
+    t2: float
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        labels: Tensor | None,
+        token_weight: Tensor | None,
+        normalizer: Tensor | None,
+        valid: Tensor | None,
+        weights: Tensor,
+        kind: str,
+        temperature: float,
+        t2_scaling: bool,
+        ignore_index: int,
+        dtype: torch.dtype,
+    ) -> TokenWeights:
+        N, device = hidden.shape[0], hidden.device
+        has_label_N = torch.zeros(N, dtype=torch.bool, device=device) if labels is None else labels != ignore_index
+        signal_N = valid if valid is not None else torch.full((N,), kind != "none", device=device)
+        counts_2 = torch.stack([has_label_N.sum(), signal_N.sum()]).to(dtype)
+        norm_2 = counts_2 if normalizer is None else normalizer.to(dtype)
+        norm_2 = torch.where(norm_2 > 0, norm_2, 1.0)
+        weight_N = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
+        weights = weights.to(dtype)
+        t2 = temperature**2 if t2_scaling else 1.0
+        ce_N = torch.where(has_label_N, weight_N * (weights[0] / norm_2[0]), 0.0)
+        kd_N = torch.where(signal_N, weight_N * (weights[1] * t2 / norm_2[1]), 0.0)
+        return cls(ce_N, kd_N, has_label_N, signal_N, counts_2, t2)
+
+    def metrics(self, kind: str, floored_N: Tensor, extra_N: Tensor | None, ratio_N: Tensor, ratio_cap: float) -> Tensor:
+        """The metrics in the order of `METRICS`."""
+        dtype, signals = self.counts.dtype, self.counts[1].clamp(min=1.0)
+        tail = torch.zeros_like(signals)
+        if kind == "topk" and extra_N is not None:
+            tail = torch.where(self.signal, extra_N.exp(), 0.0).sum() / signals
+        ratio = torch.where(self.signal, ratio_N, 0.0).sum() / signals
+        capped = (ratio_N > ratio_cap).sum().to(dtype)
+        return torch.stack([self.counts[0], self.counts[1], floored_N.sum().to(dtype), tail, ratio, capped])
+
+
+def check_values(
     labels: Tensor | None,
     token_weight: Tensor | None,
     normalizer: Tensor | None,
@@ -264,21 +314,29 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
     )
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:])
     ctx.count = len(inputs)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
 
 
-def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *grad_others: Tensor | None) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx: Any, grad_loss: Tensor | None, *grad_others: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(grad is not None for grad in grad_others):
         raise RuntimeError("linear_distill has no second derivative: its gradient is computed with the loss; drop create_graph=True")
+    # the saved tensors are nobody else's once the graph is let go
+    in_place = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
     grads = [
-        (grad_loss * saved).to(dtype) if grad_loss is not None and needed and dtype is not None else None
+        _scaled(saved, grad_loss, in_place).to(dtype) if grad_loss is not None and needed and dtype is not None else None
         for saved, needed, dtype in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
     ]
     return (*grads, *([None] * (ctx.count - 3)))
 
 
-_linear_distill.register_autograd(_scale_gradients, setup_context=_save_gradients)
+def _scaled(saved: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    if not in_place:
+        return factor * saved
+    return saved if bool(factor == 1.0) else saved.mul_(factor)
+
+
+_linear_distill.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -193,6 +193,7 @@ def test_a_wider_teacher_fits_with_vocab_size() -> None:
 NAN = float("nan")
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
     "unknown engine": (lambda h, w: linear_distill(h, w, topk(), impl="triton"), r"impl is 'triton': this build has auto, reference"),
+    "float64 in C++": (lambda h, w: linear_distill(h.double(), w, topk(), impl="cpu"), r"not torch.float32 on cpu, torch.float64 on cpu"),
     "unknown engine to score": (lambda h, w: linear_logprobs(h, w, impl="cuda"), r"impl is 'cuda'"),
     "batched hidden": (lambda h, w: linear_distill(h[None], w, topk()), r"hidden has shape \(1, 4, 6\).*flatten"),
     "weight turned": (lambda h, w: linear_distill(h, w.T, topk()), r"hidden has 6 features a token and weight 9"),

@@ -141,7 +141,7 @@ def test_error_is_no_larger_than_pytorch_in_the_same_dtype(case: str, divergence
     truth, peer = eager(torch.float64), eager(torch.float32)
     loss = linear_distill(hidden, weight, FullTeacher(t_NV), temperature=T, divergence=divergence, kd_weight=1.0).loss
     ours = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
-    rounding = 2.0**-9 if case == "bf16" else 3e-5  # of gradients handed back in the inputs' dtype; of differences of sharp softmaxes
+    rounding = 3e-3 if case == "bf16" else 3e-5  # of gradients made and handed back in bfloat16; of differences of sharp softmaxes
     for a, b, c in zip(ours, peer, truth, strict=True):
         error, peers = (a.double() - c).norm(), (b.double() - c).norm()
         assert error <= 2 * peers + rounding * c.norm(), f"{error:.3g} against {peers:.3g} of {c.norm():.3g}"

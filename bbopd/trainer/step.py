@@ -156,7 +156,7 @@ class Trainer:
                 hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
                 result = self.objective.loss(
                     hidden_PD[batch.target_rows],
-                    self.head.weight_VD,
+                    self.head.weight_VD.to(self.compute_dtype),  # as autocast would; the gradient reaches the float32 master
                     batch,
                     ce_weight=ce_weight,
                     kd_weight=kd_weight,

@@ -1,0 +1,10 @@
+"""The benchmark suite: one script per claim, the peers in the same process and the same rounds. ``make bench`` runs it.
+
+| file | what is in it |
+|---|---|
+| ``bench_*.py`` | the scripts, one per claim; pytest-benchmark runs their rounds |
+| ``cases.py`` ``inputs.py`` | sizes of real models, and the tensors of one case |
+| ``distill.py`` ``logprobs.py`` ``training_step.py`` | the contestants |
+| ``contest.py`` ``peak_memory.py`` ``accuracy.py`` | interleaved times, peak memory in a fresh process, errors against float64 |
+| ``machine.py`` ``records.py`` ``report.py`` ``plots.py`` | where a figure was taken, the CSV, and the tables and plots made of it |
+"""

@@ -1,0 +1,59 @@
+"""Time and memory against the vocabulary and against the tokens, as SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+
+from benchmarks.records import Record
+
+STYLE = {"svg.hashsalt": "bbopd", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+AXES = {"V": "vocabulary V", "N": "tokens N"}
+
+
+def plot_sweeps(records: list[Record], folder: Path) -> list[Path]:
+    """``linear_distill-V.svg`` and ``linear_distill-N.svg`` where the records have the sweep; the same records give the same bytes."""
+    written = []
+    for letter, label in AXES.items():
+        points = [record for record in records if record.objective == f"sweep_{letter}" and not record.skipped]
+        if points:
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(_plot(points, letter, label, folder / f"linear_distill-{letter}.svg"))
+    return written
+
+
+def _plot(records: list[Record], letter: str, label: str, path: Path) -> Path:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, column, title in (
+            (left, "median_ms", "time of a step, ms"),
+            (right, "memory_mib", "memory beyond inputs and gradients, MiB"),
+        ):
+            for index, name in enumerate(dict.fromkeys(record.contestant for record in records)):
+                rows = [record for record in records if record.contestant == name and getattr(record, column) is not None]
+                style = "--" if name.startswith("floor") else "-"
+                axes.plot(
+                    [getattr(row, letter) for row in rows],
+                    [max(getattr(row, column), 0.1) for row in rows],
+                    style,
+                    color=f"C{index}",
+                    marker="o",
+                    markersize=3,
+                    label=name,
+                )
+            axes.set(xscale="log", yscale="log", xlabel=label, title=title)
+            axes.set_xticks(sorted({getattr(record, letter) for record in records}))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_locator(NullLocator())
+        left.legend(fontsize=7, frameon=False)
+        first = records[0]
+        fixed = f"N = {first.N:,}" if letter == "V" else f"V = {first.V:,}"
+        figure.suptitle(
+            f"linear_distill, top-64 + tail + CE at T = 2, {first.dtype}, {fixed}, D = {first.D:,}; {first.threads} threads", fontsize=9
+        )
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    return path

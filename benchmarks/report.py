@@ -1,0 +1,93 @@
+"""Markdown tables from the CSV files, and the plots: ``python -m benchmarks.report`` makes them again without measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.contest import ROOT
+from benchmarks.plots import plot_sweeps
+from benchmarks.records import Record, read, write
+
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+
+TITLES = {"distill": "linear_distill", "logprobs": "linear_logprobs", "training_step": "One training step"}
+OBJECTIVES = {
+    "topk": "Forward KL to a top-64 teacher with its tail at T = 2, and cross-entropy",
+    "topk_float32": "Forward KL to a top-64 teacher with its tail at T = 2, and cross-entropy, with float32 inputs",
+    "ce": "Cross-entropy alone",
+    "full_forward": "Forward KL to full float16 teacher logits at T = 2, and cross-entropy",
+    "full_reverse": "Reverse KL to full float16 teacher logits at T = 1, and cross-entropy",
+    "sweep_V": "Top-64 teacher, against the vocabulary",
+    "sweep_N": "Top-64 teacher, against the tokens",
+    "logprobs": "Top 64, tail and sampled token",
+    "training_step": "2,048 tokens as 2 sequences of 1,024, forward and backward",
+}
+ERROR_HEADINGS = {
+    "distill": ("gradient error", "gradient error at KL 5e-5"),
+    "logprobs": ("largest error, nats", ""),
+    "training_step": ("", ""),
+}
+
+
+def publish(script: str, records: list[Record], results: Path = RESULTS, images: Path = IMAGES) -> None:
+    """Write ``<script>.csv`` and ``<script>.md`` into ``results``, and the plots, where there is a sweep, into ``images``."""
+    path = results / f"{script}.csv"
+    write(path, records)
+    remake(path, images)
+
+
+def remake(path: Path, images: Path) -> None:
+    """The table, and the plots where the file has a sweep, from a CSV file alone."""
+    records = read(path)
+    path.with_suffix(".md").write_text(markdown(path.stem, records))
+    plot_sweeps(records, images)
+
+
+def markdown(script: str, records: list[Record]) -> str:
+    """Tables of one script: one for each objective and size, in the order measured."""
+    first = records[0]
+    lines = [
+        f"# {TITLES[script]}",
+        "",
+        f"{first.processor}, {first.cores} cores, {first.threads} threads; instruction sets: {first.instruction_sets}. "
+        f"PyTorch {first.torch}, Python {first.python}. {first.date}.",
+        "",
+        f"`{first.command}`",
+        "",
+        "Medians of interleaved rounds; ratios to the floor of the same rounds. Memory is the peak beyond inputs and gradients, in a fresh "
+        "process. Errors are against float64, on at most 256 tokens and 8,192 entries.",
+    ]
+    for (objective, model, N, D, V, dtype), group in groupby(records, lambda r: (r.objective, r.model, r.N, r.D, r.V, r.dtype)):
+        lines += ["", f"## {model}: N = {N:,}, D = {D:,}, V = {V:,}, {dtype}", "", f"{OBJECTIVES[objective]}.", ""]
+        lines += _table(list(group), *ERROR_HEADINGS[script])
+    return "\n".join(lines) + "\n"
+
+
+def _table(records: Iterable[Record], error: str, near_error: str) -> list[str]:
+    headings = ["", "median, ms", "ratio", "memory, MiB", *filter(None, (error, near_error)), "note"]
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 2) + "---|"]
+    for record in records:
+        cells = [record.contestant, _number(record.median_ms, ",.1f"), _number(record.ratio, ".2f"), _number(record.memory_mib, ",.0f")]
+        for heading, value in ((error, record.error), (near_error, record.near_error)):
+            if heading:
+                cells.append(_number(value, ".2e" if "nats" in heading else ".2%"))
+        cells.append(f"skipped: {record.skipped}" if record.skipped else record.note)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*.csv")):
+        remake(path, IMAGES)
+        print(path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+// Picks the kernels of the best instruction set that this machine has, under a ceiling that may be set.
+#pragma once
+
+#include "cpu/arguments.h"
+
+namespace bbopd::cpu {
+
+enum class Level : int { portable, avx2, avx512, avx512_bf16, amx_bf16 };
+
+// The best that the processor, the operating system and, for amx_bf16, the loaded torch allow.
+Level best_level();
+
+// Throws std::invalid_argument where this machine cannot run `level`.
+void distill(const DistillArguments& arguments, Level level);
+
+void distill_portable(const DistillArguments&);
+void distill_avx2(const DistillArguments&);
+void distill_avx512(const DistillArguments&);
+void distill_avx512_bf16(const DistillArguments&);
+void distill_amx_bf16(const DistillArguments&, const Products&);
+
+}  // namespace bbopd::cpu

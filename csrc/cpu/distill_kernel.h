@@ -1,0 +1,404 @@
+// linear_distill over tiles of logits. Every slot owns a range of the vocabulary and goes through it once a pass:
+//   measure  logits -> softmax statistics, logits of labels and supports (and, as far as memory allows, the logits
+//   themselves) average  full teachers only: the divergence, and the mean that all but forward KL subtract in their
+//   gradient descend  logits again -> gradients of the logits, a tile at a time -> gradients of hidden and weight
+// Tokens are rows and vocabulary entries are lanes; what a pass finds out about a token is merged in the order of
+// slots.
+#pragma once
+
+#include <memory>
+
+#include "cpu/distill_rows.h"
+#include "cpu/distill_tokens.h"
+#include "cpu/gradient_rows.h"
+#include "cpu/logit_tiles.h"
+#include "cpu/threads.h"
+
+namespace bbopd::cpu::BBOPD_ISA {
+
+template <class G>
+class Distill {
+  using T = typename G::T;
+
+ public:
+  Distill(const DistillArguments& arguments, const Products& products, std::unique_ptr<Logits> teacher_logits)
+      : a(arguments),
+        torch(products),
+        vocabulary(a.V, a.threads),
+        student(a.student, a.N, vocabulary, products),
+        teacher(std::move(teacher_logits)),
+        tokens(a),
+        temper(a.temperature),
+        wants_labels(a.labels != nullptr),
+        keeps_half(a.student.hidden.type != Type::float32 && a.student.weight.type != Type::float32),
+        inverse_cap(a.student.softcap == 0.0F ? 0.0F : 1.0F / a.student.softcap),
+        block(vocabulary.block) {
+    const Index slots = vocabulary.slots, D = a.student.hidden.columns;
+    width = round_up(D, G::kPanel);
+    groups = (a.N + kGroupTokens - 1) / kGroupTokens;
+    needs_gradient = a.hidden_grad != nullptr || a.weight_grad != nullptr || a.bias_grad != nullptr;
+    sums = Buffer(static_cast<std::size_t>(slots * a.N) * sizeof(Sums));
+    teacher_sums = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(Sums) : 0);
+    dense = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(DenseSums) : 0);
+    z = Buffer(static_cast<std::size_t>(slots * kGroupTokens * block) * sizeof(float));
+    t = Buffer(teacher ? static_cast<std::size_t>(slots * kTokens * block) * sizeof(float) : 0);
+    const Index item = keeps_half ? 2 : 4;
+    kept_blocks = needs_gradient || teacher ? a.stash_bytes / slots / larger(1, a.N * (block * item + 4)) : 0;
+    kept_blocks = smaller(kept_blocks, (vocabulary.blocks + slots - 1) / slots);
+    kept = Buffer(static_cast<std::size_t>(slots * kept_blocks * a.N * block * item));
+    centres = Buffer(static_cast<std::size_t>(slots * kept_blocks * a.N) * sizeof(float));
+  }
+
+  void run() {
+    const int slots = vocabulary.slots;
+    if (a.N == 0) return zero_gradients();
+    if (a.signal == Signal::support) for_tokens([this](Index n) { tokens.read_support(n); });
+    parallel(slots, [this](int slot) { measure(slot); });
+    for_tokens([this](Index n) { tokens.settle(n, merged(n)); });
+    if (teacher && (rows::has_mean(a.divergence) || !needs_gradient)) {
+      parallel(slots, [this](int slot) { look_at_teacher<false>(slot); });
+      for_tokens([this](Index n) { settle_dense(n); });
+    }
+    if (!needs_gradient) return;
+    prepare_gradients();
+    if (teacher) {
+      parallel(slots, [this](int slot) { look_at_teacher<true>(slot); });
+      if (!rows::has_mean(a.divergence)) for_tokens([this](Index n) { settle_dense(n); });
+    } else {
+      parallel(slots, [this](int slot) {
+        descend(slot, [this](int s, Index first, Index count, Index b) { sparse_rows(s, first, count, b); });
+      });
+    }
+    if (a.hidden_grad != nullptr) for_tokens([this](Index n) { add_hidden_gradients(n); });
+  }
+
+ private:
+  template <class Body>
+  void for_tokens(Body body) {
+    const Index slots = smaller(a.threads, larger(1, a.N / 16));
+    parallel(static_cast<int>(slots), [&](int slot) {
+      for (Index n = a.N * slot / slots; n < a.N * (slot + 1) / slots; ++n) body(n);
+    });
+  }
+
+  Sums& sum(Buffer& of, int slot, Index n) { return of.as<Sums>()[slot * a.N + n]; }
+  float* tile(int slot) { return z.as<float>() + slot * kGroupTokens * block; }
+  float* teacher_tile(int slot) { return teacher ? t.as<float>() + slot * kTokens * block : nullptr; }
+  bool is_kept(int slot, Index b) const { return b - vocabulary.first_of(slot) < kept_blocks; }
+  Index kept_row(int slot, Index b, Index n) const {
+    return (slot * kept_blocks + b - vocabulary.first_of(slot)) * a.N + n;
+  }
+
+  // ---------------------------------------------------------------- first pass
+
+  void measure(int slot) {
+    for (Index n = 0; n < a.N; ++n) {
+      sum(sums, slot, n) = {vf{}, vf{}, -__builtin_inff()};
+      if (teacher) sum(teacher_sums, slot, n) = {vf{}, vf{}, -__builtin_inff()};
+    }
+    for (Index b = vocabulary.first_of(slot); b < vocabulary.first_of(slot + 1); ++b) {
+      const Index first = vocabulary.begin(b), count = vocabulary.count(b);
+      student.load(slot, first, count);
+      if (teacher) teacher->load(slot, first, count);
+      for (Index n = 0; n < a.N; n += kTokens) {
+        const Index rows = smaller(kTokens, a.N - n);
+        student.write(slot, n, rows, tile(slot));
+        if (teacher) teacher->write(slot, n, rows, teacher_tile(slot));
+        for (Index r = 0; r < rows; ++r)
+          measure_row(slot, b, n + r, tile(slot) + r * block, teacher ? teacher_tile(slot) + r * block : nullptr);
+      }
+    }
+    student.release();
+    if (teacher) teacher->release();
+  }
+
+  void measure_row(int slot, Index b, Index n, float* logits, float* teacher_logits) {
+    const Index first = vocabulary.begin(b), count = vocabulary.count(b);
+    const int lanes = static_cast<int>(block);
+    TokenPlan& plan = tokens.plans[n];
+    if (wants_labels && a.labels[n] >= first && a.labels[n] < first + count)
+      plan.label_logit = logits[a.labels[n] - first];
+    if (a.signal == Signal::sampled && a.has_signal[n] != 0 && a.ids[n] >= first && a.ids[n] < first + count)
+      plan.sampled_logit = logits[a.ids[n] - first];
+    if (is_kept(slot, b)) keep(slot, b, n, logits, teacher_logits);
+    if (a.signal == Signal::support) {
+      SupportEntry* const support = tokens.support(n);
+      for (int k = tokens.support_from(n, first); k < tokens.support_size(n) && support[k].id < first + count; ++k) {
+        support[k].logit = logits[support[k].id - first];
+        logits[support[k].id - first] = -__builtin_inff();
+      }
+    }
+    add_row(logits, lanes, temper, wants_labels, sum(sums, slot, n));
+    if (teacher) {
+      for (int c = 0; c < lanes; c += kLanes) {
+        const vf logit = BBOPD_ISA::load(teacher_logits + c);
+        store(teacher_logits + c, logit > rows::kInfinityStandIn ? fill(rows::kInfinityStandIn) : logit);  // NaN stays
+      }
+      const Temper alone(a.temperature);
+      add_row(teacher_logits, lanes, alone, false, sum(teacher_sums, slot, n));
+    }
+  }
+
+  TokenSums merged(Index n) {
+    TokenSums all;
+    for (int slot = 0; slot < vocabulary.slots; ++slot) {
+      const Sums& part = sum(sums, slot, n);
+      const double max = part.max, tempered = sum_lanes(part.tempered);
+      all.tempered.merge({max * temper.inverse, tempered});
+      all.plain.merge({max, temper.power == Temper::same ? tempered : static_cast<double>(sum_lanes(part.plain))});
+      if (teacher) {
+        const Sums& other = sum(teacher_sums, slot, n);
+        all.teacher.merge({static_cast<double>(other.max) * temper.inverse, sum_lanes(other.tempered)});
+      }
+    }
+    return all;
+  }
+
+  // ---------------------------------------------------------------- logits of later passes
+
+  void keep(int slot, Index b, Index n, const float* logits, const float* teacher_logits) {
+    const Index row = kept_row(slot, b, n);
+    if (keeps_half) {
+      centres.as<float>()[row] =
+          keep_row(logits, teacher_logits, static_cast<int>(block), kept.as<std::uint16_t>() + row * block);
+    } else {
+      std::memcpy(kept.as<float>() + row * block, logits, static_cast<std::size_t>(block) * sizeof(float));
+    }
+  }
+
+  void write_logits(int slot, Index b, Index n, Index rows, float* to) {
+    if (teacher) teacher->write(slot, n, rows, teacher_tile(slot));
+    if (!is_kept(slot, b)) return student.write(slot, n, rows, to);
+    for (Index r = 0; r < rows; ++r) {
+      const Index row = kept_row(slot, b, n + r);
+      if (keeps_half) {
+        restore_row(kept.as<std::uint16_t>() + row * block, teacher ? teacher_tile(slot) + r * block : nullptr,
+                    static_cast<int>(block), centres.as<float>()[row], to + r * block);
+      } else {
+        std::memcpy(to + r * block, kept.as<float>() + row * block, static_cast<std::size_t>(block) * sizeof(float));
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- gradients of logits
+
+  void sparse_rows(int slot, Index n, Index rows, Index b) {
+    const Index first = vocabulary.begin(b), count = vocabulary.count(b);
+    float* const to = tile(slot) + n % kGroupTokens * block;
+    write_logits(slot, b, n, rows, to);
+    for (Index r = 0; r < rows; ++r) {
+      const TokenPlan& plan = tokens.plans[n + r];
+      float* const row = to + r * block;
+      sparse_gradient(row, static_cast<int>(block), temper,
+                      Row{.max = plan.max, .tempered = plan.tempered, .plain = plan.plain}, inverse_cap);
+      if (a.signal == Signal::support) {
+        const SupportEntry* const support = tokens.support(n + r);
+        for (int k = tokens.support_from(n + r, first); k < tokens.support_size(n + r) && support[k].id < first + count;
+             ++k)
+          row[support[k].id - first] = support[k].gradient;
+      }
+      if (a.signal == Signal::sampled && a.has_signal[n + r] != 0 && a.ids[n + r] >= first &&
+          a.ids[n + r] < first + count)
+        row[a.ids[n + r] - first] += plan.sampled_patch;
+      finish_row(n + r, row, first, count);
+    }
+  }
+
+  void finish_row(Index n, float* row, Index first, Index count) {
+    if (wants_labels && a.labels[n] >= first && a.labels[n] < first + count)
+      row[a.labels[n] - first] -= tokens.plans[n].label_patch;
+    for (Index c = count; c < block; ++c) row[c] = 0.0F;
+  }
+
+  template <bool gradient>
+  void look_at_teacher(int slot) {
+    for (Index n = 0; n < a.N; ++n) dense.as<DenseSums>()[slot * a.N + n] = {};
+    rows::with_divergence(a.divergence, [&]<Divergence kind>() {
+      const auto rows_of = [this](int s, Index n, Index rows, Index b) { dense_rows<kind, gradient>(s, n, rows, b); };
+      if constexpr (gradient) {
+        descend(slot, rows_of);
+      } else {
+        for (Index b = vocabulary.first_of(slot); b < vocabulary.first_of(slot + 1); ++b) {
+          load(slot, b);
+          for (Index n = 0; n < a.N; n += kTokens) rows_of(slot, n, smaller(kTokens, a.N - n), b);
+        }
+        student.release();
+        teacher->release();
+      }
+    });
+  }
+
+  template <Divergence kind, bool gradient>
+  void dense_rows(int slot, Index n, Index rows, Index b) {
+    float* const to = tile(slot) + n % kGroupTokens * block;
+    write_logits(slot, b, n, rows, to);
+    for (Index r = 0; r < rows; ++r) {
+      const Index token = n + r;
+      const TokenPlan& plan = tokens.plans[token];
+      const bool labelled = wants_labels && a.labels[token] >= 0;
+      Row row{.max = plan.max,
+              .tempered = 0.0F,
+              .plain = plan.plain,
+              .log_sum = plan.log_sum,
+              .teacher_max = plan.teacher_max,
+              .teacher_log_sum = plan.teacher_log_sum,
+              .mean = plan.mean,
+              .kd_grad = a.kd_grad[token],
+              .ce_grad = labelled ? a.ce_grad[token] : 0.0F,
+              .plain_scale = 0.0F};
+      if (labelled) {
+        row.plain_scale = temper.power == Temper::same ? row.ce_grad : plan.plain;
+        if (temper.power == Temper::square)
+          row.plain_scale = row.ce_grad * __builtin_expf(2.0F * plan.student_lse - plan.plain_lse);
+      }
+      float* const logits = to + r * block;
+      if (a.has_signal[token] != 0) {
+        const DenseSums found = dense_row<kind, gradient>(
+            logits, teacher_tile(slot) + r * block, static_cast<int>(block), temper, row, a.beta, a.skew, inverse_cap);
+        DenseSums& all = dense.as<DenseSums>()[slot * a.N + token];
+        all.kd += found.kd;
+        all.mean += found.mean;
+        all.floored += found.floored;
+      } else if constexpr (gradient) {
+        sparse_gradient(logits, static_cast<int>(block), temper, row, inverse_cap);
+      }
+      if constexpr (gradient) finish_row(token, logits, vocabulary.begin(b), vocabulary.count(b));
+    }
+  }
+
+  void settle_dense(Index n) {
+    DenseSums all;
+    for (int slot = 0; slot < vocabulary.slots; ++slot) {
+      const DenseSums& part = dense.as<DenseSums>()[slot * a.N + n];
+      all.kd += part.kd;
+      all.mean += part.mean;
+      all.floored += part.floored;
+    }
+    a.kd[n] = all.kd;
+    a.floored[n] = all.floored;
+    tokens.plans[n].mean = all.mean;
+  }
+
+  // ---------------------------------------------------------------- gradients of hidden, weight and bias
+
+  void prepare_gradients() {
+    const Index slots = vocabulary.slots;
+    row_depth = round_up(kGroupTokens, 2 * kLanes);
+    if (a.hidden_grad != nullptr) hidden_sums = Buffer(static_cast<std::size_t>(slots * a.N * width) * sizeof(float));
+    if (a.hidden_grad != nullptr || a.weight_grad != nullptr)
+      weight_rows = Buffer(static_cast<std::size_t>(slots * block * width) * sizeof(T));
+    if (a.weight_grad != nullptr) {
+      weight_sums = Buffer(static_cast<std::size_t>(slots * block * width) * sizeof(float));
+      hidden_packed = Buffer(static_cast<std::size_t>(groups * row_depth * width) * sizeof(T));
+      parallel(static_cast<int>(smaller(slots, groups)), [this](int slot) {
+        Buffer rows(static_cast<std::size_t>(row_depth * width) * sizeof(T));
+        for (Index g = slot; g < groups; g += smaller(vocabulary.slots, groups)) {
+          const Index first = g * kGroupTokens;
+          copy_rows<G>(a.student.hidden, first, smaller(kGroupTokens, a.N - first), row_depth, width, rows.as<T>());
+          pack<G>(rows.as<T>(), width, row_depth, width, hidden_packed.as<T>() + g * row_depth * width);
+        }
+      });
+    }
+    if (G::kRowMajorLeft) {
+      rounded = Buffer(static_cast<std::size_t>(slots * row_depth * block) * sizeof(T));
+      turned = Buffer(static_cast<std::size_t>(slots * row_depth * block) * sizeof(T));
+    }
+  }
+
+  void load(int slot, Index b) {
+    if (is_kept(slot, b)) {
+      student.take(slot, vocabulary.begin(b), vocabulary.count(b));
+    } else {
+      student.load(slot, vocabulary.begin(b), vocabulary.count(b));
+    }
+    if (teacher) teacher->load(slot, vocabulary.begin(b), vocabulary.count(b));
+  }
+
+  // One pass with gradients; `write_rows(slot, token, rows, block)` leaves those of the logits in the slot's tile.
+  template <class WriteRows>
+  void descend(int slot, WriteRows write_rows) {
+    const Buffer bias_buffer(static_cast<std::size_t>(block) * sizeof(float));
+    float* const bias_sums = bias_buffer.as<float>();
+    float* const hidden_to = hidden_sums.as<float>() + slot * a.N * width;
+    float* const weight_to = weight_sums.as<float>() + slot * block * width;
+    T* const right = weight_rows.as<T>() + slot * block * width;
+    for (Index b = vocabulary.first_of(slot); b < vocabulary.first_of(slot + 1); ++b) {
+      load(slot, b);
+      const auto& rows_of_weight = student.current(slot);
+      if (a.hidden_grad != nullptr) pack<G>(rows_of_weight.data, rows_of_weight.stride, block, width, right);
+      for (Index c = 0; c < block; ++c) bias_sums[c] = 0.0F;
+      for (Index g = 0; g < groups; ++g) {
+        const Index first = g * kGroupTokens, rows = smaller(kGroupTokens, a.N - first);
+        for (Index n = first; n < first + rows; n += kTokens)
+          write_rows(slot, n, smaller(kTokens, first + rows - n), b);
+        float* const logits = tile(slot);
+        if (a.bias_grad != nullptr)
+          for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < block; ++c) bias_sums[c] += logits[r * block + c];
+        const T* left;
+        const T* left_turned;
+        Index turned_stride, turned_step;
+        if constexpr (G::kRowMajorLeft) {
+          round_rows(logits, rows, row_depth, block, rounded.as<T>() + slot * row_depth * block,
+                     turned.as<T>() + slot * row_depth * block);
+          left = rounded.as<T>() + slot * row_depth * block;
+          left_turned = turned.as<T>() + slot * row_depth * block;
+          turned_stride = row_depth, turned_step = 1;
+        } else {
+          std::memset(logits + rows * block, 0,
+                      static_cast<std::size_t>((kGroupTokens - rows) * block) * sizeof(float));
+          left = left_turned = logits;
+          turned_stride = 1, turned_step = block;
+        }
+        if (a.hidden_grad != nullptr)
+          G::multiply(torch, rows, width, block, left, block, 1, right, hidden_to + first * width, width,
+                      b != vocabulary.first_of(slot));
+        if (a.weight_grad != nullptr)
+          G::multiply(torch, block, width, row_depth, left_turned, turned_stride, turned_step,
+                      hidden_packed.as<T>() + g * row_depth * width, weight_to, width, g != 0);
+      }
+      const Index count = vocabulary.count(b), D = a.student.hidden.columns;
+      if (a.weight_grad != nullptr)
+        for (Index r = 0; r < count; ++r)
+          write_row(weight_to + r * width, D, a.weight_grad, (vocabulary.begin(b) + r) * D, a.weight_grad_type);
+      if (a.bias_grad != nullptr)
+        std::memcpy(a.bias_grad + vocabulary.begin(b), bias_sums, static_cast<std::size_t>(count) * sizeof(float));
+    }
+    student.release();
+    if (teacher) teacher->release();
+  }
+
+  void add_hidden_gradients(Index n) {
+    float* const all = hidden_sums.as<float>() + n * width;
+    for (int slot = 1; slot < vocabulary.slots; ++slot) {
+      const float* const part = all + slot * a.N * width;
+      for (Index c = 0; c < width; c += kLanes) store(all + c, BBOPD_ISA::load(all + c) + BBOPD_ISA::load(part + c));
+    }
+    write_row(all, a.student.hidden.columns, a.hidden_grad, n * a.student.hidden.columns, a.hidden_grad_type);
+  }
+
+  void zero_gradients() {
+    const std::size_t bytes =
+        static_cast<std::size_t>(a.V * a.student.hidden.columns) * (a.weight_grad_type == Type::float32 ? 4 : 2);
+    if (a.weight_grad != nullptr) std::memset(a.weight_grad, 0, bytes);
+    if (a.bias_grad != nullptr) std::memset(a.bias_grad, 0, static_cast<std::size_t>(a.V) * sizeof(float));
+  }
+
+  const DistillArguments& a;
+  const Products torch;
+  const Vocabulary vocabulary;
+  HeadLogits<G> student;
+  std::unique_ptr<Logits> teacher;
+  Tokens tokens;
+  const Temper temper;
+  const bool wants_labels, keeps_half;
+  const float inverse_cap;
+  const Index block;
+  Index width, groups, kept_blocks;
+  bool needs_gradient;
+  Index row_depth = 0;
+  Buffer sums, teacher_sums, dense, z, t, kept, centres;
+  Buffer hidden_sums, weight_sums, weight_rows, hidden_packed, rounded, turned;
+};
+
+}  // namespace bbopd::cpu::BBOPD_ISA

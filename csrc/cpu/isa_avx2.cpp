@@ -1,0 +1,9 @@
+#define BBOPD_ISA avx2
+#define BBOPD_LANES 8
+#include "cpu/isa.h"
+
+namespace bbopd::cpu {
+
+void distill_avx2(const DistillArguments& arguments) { avx2::distill<avx2::Float32>(arguments, {}); }
+
+}  // namespace bbopd::cpu

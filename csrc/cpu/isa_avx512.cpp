@@ -1,0 +1,9 @@
+#define BBOPD_ISA avx512
+#define BBOPD_LANES 16
+#include "cpu/isa.h"
+
+namespace bbopd::cpu {
+
+void distill_avx512(const DistillArguments& arguments) { avx512::distill<avx512::Float32>(arguments, {}); }
+
+}  // namespace bbopd::cpu

@@ -1,0 +1,9 @@
+#define BBOPD_ISA portable
+#define BBOPD_LANES 4
+#include "cpu/isa.h"
+
+namespace bbopd::cpu {
+
+void distill_portable(const DistillArguments& arguments) { portable::distill<portable::Float32>(arguments, {}); }
+
+}  // namespace bbopd::cpu
