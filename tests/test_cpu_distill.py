@@ -93,7 +93,7 @@ def test_gradients_stay_exact_as_the_student_nears_its_teacher(kind: str, megaby
         assert_near(gradients(hidden, weight, teacher, None, temperature=T, kd_weight=1.0, impl="cpu")[:3], truth[:3], 3.5e-3)
 
 
-def test_repeats_are_bitwise_equal_and_thread_counts_nearly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_are_bitwise_equal_and_thread_counts_nearly() -> None:
     hidden, weight, generator = draw(300, 2001, 48, torch.float32)
     teacher = make_teacher("full", 300, 2001, 2.0, generator, torch.float32)
     labels = torch.randint(0, 2001, (300,), generator=generator)

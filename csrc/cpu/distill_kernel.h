@@ -134,8 +134,7 @@ class Distill {
         const vf logit = BBOPD_ISA::load(teacher_logits + c);
         store(teacher_logits + c, logit > rows::kInfinityStandIn ? fill(rows::kInfinityStandIn) : logit);  // NaN stays
       }
-      const Temper alone(a.temperature);
-      add_row(teacher_logits, lanes, alone, false, sum(teacher_sums, slot, n));
+      add_row(teacher_logits, lanes, temper, false, sum(teacher_sums, slot, n));
     }
   }
 

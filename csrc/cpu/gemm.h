@@ -43,7 +43,7 @@ inline void row_as_float(const Matrix& m, Index row, Index first, Index count, f
 struct Float32 {
   using T = float;
   static constexpr Type kType = Type::float32;
-  static constexpr Index kVectors = kLanes == 4 ? 2 : 2, kPanel = kVectors * kLanes, kGroup = 1;
+  static constexpr Index kVectors = 2, kPanel = kVectors * kLanes, kGroup = 1;
   static constexpr Index kRows = kLanes == 16 ? 12 : (kLanes == 8 ? 6 : 4);  // accumulators fill the registers
   static constexpr bool kRowMajorLeft = false;                               // the left side may have any strides
 
