@@ -5,7 +5,6 @@ Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary in use, ``K`` ids o
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -13,32 +12,13 @@ from torch import Tensor
 
 from bbopd import op_checks
 from bbopd.cpu_memory import stash_megabytes
+from bbopd.cpu_tensors import LEVELS, TYPES, address_of, cpu_level, floats_of, head_tuple, matrix_of, rows_of
 from bbopd.reference import TokenWeights, check_values, linear_distill_with, pad_vocabulary, save_gradients, scale_gradients
 from bbopd.reference_distill import METRICS
 from bbopd.reference_math import RATIO_CAP
 from bbopd.types import DIVERGENCES, DistillLoss
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-"""Instruction sets that there are kernels for; ``BBOPD_CPU_LEVEL`` sets the highest that may be used."""
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIGNALS = ("none", "full", "topk", "sampled")
-
-
-def cpu_level() -> str:
-    """The instruction set whose kernels are used: the machine's best, or ``BBOPD_CPU_LEVEL`` where that is lower."""
-    from bbopd._C import best_level
-
-    best = LEVELS[best_level()]
-    asked = os.environ.get("BBOPD_CPU_LEVEL", best)
-    if asked not in LEVELS:
-        raise ValueError(f"BBOPD_CPU_LEVEL is {asked!r}: choose one of {', '.join(LEVELS)}")
-    return min(best, asked, key=LEVELS.index)
-
-
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can work on these tensors: on a CPU, in float32, bfloat16 or float16."""
-    return all(tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _TYPES) for tensor in tensors)
 
 
 def linear_distill(*arguments: Any, **options: Any) -> DistillLoss:
@@ -89,16 +69,16 @@ def _linear_distill(
         hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, torch.float32
     )
     T = temperature if kind != "none" else 1.0
-    hidden, weight = _rows(hidden), _rows(weight)
+    hidden, weight = rows_of(hidden), rows_of(weight)
     teacher_logits, teacher_hidden, teacher_weight = (
-        None if tensor is None else _rows(tensor) for tensor in (teacher_logits, teacher_hidden, teacher_weight)
+        None if tensor is None else rows_of(tensor) for tensor in (teacher_logits, teacher_hidden, teacher_weight)
     )
-    bias_V, teacher_bias_V = _floats(bias), _floats(teacher_bias)
+    bias_V, teacher_bias_V = floats_of(bias), floats_of(teacher_bias)
     label_N = None if labels is None else torch.where(factors.has_label, labels, -1).long().contiguous()
     if kind == "topk" and ids is not None and valid is not None:
         ids = ids.masked_fill(~valid[:, None], -1)
     id_NK = None if ids is None else ids.long().contiguous()
-    logprob_NK, extra_N = _floats(logprobs), _floats(extra)
+    logprob_NK, extra_N = floats_of(logprobs), floats_of(extra)
     ce_grad_N = (factors.ce * logit_scale).contiguous()
     kd_grad_N = (factors.kd * (logit_scale / T)).contiguous()
     signal_N = factors.signal.to(torch.uint8).contiguous()
@@ -114,17 +94,17 @@ def _linear_distill(
             "N": N,
             "V": V,
             "K": id_NK.shape[1] if kind == "topk" and id_NK is not None else 1,
-            "student": (_matrix(hidden), _matrix(weight), _address(bias_V), logit_scale, logit_softcap or 0.0),
+            "student": head_tuple(hidden, weight, bias_V, logit_scale, logit_softcap),
             "signal": _SIGNALS.index(kind),
-            "teacher_logits": _matrix(teacher_logits),
-            "teacher": (_matrix(teacher_hidden), _matrix(teacher_weight), _address(teacher_bias_V), teacher_scale, teacher_softcap or 0.0),
-            "ids": _address(id_NK),
-            "logprobs": _address(logprob_NK),
-            "extra": _address(extra_N),
-            "labels": _address(label_N),
-            "has_signal": _address(signal_N),
-            "ce_grad": _address(ce_grad_N),
-            "kd_grad": _address(kd_grad_N),
+            "teacher_logits": matrix_of(teacher_logits),
+            "teacher": head_tuple(teacher_hidden, teacher_weight, teacher_bias_V, teacher_scale, teacher_softcap),
+            "ids": address_of(id_NK),
+            "logprobs": address_of(logprob_NK),
+            "extra": address_of(extra_N),
+            "labels": address_of(label_N),
+            "has_signal": address_of(signal_N),
+            "ce_grad": address_of(ce_grad_N),
+            "kd_grad": address_of(kd_grad_N),
             "temperature": T,
             "divergence": DIVERGENCES.index(divergence),
             "beta": beta,
@@ -132,17 +112,17 @@ def _linear_distill(
             "stash_bytes": stash_bytes or int(stash_megabytes() * 2**20),
             "threads": torch.get_num_threads(),
             "level": LEVELS.index(cpu_level()),
-            "ce": _address(ce_N),
-            "kd": _address(kd_N),
-            "ratio": _address(ratio_N),
-            "student_lse": _address(student_lse_N),
-            "teacher_lse": _address(teacher_lse_N),
-            "floored": _address(floored_N),
-            "hidden_grad": _address(dH_ND) if needs_hidden and N else 0,
-            "weight_grad": _address(dW_VD) if needs_weight else 0,
-            "bias_grad": _address(db_V) if needs_bias else 0,
-            "hidden_grad_type": _TYPES.get(dH_ND.dtype, 0),
-            "weight_grad_type": _TYPES.get(dW_VD.dtype, 0),
+            "ce": address_of(ce_N),
+            "kd": address_of(kd_N),
+            "ratio": address_of(ratio_N),
+            "student_lse": address_of(student_lse_N),
+            "teacher_lse": address_of(teacher_lse_N),
+            "floored": address_of(floored_N),
+            "hidden_grad": address_of(dH_ND) if needs_hidden and N else 0,
+            "weight_grad": address_of(dW_VD) if needs_weight else 0,
+            "bias_grad": address_of(db_V) if needs_bias else 0,
+            "hidden_grad_type": TYPES.get(dH_ND.dtype, 0),
+            "weight_grad_type": TYPES.get(dW_VD.dtype, 0),
         }
     )
     op_checks.check_student_rows(student_lse_N, 0)
@@ -151,22 +131,6 @@ def _linear_distill(
     loss = (factors.ce * ce_N).sum() + (factors.kd * kd_N).sum()
     metrics = factors.metrics(kind, floored_N, extra_N, ratio_N, RATIO_CAP)
     return loss, ce_N, factors.t2 * kd_N, metrics, dH_ND, dW_VD, pad_vocabulary(db_V, weight.shape[0])
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
-
-
-def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int, int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0), _TYPES[tensor.dtype])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:

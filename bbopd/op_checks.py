@@ -200,6 +200,14 @@ def check_id_values(name: str, ids: Tensor, vocab_size: int, *, empty: int | Non
             raise ValueError(f"{name}[{row}] holds the id {int(ordered[row, column])} twice: give each id once, -1 in slots without one")
 
 
+def check_scored_ids(token_ids: Tensor | None, candidate_ids: Tensor | None, vocab_size: int) -> None:
+    """Refuse ids of `linear_logprobs` outside the vocabulary, and candidates of a token that are not unique."""
+    if token_ids is not None:
+        check_id_values("token_ids", token_ids, vocab_size)
+    if candidate_ids is not None:
+        check_id_values("candidate_ids", candidate_ids, vocab_size, empty=-1, unique=True)
+
+
 def check_normalizer(normalizer: Tensor) -> None:
     """Refuse token counts that are negative or no numbers."""
     if not bool(((normalizer >= 0) & normalizer.isfinite()).all()):

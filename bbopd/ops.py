@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bbopd import cpu_distill, op_checks, reference
+from bbopd import cpu_distill, cpu_logprobs, cpu_tensors, op_checks, reference
 from bbopd.types import DistillLoss, FullTeacher, OpTeacher, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ENGINES = ("reference", "cpu")
-"""What ``impl`` may name in `linear_distill`, beside ``auto``; `linear_logprobs` has the reference and ``triton``."""
+"""What ``impl`` may name, beside ``auto``; in `linear_logprobs` also ``triton``."""
 
 
 def linear_distill(
@@ -121,7 +121,8 @@ def linear_distill(
         op_checks.check_teacher(teacher, hidden, weight, vocab_size, temperature)
     elif labels is None:
         raise ValueError("neither a teacher nor labels were given: there is nothing to learn from")
-    engine = _distill_engine(impl, hidden, weight, bias, teacher)
+    of_teacher = (teacher.logits, teacher.hidden, teacher.weight, teacher.bias) if isinstance(teacher, FullTeacher) else ()
+    engine = cpu_distill if _takes_cpu(impl, hidden, weight, bias, *of_teacher) else reference
     return engine.linear_distill(
         hidden,
         weight,
@@ -177,9 +178,9 @@ def linear_logprobs(
     bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
     impl : str
-        ``auto`` or ``reference`` (plain PyTorch), or ``triton``: one kernel over each row of logits, in float32, without top-k or
-        candidates, where Triton is installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been proven in
-        the interpreter only.
+        ``reference``, ``cpu`` or ``auto``, as in `linear_distill`; or ``triton``: one kernel over each row of logits, in float32, without
+        top-k or candidates, where Triton is installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been
+        proven in the interpreter only.
 
     Returns
     -------
@@ -193,7 +194,7 @@ def linear_logprobs(
         Shapes, dtypes, devices, names or values that do not fit.
     """
     kernel = _triton_engine() if impl == "triton" else None
-    op_checks.check_engine(impl, ("reference",) if kernel is None else ("reference", "triton"))
+    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
     op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
     available = op_checks.check_vocab_size(vocab_size, weight.shape[0])
     op_checks.check_temperature(temperature)
@@ -221,7 +222,8 @@ def linear_logprobs(
             logit_softcap=logit_softcap,
             vocab_size=vocab_size,
         )
-    return reference.linear_logprobs(
+    engine = cpu_logprobs if _takes_cpu(impl, hidden, weight, bias) else reference
+    return engine.linear_logprobs(
         hidden,
         weight,
         token_ids=token_ids,
@@ -235,17 +237,13 @@ def linear_logprobs(
     )
 
 
-def _distill_engine(impl: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: OpTeacher | None) -> ModuleType:
-    """The module that computes `linear_distill`: C++ wherever it can, unless the reference was asked for."""
-    tensors = [hidden, weight, bias]
-    if isinstance(teacher, FullTeacher):
-        tensors += [teacher.logits, teacher.hidden, teacher.weight, teacher.bias]
-    if impl == "reference" or (impl == "auto" and not cpu_distill.takes(*tensors)):
-        return reference
-    if not cpu_distill.takes(*tensors):
+def _takes_cpu(impl: str, *tensors: Tensor | None) -> bool:
+    """Whether C++ computes the op: wherever it can, unless the reference was asked for."""
+    fits = cpu_tensors.takes(*tensors)
+    if impl == "cpu" and not fits:
         kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors if tensor is not None}))
         raise ValueError(f"impl='cpu' takes float32, bfloat16 and float16 tensors on a CPU, not {kinds}: use impl='reference'")
-    return cpu_distill
+    return fits and impl != "reference"
 
 
 def _triton_engine() -> ModuleType | None:

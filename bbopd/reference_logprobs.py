@@ -5,6 +5,7 @@ Shape suffixes: ``N`` tokens, ``n`` tokens of a block, ``D`` hidden, ``V`` vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from bbopd.reference_math import softmax_in_place, stable_top_k, support_log_pro
 from bbopd.types import TokenLogprobs
 
 
-def linear_logprobs(
+def linear_logprobs(*arguments: Any, **options: Any) -> TokenLogprobs:
+    """`bbopd.ops.linear_logprobs`, on arguments of the right shapes and dtypes."""
+    return linear_logprobs_with(_linear_logprobs, *arguments, **options)
+
+
+def linear_logprobs_with(
+    op: Callable[..., tuple[Tensor, ...]],
     hidden: Tensor,
     weight: Tensor,
     *,
@@ -30,8 +37,8 @@ def linear_logprobs(
     vocab_size: int | None = None,
     chunk_tokens: int = 0,
 ) -> TokenLogprobs:
-    """`bbopd.ops.linear_logprobs`, on arguments of the right shapes and dtypes."""
-    found = _linear_logprobs(
+    """Call an engine's ``op``, and name what it returns."""
+    found = op(
         hidden.detach(),
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -57,6 +64,18 @@ def linear_logprobs(
     )
 
 
+def empty_results(
+    hidden: Tensor, candidate_ids: Tensor | None, top_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What an engine fills: logsumexp [N], sampled [N], ids [N, K], log-probabilities [N, K], tail [N], candidates [N, M], tail [N]."""
+    N, M = hidden.shape[0], 0 if candidate_ids is None else candidate_ids.shape[1]
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(shape, dtype=of)
+
+    return empty(N), empty(N), empty(N, top_k, of=torch.int64), empty(N, top_k), empty(N), empty(N, M), empty(N)
+
+
 @torch.library.custom_op("bbopd::linear_logprobs_reference", mutates_args=())
 def _linear_logprobs(
     hidden: Tensor,
@@ -74,15 +93,11 @@ def _linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     N, device, V = hidden.shape[0], hidden.device, vocab_size
-    if check and token_ids is not None:
-        op_checks.check_id_values("token_ids", token_ids, V)
-    if check and candidate_ids is not None:
-        op_checks.check_id_values("candidate_ids", candidate_ids, V, empty=-1, unique=True)
-    M = 0 if candidate_ids is None else candidate_ids.shape[1]
-    logsumexp_N, sampled_N, log_tail_N, candidates_tail_N = (torch.empty(N, dtype=dtype, device=device) for _ in range(4))
-    topk_ids_NK = torch.empty(N, top_k, dtype=torch.int64, device=device)
-    topk_NK = torch.empty(N, top_k, dtype=dtype, device=device)
-    candidates_NM = torch.empty(N, M, dtype=dtype, device=device)
+    if check:
+        op_checks.check_scored_ids(token_ids, candidate_ids, V)
+    found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
+        hidden, candidate_ids, top_k, dtype
+    )
     with torch.autocast(device.type, enabled=False):
         head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V, dtype)
         chunk, block = chunk_rows(V, device)
@@ -109,7 +124,7 @@ def _linear_logprobs(
                 logsumexp_N[part] = lse_n1[:, 0]
                 if token_z_n1 is not None:
                     sampled_N[part] = (token_z_n1 / temperature - lse_n1)[:, 0]
-    return logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N
+    return found
 
 
 def _around(z_nV: Tensor, ids_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,9 +139,6 @@ def _around(z_nV: Tensor, ids_nK: Tensor, temperature: float) -> tuple[Tensor, T
 @_linear_logprobs.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    N = hidden.shape[0]
-    M = 0 if candidate_ids is None else candidate_ids.shape[1]
-    shapes: tuple[Any, ...] = ((N,), (N,), (N, top_k), (N, top_k), (N,), (N, M), (N,))
-    return tuple(hidden.new_empty(shape, dtype=torch.int64 if i == 2 else dtype) for i, shape in enumerate(shapes))
+    return empty_results(hidden, candidate_ids, top_k, dtype)

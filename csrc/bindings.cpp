@@ -74,6 +74,30 @@ void distill(const py::dict& given) {
   cpu::distill(a, level);
 }
 
+void logprobs(const py::dict& given) {
+  const auto address = [&](const char* name) { return given[name].cast<std::uintptr_t>(); };
+  cpu::LogprobsArguments a;
+  a.N = given["N"].cast<cpu::Index>();
+  a.V = given["V"].cast<cpu::Index>();
+  a.K = given["K"].cast<cpu::Index>();
+  a.M = given["M"].cast<cpu::Index>();
+  a.head = to_head(given["head"].cast<HeadTuple>());
+  a.token_ids = to_pointer<const std::int64_t>(address("token_ids"));
+  a.candidate_ids = to_pointer<const std::int32_t>(address("candidate_ids"));
+  a.temperature = given["temperature"].cast<float>();
+  a.threads = given["threads"].cast<int>();
+  a.logsumexp = to_pointer<float>(address("logsumexp"));
+  a.sampled = to_pointer<float>(address("sampled"));
+  a.topk_ids = to_pointer<std::int64_t>(address("topk_ids"));
+  a.topk_logprobs = to_pointer<float>(address("topk_logprobs"));
+  a.log_tail = to_pointer<float>(address("log_tail"));
+  a.candidates = to_pointer<float>(address("candidates"));
+  a.candidates_log_tail = to_pointer<float>(address("candidates_log_tail"));
+  const auto level = static_cast<cpu::Level>(given["level"].cast<int>());
+  const py::gil_scoped_release unlocked;
+  cpu::logprobs(a, level);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -94,6 +118,7 @@ PYBIND11_MODULE(_C, module) {
       "best_level", [] { return static_cast<int>(cpu::best_level()); },
       "The best kernels this machine can run: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.");
   module.def("linear_distill", &distill, "The op on addresses; bbopd.cpu_distill says what each is.");
+  module.def("linear_logprobs", &logprobs, "The op on addresses; bbopd.cpu_logprobs says what each is.");
   module.def("release_unused_memory", &cpu::Buffer::release_unused,
              "Gives memory kept for the next call back to the system.");
   py::class_<cpu::Buffer>(module, "Buffer", py::buffer_protocol())

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bbopd import FullTeacher, TopKTeacher, linear_distill, linear_logprobs
-from bbopd.cpu_distill import LEVELS, cpu_level
 from bbopd.cpu_memory import stash_limit, stash_megabytes
+from bbopd.cpu_tensors import LEVELS, cpu_level
 from bbopd.types import DIVERGENCES, OpTeacher
 from tests.distill_oracle import draw, make_teacher
 

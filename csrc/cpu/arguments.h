@@ -61,6 +61,23 @@ struct DistillArguments {
   Type hidden_grad_type = Type::float32, weight_grad_type = Type::float32;
 };
 
+struct LogprobsArguments {
+  Index N = 0, V = 0, K = 0, M = 0;
+  Head head;
+  const std::int64_t* token_ids = nullptr;      // [N], or null
+  const std::int32_t* candidate_ids = nullptr;  // [N, M], each row ascending; -1 is an empty slot
+  float temperature = 1.0F;
+  int threads = 1;
+  // written; logarithms at the temperature
+  float* logsumexp = nullptr;            // [N]
+  float* sampled = nullptr;              // [N]
+  std::int64_t* topk_ids = nullptr;      // [N, K]
+  float* topk_logprobs = nullptr;        // [N, K]
+  float* log_tail = nullptr;             // [N]
+  float* candidates = nullptr;           // [N, M]
+  float* candidates_log_tail = nullptr;  // [N]
+};
+
 // torch's product of bfloat16 tiles, found at run time; null where this torch or this processor lacks it.
 using Brgemm = void (*)(long, long, long, long, long, long, bool, const void*, const void*, float*, bool);
 using BrgemmRelease = void (*)(bool);

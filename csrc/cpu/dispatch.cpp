@@ -26,6 +26,11 @@ const Products& products() {
   return found;
 }
 
+void check(Level level) {
+  if (level > best_level())
+    throw std::invalid_argument("this machine does not have the instruction set that was asked for");
+}
+
 }  // namespace
 
 Level best_level() {
@@ -38,8 +43,7 @@ Level best_level() {
 }
 
 void distill(const DistillArguments& arguments, Level level) {
-  if (level > best_level())
-    throw std::invalid_argument("this machine does not have the instruction set that was asked for");
+  check(level);
   switch (level) {
 #if defined(__x86_64__)
     case Level::amx_bf16:
@@ -53,6 +57,24 @@ void distill(const DistillArguments& arguments, Level level) {
 #endif
     default:
       return distill_portable(arguments);
+  }
+}
+
+void logprobs(const LogprobsArguments& arguments, Level level) {
+  check(level);
+  switch (level) {
+#if defined(__x86_64__)
+    case Level::amx_bf16:
+      return logprobs_amx_bf16(arguments, products());
+    case Level::avx512_bf16:
+      return logprobs_avx512_bf16(arguments);
+    case Level::avx512:
+      return logprobs_avx512(arguments);
+    case Level::avx2:
+      return logprobs_avx2(arguments);
+#endif
+    default:
+      return logprobs_portable(arguments);
   }
 }
 

@@ -12,11 +12,18 @@ Level best_level();
 
 // Throws std::invalid_argument where this machine cannot run `level`.
 void distill(const DistillArguments& arguments, Level level);
+void logprobs(const LogprobsArguments& arguments, Level level);
 
 void distill_portable(const DistillArguments&);
 void distill_avx2(const DistillArguments&);
 void distill_avx512(const DistillArguments&);
 void distill_avx512_bf16(const DistillArguments&);
 void distill_amx_bf16(const DistillArguments&, const Products&);
+
+void logprobs_portable(const LogprobsArguments&);
+void logprobs_avx2(const LogprobsArguments&);
+void logprobs_avx512(const LogprobsArguments&);
+void logprobs_avx512_bf16(const LogprobsArguments&);
+void logprobs_amx_bf16(const LogprobsArguments&, const Products&);
 
 }  // namespace bbopd::cpu

@@ -12,7 +12,6 @@
 #include "cpu/distill_tokens.h"
 #include "cpu/gradient_rows.h"
 #include "cpu/logit_tiles.h"
-#include "cpu/threads.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
@@ -75,10 +74,7 @@ class Distill {
  private:
   template <class Body>
   void for_tokens(Body body) {
-    const Index slots = smaller(a.threads, larger(1, a.N / 16));
-    parallel(static_cast<int>(slots), [&](int slot) {
-      for (Index n = a.N * slot / slots; n < a.N * (slot + 1) / slots; ++n) body(n);
-    });
+    for_each_token(a.threads, a.N, [&](int, Index n) { body(n); });
   }
 
   Sums& sum(Buffer& of, int slot, Index n) { return of.as<Sums>()[slot * a.N + n]; }

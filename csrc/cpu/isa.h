@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/distill_kernel.h"
+#include "cpu/logprobs_kernel.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
@@ -33,6 +34,15 @@ void distill(const DistillArguments& a, const Products& products) {
     Distill<Bf16>(a, products, teacher_logits<Bf16>(a, products)).run();
   } else {
     Distill<Float32>(a, products, teacher_logits<Bf16>(a, products)).run();
+  }
+}
+
+template <class Bf16>
+void logprobs(const LogprobsArguments& a, const Products& products) {
+  if (is_bfloat16(a.head)) {
+    Logprobs<Bf16>(a, products).run();
+  } else {
+    Logprobs<Float32>(a, products).run();
   }
 }
 

@@ -5,5 +5,6 @@
 namespace bbopd::cpu {
 
 void distill_avx2(const DistillArguments& arguments) { avx2::distill<avx2::Float32>(arguments, {}); }
+void logprobs_avx2(const LogprobsArguments& arguments) { avx2::logprobs<avx2::Float32>(arguments, {}); }
 
 }  // namespace bbopd::cpu

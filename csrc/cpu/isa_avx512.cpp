@@ -5,5 +5,6 @@
 namespace bbopd::cpu {
 
 void distill_avx512(const DistillArguments& arguments) { avx512::distill<avx512::Float32>(arguments, {}); }
+void logprobs_avx512(const LogprobsArguments& arguments) { avx512::logprobs<avx512::Float32>(arguments, {}); }
 
 }  // namespace bbopd::cpu

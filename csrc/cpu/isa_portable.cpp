@@ -5,5 +5,6 @@
 namespace bbopd::cpu {
 
 void distill_portable(const DistillArguments& arguments) { portable::distill<portable::Float32>(arguments, {}); }
+void logprobs_portable(const LogprobsArguments& arguments) { portable::logprobs<portable::Float32>(arguments, {}); }
 
 }  // namespace bbopd::cpu

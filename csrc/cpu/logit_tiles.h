@@ -4,6 +4,7 @@
 
 #include "cpu/buffer.h"
 #include "cpu/gemm.h"
+#include "cpu/threads.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
@@ -25,6 +26,15 @@ struct Vocabulary {
   Index begin(Index b) const { return b * block; }
   Index count(Index b) const { return smaller(block, V - b * block); }
 };
+
+// Calls `body(slot, n)` for every token, a range of them a slot.
+template <class Body>
+void for_each_token(int threads, Index tokens, Body body) {
+  const Index slots = smaller(threads, larger(1, tokens / 16));
+  parallel(static_cast<int>(slots), [&](int slot) {
+    for (Index n = tokens * slot / slots; n < tokens * (slot + 1) / slots; ++n) body(slot, n);
+  });
+}
 
 inline void cap(float* z, Index n, float inner, float limit) {
   for (Index c = 0; c < n; c += kLanes) store(z + c, hyperbolic_tangent(load(z + c) * inner) * limit);

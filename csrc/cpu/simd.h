@@ -44,6 +44,19 @@ inline bool any(vi mask) {
 #endif
 }
 
+// The lanes where the mask is set, as bits.
+inline std::uint32_t lanes_of(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (static_cast<std::uint32_t>(mask[i]) & 1U) << i;
+  return bits;
+#endif
+}
+
 inline float max_lane(vf v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
