@@ -10,7 +10,8 @@ namespace bbopd::cpu {
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
-constexpr int kKeptUses = 16;  // a block that so many later requests had no use for goes back to the system
+constexpr int kKeptUses =
+    256;  // a block that so many later requests had no use for goes back to the system; a call makes some 20
 
 struct Block {
   void* data;

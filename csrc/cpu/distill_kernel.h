@@ -34,11 +34,13 @@ class Distill {
         block(vocabulary.block) {
     const Index slots = vocabulary.slots, D = a.student.hidden.columns;
     width = round_up(D, G::kPanel);
+    sum_stride = width + kLanes;
     groups = (a.N + kGroupTokens - 1) / kGroupTokens;
     needs_gradient = a.hidden_grad != nullptr || a.weight_grad != nullptr || a.bias_grad != nullptr;
     sums = Buffer(static_cast<std::size_t>(slots * a.N) * sizeof(Sums));
     teacher_sums = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(Sums) : 0);
     dense = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(DenseSums) : 0);
+    cursors = Buffer(a.signal == Signal::support ? static_cast<std::size_t>(slots * a.N) * sizeof(int) : 0);
     z = Buffer(static_cast<std::size_t>(slots * kGroupTokens * block) * sizeof(float));
     t = Buffer(teacher ? static_cast<std::size_t>(slots * kTokens * block) * sizeof(float) : 0);
     const Index item = keeps_half ? 2 : 4;
@@ -78,6 +80,12 @@ class Distill {
   }
 
   Sums& sum(Buffer& of, int slot, Index n) { return of.as<Sums>()[slot * a.N + n]; }
+  // The entry of a token's support that comes next on a slot's way through the vocabulary.
+  int& cursor(int slot, Index n) { return cursors.as<int>()[slot * a.N + n]; }
+  void begin_pass(int slot) {
+    const Index first = vocabulary.begin(vocabulary.first_of(slot));
+    for (Index n = 0; a.signal == Signal::support && n < a.N; ++n) cursor(slot, n) = tokens.support_from(n, first);
+  }
   float* tile(int slot) { return z.as<float>() + slot * kGroupTokens * block; }
   float* teacher_tile(int slot) { return teacher ? t.as<float>() + slot * kTokens * block : nullptr; }
   bool is_kept(int slot, Index b) const { return b - vocabulary.first_of(slot) < kept_blocks; }
@@ -88,6 +96,7 @@ class Distill {
   // ---------------------------------------------------------------- first pass
 
   void measure(int slot) {
+    begin_pass(slot);
     for (Index n = 0; n < a.N; ++n) {
       sum(sums, slot, n) = {vf{}, vf{}, -__builtin_inff()};
       if (teacher) sum(teacher_sums, slot, n) = {vf{}, vf{}, -__builtin_inff()};
@@ -119,7 +128,8 @@ class Distill {
     if (is_kept(slot, b)) keep(slot, b, n, logits, teacher_logits);
     if (a.signal == Signal::support) {
       SupportEntry* const support = tokens.support(n);
-      for (int k = tokens.support_from(n, first); k < tokens.support_size(n) && support[k].id < first + count; ++k) {
+      int& k = cursor(slot, n);
+      for (; k < tokens.support_size(n) && support[k].id < first + count; ++k) {
         support[k].logit = logits[support[k].id - first];
         logits[support[k].id - first] = -__builtin_inff();
       }
@@ -188,8 +198,8 @@ class Distill {
                       Row{.max = plan.max, .tempered = plan.tempered, .plain = plan.plain}, inverse_cap);
       if (a.signal == Signal::support) {
         const SupportEntry* const support = tokens.support(n + r);
-        for (int k = tokens.support_from(n + r, first); k < tokens.support_size(n + r) && support[k].id < first + count;
-             ++k)
+        int& k = cursor(slot, n + r);
+        for (; k < tokens.support_size(n + r) && support[k].id < first + count; ++k)
           row[support[k].id - first] = support[k].gradient;
       }
       if (a.signal == Signal::sampled && a.has_signal[n + r] != 0 && a.ids[n + r] >= first &&
@@ -279,11 +289,12 @@ class Distill {
   void prepare_gradients() {
     const Index slots = vocabulary.slots;
     row_depth = round_up(kGroupTokens, 2 * kLanes);
-    if (a.hidden_grad != nullptr) hidden_sums = Buffer(static_cast<std::size_t>(slots * a.N * width) * sizeof(float));
+    if (a.hidden_grad != nullptr)
+      hidden_sums = Buffer(static_cast<std::size_t>(slots * a.N * sum_stride) * sizeof(float));
     if (a.hidden_grad != nullptr || a.weight_grad != nullptr)
       weight_rows = Buffer(static_cast<std::size_t>(slots * block * width) * sizeof(T));
     if (a.weight_grad != nullptr) {
-      weight_sums = Buffer(static_cast<std::size_t>(slots * block * width) * sizeof(float));
+      weight_sums = Buffer(static_cast<std::size_t>(slots * block * sum_stride) * sizeof(float));
       hidden_packed = Buffer(static_cast<std::size_t>(groups * row_depth * width) * sizeof(T));
       parallel(static_cast<int>(smaller(slots, groups)), [this](int slot) {
         Buffer rows(static_cast<std::size_t>(row_depth * width) * sizeof(T));
@@ -312,10 +323,11 @@ class Distill {
   // One pass with gradients; `write_rows(slot, token, rows, block)` leaves those of the logits in the slot's tile.
   template <class WriteRows>
   void descend(int slot, WriteRows write_rows) {
+    begin_pass(slot);
     const Buffer bias_buffer(static_cast<std::size_t>(block) * sizeof(float));
     float* const bias_sums = bias_buffer.as<float>();
-    float* const hidden_to = hidden_sums.as<float>() + slot * a.N * width;
-    float* const weight_to = weight_sums.as<float>() + slot * block * width;
+    float* const hidden_to = hidden_sums.as<float>() + slot * a.N * sum_stride;
+    float* const weight_to = weight_sums.as<float>() + slot * block * sum_stride;
     T* const right = weight_rows.as<T>() + slot * block * width;
     for (Index b = vocabulary.first_of(slot); b < vocabulary.first_of(slot + 1); ++b) {
       load(slot, b);
@@ -346,16 +358,16 @@ class Distill {
           turned_stride = 1, turned_step = block;
         }
         if (a.hidden_grad != nullptr)
-          G::multiply(torch, rows, width, block, left, block, 1, right, hidden_to + first * width, width,
+          G::multiply(torch, rows, width, block, left, block, 1, right, hidden_to + first * sum_stride, sum_stride,
                       b != vocabulary.first_of(slot));
         if (a.weight_grad != nullptr)
           G::multiply(torch, block, width, row_depth, left_turned, turned_stride, turned_step,
-                      hidden_packed.as<T>() + g * row_depth * width, weight_to, width, g != 0);
+                      hidden_packed.as<T>() + g * row_depth * width, weight_to, sum_stride, g != 0);
       }
       const Index count = vocabulary.count(b), D = a.student.hidden.columns;
       if (a.weight_grad != nullptr)
         for (Index r = 0; r < count; ++r)
-          write_row(weight_to + r * width, D, a.weight_grad, (vocabulary.begin(b) + r) * D, a.weight_grad_type);
+          write_row(weight_to + r * sum_stride, D, a.weight_grad, (vocabulary.begin(b) + r) * D, a.weight_grad_type);
       if (a.bias_grad != nullptr)
         std::memcpy(a.bias_grad + vocabulary.begin(b), bias_sums, static_cast<std::size_t>(count) * sizeof(float));
     }
@@ -364,9 +376,9 @@ class Distill {
   }
 
   void add_hidden_gradients(Index n) {
-    float* const all = hidden_sums.as<float>() + n * width;
+    float* const all = hidden_sums.as<float>() + n * sum_stride;
     for (int slot = 1; slot < vocabulary.slots; ++slot) {
-      const float* const part = all + slot * a.N * width;
+      const float* const part = all + slot * a.N * sum_stride;
       for (Index c = 0; c < width; c += kLanes) store(all + c, BBOPD_ISA::load(all + c) + BBOPD_ISA::load(part + c));
     }
     write_row(all, a.student.hidden.columns, a.hidden_grad, n * a.student.hidden.columns, a.hidden_grad_type);
@@ -389,10 +401,10 @@ class Distill {
   const bool wants_labels, keeps_half;
   const float inverse_cap;
   const Index block;
-  Index width, groups, kept_blocks;
+  Index width, sum_stride, groups, kept_blocks;
   bool needs_gradient;
   Index row_depth = 0;
-  Buffer sums, teacher_sums, dense, z, t, kept, centres;
+  Buffer sums, teacher_sums, dense, cursors, z, t, kept, centres;
   Buffer hidden_sums, weight_sums, weight_rows, hidden_packed, rounded, turned;
 };
 

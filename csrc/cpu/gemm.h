@@ -38,6 +38,13 @@ inline void row_as_float(const Matrix& m, Index row, Index first, Index count, f
   }
 }
 
+// Asks for the numbers that a product will be added to, so that they are in cache when it is done.
+template <int rows, int vectors>
+inline void fetch(const float* c, Index ldc) {
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + r * ldc + v * kLanes, 1);
+}
+
 // ---------------------------------------------------------------- float32
 
 struct Float32 {
@@ -50,6 +57,7 @@ struct Float32 {
   template <int rows>
   static inline void block(Index depth, const float* a, Index row_stride, Index step, const float* b, float* c,
                            Index ldc, bool add) {
+    if (add) fetch<rows, kVectors>(c, ldc);
     vf sum[rows][kVectors] = {};
     for (Index k = 0; k < depth; ++k) {
       vf right[kVectors];
@@ -108,10 +116,10 @@ struct Bfloat16 : Bfloat16Layout {
 
   template <int rows>
   static inline void block(Index pairs, const bf16* a, Index row_stride, const bf16* b, float* c, Index ldc, bool add) {
+    if (add) fetch<rows, kVectors>(c, ldc);
     __m512 sum[rows][kVectors];
     for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * kLanes) : _mm512_setzero_ps();
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
     for (Index k = 0; k < pairs; ++k) {
       __m512bh right[kVectors];
       for (int v = 0; v < kVectors; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + (k * kPanel + v * kLanes) * 2);
@@ -122,8 +130,12 @@ struct Bfloat16 : Bfloat16Layout {
         for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, right[v]);
       }
     }
-    for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * ldc + v * kLanes, sum[r][v]);
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = c + r * ldc + v * kLanes;
+        _mm512_storeu_ps(to, add ? _mm512_loadu_ps(to) + sum[r][v] : sum[r][v]);
+      }
+    }
   }
 
   template <int rows>
