@@ -1,8 +1,8 @@
-"""Options of the benchmark scripts, and the records that each of them publishes at its end."""
+"""Options of the benchmark scripts, and the records that each case publishes at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -37,21 +37,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(argument, make(metafunc.config.getoption("quick")), ids=lambda case: case.name)
 
 
-@pytest.fixture(scope="module")
-def records(request: pytest.FixtureRequest) -> Iterator[list[Record]]:
-    """Filled by the cases of a script; published when the script has ended, or was interrupted."""
-    found: list[Record] = []
-    yield found
-    if found:
-        report.publish(request.module.SCRIPT, found)
-
-
 Contest = Callable[[Case, Resettable, tuple[Contestant, ...], Errors], None]
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest, records: list[Record]) -> Contest:
-    """Run one case: interleaved rounds by pytest-benchmark, then errors, then memory, each contestant in a fresh process."""
+def contest(request: pytest.FixtureRequest) -> Contest:
+    """Run one case and publish it: interleaved rounds by pytest-benchmark, then errors, then memory, each in a fresh process."""
     benchmark = request.getfixturevalue("benchmark")
 
     def run(case: Case, inputs: Resettable, contestants: tuple[Contestant, ...], errors_of: Errors) -> None:
@@ -62,7 +53,7 @@ def contest(request: pytest.FixtureRequest, records: list[Record]) -> Contest:
         able = [entry.contestant for entry in entries if not entry.skipped]
         errors, near_errors = errors_of(able)
         memory = {one.name: peak_megabytes(request.module.SUITE, case, one.name) for one in able}
-        records.extend(_records_of(case, entries, memory, errors, near_errors))
+        report.publish(request.module.SCRIPT, _records_of(case, entries, memory, errors, near_errors))
         benchmark.extra_info["median_ms"] = {entry.contestant.name: 1e3 * entry.median for entry in entries if entry.median is not None}
         benchmark.extra_info["memory_mib"] = memory
         benchmark.extra_info["skipped"] = {entry.contestant.name: entry.skipped for entry in entries if entry.skipped}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import torch
 
+from bbopd.cpu_tensors import cpu_level
 from bbopd.hardware import cpu_features
 
 
 def describe() -> dict[str, str]:
-    """Processor, its instruction sets, cores, threads, versions, date and command, as columns of a record."""
+    """A short name for the kind of machine, then processor, instruction sets, cores, threads, versions, date and command, for a record."""
     return {
+        "machine": f"{re.sub('[^a-z0-9]+', '-', _processor().lower()).strip('-')}-{cpu_level()}",
         "processor": _processor(),
         "instruction_sets": " ".join(name for name, is_there in cpu_features().items() if is_there) or "none of those asked for",
         "cores": str(os.cpu_count()),

@@ -40,6 +40,12 @@ class Record:
     python: str
     date: str
     command: str
+    machine: str
+
+    @property
+    def case(self) -> tuple[str, str, int, int, int, str]:
+        """What was measured, whoever took part."""
+        return self.objective, self.model, self.N, self.D, self.V, self.dtype
 
 
 def make_record(

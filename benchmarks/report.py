@@ -11,7 +11,6 @@ from benchmarks.plots import plot_sweeps
 from benchmarks.records import Record, read, write
 
 RESULTS = ROOT / "benchmarks" / "results"
-IMAGES = ROOT / "docs" / "images"
 
 TITLES = {"distill": "linear_distill", "logprobs": "linear_logprobs", "training_step": "One training step"}
 OBJECTIVES = {
@@ -32,18 +31,25 @@ ERROR_HEADINGS = {
 }
 
 
-def publish(script: str, records: list[Record], results: Path = RESULTS, images: Path = IMAGES) -> None:
-    """Write ``<script>.csv`` and ``<script>.md`` into ``results``, and the plots, where there is a sweep, into ``images``."""
-    path = results / f"{script}.csv"
-    write(path, records)
-    remake(path, images)
+def publish(script: str, records: list[Record], results: Path = RESULTS) -> None:
+    """Put one case's records into ``<machine>/<script>.csv`` below ``results``, in place of its earlier ones; then the table and plots."""
+    path = results / records[0].machine / f"{script}.csv"
+    write(path, merge(read(path) if path.exists() else [], records))
+    remake(path)
 
 
-def remake(path: Path, images: Path) -> None:
+def merge(old: list[Record], new: list[Record]) -> list[Record]:
+    """One case's new records where its old ones were, or at the end."""
+    keys = [record.case for record in old]
+    at = keys.index(new[0].case) if new[0].case in keys else len(old)
+    return [*old[:at], *new, *(record for record in old[at:] if record.case != new[0].case)]
+
+
+def remake(path: Path) -> None:
     """The table, and the plots where the file has a sweep, from a CSV file alone."""
     records = read(path)
     path.with_suffix(".md").write_text(markdown(path.stem, records))
-    plot_sweeps(records, images)
+    plot_sweeps(records, path.parent)
 
 
 def markdown(script: str, records: list[Record]) -> str:
@@ -53,16 +59,16 @@ def markdown(script: str, records: list[Record]) -> str:
         f"# {TITLES[script]}",
         "",
         f"{first.processor}, {first.cores} cores, {first.threads} threads; instruction sets: {first.instruction_sets}. "
-        f"PyTorch {first.torch}, Python {first.python}. {first.date}.",
-        "",
-        f"`{first.command}`",
+        f"PyTorch {first.torch}, Python {first.python}.",
         "",
         "Medians of interleaved rounds; ratios to the floor of the same rounds. Memory is the peak beyond inputs and gradients, in a fresh "
         "process. Errors are against float64, on at most 256 tokens and 8,192 entries.",
     ]
-    for (objective, model, N, D, V, dtype), group in groupby(records, lambda r: (r.objective, r.model, r.N, r.D, r.V, r.dtype)):
-        lines += ["", f"## {model}: N = {N:,}, D = {D:,}, V = {V:,}, {dtype}", "", f"{OBJECTIVES[objective]}.", ""]
-        lines += _table(list(group), *ERROR_HEADINGS[script])
+    for _, group in groupby(records, lambda record: record.case):
+        rows = list(group)
+        one = rows[0]
+        lines += ["", f"## {one.model}: N = {one.N:,}, D = {one.D:,}, V = {one.V:,}, {one.dtype}", "", f"{OBJECTIVES[one.objective]}.", ""]
+        lines += [*_table(rows, *ERROR_HEADINGS[script]), "", f"{one.rounds} rounds, {one.date}: `{one.command}`"]
     return "\n".join(lines) + "\n"
 
 
@@ -84,8 +90,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    for path in sorted(RESULTS.glob("*.csv")):
-        remake(path, IMAGES)
+    for path in sorted(RESULTS.glob("*/*.csv")):
+        remake(path)
         print(path.with_suffix(".md"))
 
 

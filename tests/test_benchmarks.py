@@ -19,7 +19,7 @@ from tests.distill_oracle import oracle
 
 TINY = Case("tiny", 6, 8, 40, dtype="float32", K=4)
 TASKS = [replace(case, N=6, D=8, V=40, K=4, dtype="float32") for case in cases.distill_cases(is_quick=True)[2:]] + [TINY]
-MACHINE = dict.fromkeys(("processor", "instruction_sets", "cores", "threads", "torch", "python", "date", "command"), "here")
+MACHINE = dict.fromkeys(("processor", "instruction_sets", "cores", "threads", "torch", "python", "date", "command", "machine"), "here")
 
 
 @pytest.mark.parametrize("case", TASKS, ids=lambda case: case.objective)
@@ -130,10 +130,13 @@ def test_tables_and_plots_are_made(tmp_path: Path) -> None:
     for case in (TINY, *(replace(case, N=8, V=8 * (index + 1)) for index, case in enumerate(cases.sweep_cases(is_quick=True)))):
         records += [make_record(case, entry, 0.001, 2.0 if entry is ran else None, 0.0024 if entry is ran else None, None, MACHINE)
                     for entry in (ran, left)]  # fmt: skip
-    publish("distill", records, tmp_path / "results", tmp_path / "images")
-    assert read(tmp_path / "results" / "distill.csv") == records
-    text = (tmp_path / "results" / "distill.md").read_text()
+    for first in range(0, len(records), 2):
+        publish("distill", records[first : first + 2], tmp_path)
+    publish("distill", records[2:4], tmp_path)  # measured again, a case stays where it was
+    folder = tmp_path / "here"
+    assert read(folder / "distill.csv") == records
+    text = (folder / "distill.md").read_text()
     assert text == markdown("distill", records)
     assert r"| ran | 2.0 | 2.00 | 2 | 0.24% | – | a \| b |" in text
     assert "| left | – | – | – | – | – | skipped: it is not installed |" in text
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {"linear_distill-V.svg", "linear_distill-N.svg"}
+    assert {path.name for path in folder.glob("*.svg")} == {"linear_distill-V.svg", "linear_distill-N.svg"}
