@@ -13,13 +13,14 @@ SEED ?= 0
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: demo test bench lint format wheel package clean help
+.PHONY: demo test bench lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
+	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
 
 # The library, built and installed editable, with the demo's model.
@@ -72,6 +73,17 @@ package: wheel
 	build/package/bin/pip install -q -c constraints.txt dist/*.whl
 	cd / && $(CURDIR)/build/package/bin/python $(CURDIR)/tests/use_installed.py
 	cd / && $(CURDIR)/build/package/bin/bbopd --version
+
+# In an environment and a folder of their own, where the ordinary build cannot be imported by mistake.
+SANITIZED := tests/test_cpu_distill.py tests/test_cpu_logprobs.py
+sanitize: $(DEVELOPED)
+	rm -rf build/sanitize && $(PYTHON) -m venv build/sanitize
+	build/sanitize/bin/pip install -q -c constraints.txt torch==2.13.0
+	build/sanitize/bin/pip install -q -c constraints.txt -C cmake.define.BBOPD_SANITIZE=ON '.[dev]'
+	cp -r tests build/sanitize/tests
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    bin/python -m pytest -q -p no:cacheprovider $(SANITIZED) -k "not row_mathematics"
 
 clean:
 	rm -rf build dist $(VENV)

@@ -290,8 +290,9 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
         found = linear_logprobs(hidden[:64], weight, top_k=4)
         ids, logprobs, tail = (t.repeat(N // 64, *[1] * (t.dim() - 1)) for t in (found.topk_ids, found.topk_logprobs, found.log_tail))
         before = peak()
-        linear_distill(hidden, weight, TopKTeacher(ids, logprobs, tail), torch.zeros(N, dtype=torch.int64)).loss.backward()
-        linear_logprobs(hidden, weight, top_k=4, token_ids=torch.zeros(N, dtype=torch.int64))
+        zeros = torch.zeros(N, dtype=torch.int64)
+        linear_distill(hidden, weight, TopKTeacher(ids, logprobs, tail), zeros, impl="reference").loss.backward()
+        linear_logprobs(hidden, weight, top_k=4, token_ids=zeros, impl="reference")
         print(peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True)

@@ -1,7 +1,11 @@
 // linear_distill over tiles of logits. Every slot owns a range of the vocabulary and goes through it once a pass:
-//   measure  logits -> softmax statistics, logits of labels and supports (and, as far as memory allows, the logits
-//   themselves) average  full teachers only: the divergence, and the mean that all but forward KL subtract in their
-//   gradient descend  logits again -> gradients of the logits, a tile at a time -> gradients of hidden and weight
+//
+// measure: logits -> softmax statistics, logits of labels and supports (and, as far as memory allows, all of them).
+//
+// average: full teachers only -> the divergence, and the mean that all but forward KL subtract in their gradient.
+//
+// descend: logits again -> gradients of the logits, a tile at a time -> gradients of hidden and weight.
+//
 // Tokens are rows and vocabulary entries are lanes; what a pass finds out about a token is merged in the order of
 // slots.
 #pragma once
@@ -10,33 +14,26 @@
 
 #include "cpu/distill_rows.h"
 #include "cpu/distill_tokens.h"
-#include "cpu/gradient_rows.h"
-#include "cpu/logit_tiles.h"
+#include "cpu/input_gradients.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
 template <class G>
 class Distill {
-  using T = typename G::T;
-
  public:
   Distill(const DistillArguments& arguments, const Products& products, std::unique_ptr<Logits> teacher_logits)
       : a(arguments),
-        torch(products),
         vocabulary(a.V, a.threads),
         student(a.student, a.N, vocabulary, products),
         teacher(std::move(teacher_logits)),
+        gradients(a, products, vocabulary),
         tokens(a),
         temper(a.temperature),
         wants_labels(a.labels != nullptr),
         keeps_half(a.student.hidden.type != Type::float32 && a.student.weight.type != Type::float32),
         inverse_cap(a.student.softcap == 0.0F ? 0.0F : 1.0F / a.student.softcap),
         block(vocabulary.block) {
-    const Index slots = vocabulary.slots, D = a.student.hidden.columns;
-    width = round_up(D, G::kPanel);
-    sum_stride = width + kLanes;
-    groups = (a.N + kGroupTokens - 1) / kGroupTokens;
-    needs_gradient = a.hidden_grad != nullptr || a.weight_grad != nullptr || a.bias_grad != nullptr;
+    const Index slots = vocabulary.slots;
     sums = Buffer(static_cast<std::size_t>(slots * a.N) * sizeof(Sums));
     teacher_sums = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(Sums) : 0);
     dense = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(DenseSums) : 0);
@@ -44,7 +41,7 @@ class Distill {
     z = Buffer(static_cast<std::size_t>(slots * kGroupTokens * block) * sizeof(float));
     t = Buffer(teacher ? static_cast<std::size_t>(slots * kTokens * block) * sizeof(float) : 0);
     const Index item = keeps_half ? 2 : 4;
-    kept_blocks = needs_gradient || teacher ? a.stash_bytes / slots / larger(1, a.N * (block * item + 4)) : 0;
+    kept_blocks = gradients.are_wanted() || teacher ? a.stash_bytes / slots / larger(1, a.N * (block * item + 4)) : 0;
     kept_blocks = smaller(kept_blocks, (vocabulary.blocks + slots - 1) / slots);
     kept = Buffer(static_cast<std::size_t>(slots * kept_blocks * a.N * block * item));
     centres = Buffer(static_cast<std::size_t>(slots * kept_blocks * a.N) * sizeof(float));
@@ -52,16 +49,16 @@ class Distill {
 
   void run() {
     const int slots = vocabulary.slots;
-    if (a.N == 0) return zero_gradients();
+    if (a.N == 0) return gradients.zero();
     if (a.signal == Signal::support) for_tokens([this](Index n) { tokens.read_support(n); });
     parallel(slots, [this](int slot) { measure(slot); });
     for_tokens([this](Index n) { tokens.settle(n, merged(n)); });
-    if (teacher && (rows::has_mean(a.divergence) || !needs_gradient)) {
+    if (teacher && (rows::has_mean(a.divergence) || !gradients.are_wanted())) {
       parallel(slots, [this](int slot) { look_at_teacher<false>(slot); });
       for_tokens([this](Index n) { settle_dense(n); });
     }
-    if (!needs_gradient) return;
-    prepare_gradients();
+    if (!gradients.are_wanted()) return;
+    gradients.prepare();
     if (teacher) {
       parallel(slots, [this](int slot) { look_at_teacher<true>(slot); });
       if (!rows::has_mean(a.divergence)) for_tokens([this](Index n) { settle_dense(n); });
@@ -70,7 +67,7 @@ class Distill {
         descend(slot, [this](int s, Index first, Index count, Index b) { sparse_rows(s, first, count, b); });
       });
     }
-    if (a.hidden_grad != nullptr) for_tokens([this](Index n) { add_hidden_gradients(n); });
+    gradients.finish();
   }
 
  private:
@@ -284,32 +281,7 @@ class Distill {
     tokens.plans[n].mean = all.mean;
   }
 
-  // ---------------------------------------------------------------- gradients of hidden, weight and bias
-
-  void prepare_gradients() {
-    const Index slots = vocabulary.slots;
-    row_depth = round_up(kGroupTokens, 2 * kLanes);
-    if (a.hidden_grad != nullptr)
-      hidden_sums = Buffer(static_cast<std::size_t>(slots * a.N * sum_stride) * sizeof(float));
-    if (a.hidden_grad != nullptr || a.weight_grad != nullptr)
-      weight_rows = Buffer(static_cast<std::size_t>(slots * block * width) * sizeof(T));
-    if (a.weight_grad != nullptr) {
-      weight_sums = Buffer(static_cast<std::size_t>(slots * block * sum_stride) * sizeof(float));
-      hidden_packed = Buffer(static_cast<std::size_t>(groups * row_depth * width) * sizeof(T));
-      parallel(static_cast<int>(smaller(slots, groups)), [this](int slot) {
-        Buffer rows(static_cast<std::size_t>(row_depth * width) * sizeof(T));
-        for (Index g = slot; g < groups; g += smaller(vocabulary.slots, groups)) {
-          const Index first = g * kGroupTokens;
-          copy_rows<G>(a.student.hidden, first, smaller(kGroupTokens, a.N - first), row_depth, width, rows.as<T>());
-          pack<G>(rows.as<T>(), width, row_depth, width, hidden_packed.as<T>() + g * row_depth * width);
-        }
-      });
-    }
-    if (G::kRowMajorLeft) {
-      rounded = Buffer(static_cast<std::size_t>(slots * row_depth * block) * sizeof(T));
-      turned = Buffer(static_cast<std::size_t>(slots * row_depth * block) * sizeof(T));
-    }
-  }
+  // ---------------------------------------------------------------- the last pass
 
   void load(int slot, Index b) {
     if (is_kept(slot, b)) {
@@ -324,88 +296,32 @@ class Distill {
   template <class WriteRows>
   void descend(int slot, WriteRows write_rows) {
     begin_pass(slot);
-    const Buffer bias_buffer(static_cast<std::size_t>(block) * sizeof(float));
-    float* const bias_sums = bias_buffer.as<float>();
-    float* const hidden_to = hidden_sums.as<float>() + slot * a.N * sum_stride;
-    float* const weight_to = weight_sums.as<float>() + slot * block * sum_stride;
-    T* const right = weight_rows.as<T>() + slot * block * width;
     for (Index b = vocabulary.first_of(slot); b < vocabulary.first_of(slot + 1); ++b) {
       load(slot, b);
-      const auto& rows_of_weight = student.current(slot);
-      if (a.hidden_grad != nullptr) pack<G>(rows_of_weight.data, rows_of_weight.stride, block, width, right);
-      for (Index c = 0; c < block; ++c) bias_sums[c] = 0.0F;
-      for (Index g = 0; g < groups; ++g) {
-        const Index first = g * kGroupTokens, rows = smaller(kGroupTokens, a.N - first);
-        for (Index n = first; n < first + rows; n += kTokens)
-          write_rows(slot, n, smaller(kTokens, first + rows - n), b);
-        float* const logits = tile(slot);
-        if (a.bias_grad != nullptr)
-          for (Index r = 0; r < rows; ++r)
-            for (Index c = 0; c < block; ++c) bias_sums[c] += logits[r * block + c];
-        const T* left;
-        const T* left_turned;
-        Index turned_stride, turned_step;
-        if constexpr (G::kRowMajorLeft) {
-          round_rows(logits, rows, row_depth, block, rounded.as<T>() + slot * row_depth * block,
-                     turned.as<T>() + slot * row_depth * block);
-          left = rounded.as<T>() + slot * row_depth * block;
-          left_turned = turned.as<T>() + slot * row_depth * block;
-          turned_stride = row_depth, turned_step = 1;
-        } else {
-          std::memset(logits + rows * block, 0,
-                      static_cast<std::size_t>((kGroupTokens - rows) * block) * sizeof(float));
-          left = left_turned = logits;
-          turned_stride = 1, turned_step = block;
-        }
-        if (a.hidden_grad != nullptr)
-          G::multiply(torch, rows, width, block, left, block, 1, right, hidden_to + first * sum_stride, sum_stride,
-                      b != vocabulary.first_of(slot));
-        if (a.weight_grad != nullptr)
-          G::multiply(torch, block, width, row_depth, left_turned, turned_stride, turned_step,
-                      hidden_packed.as<T>() + g * row_depth * width, weight_to, sum_stride, g != 0);
+      gradients.begin(slot, student.current(slot));
+      for (Index g = 0; g < gradients.groups(); ++g) {
+        const Index first = g * kGroupTokens, end = smaller(first + kGroupTokens, a.N);
+        for (Index n = first; n < end; n += kTokens) write_rows(slot, n, smaller(kTokens, end - n), b);
+        gradients.add(slot, g, tile(slot), b == vocabulary.first_of(slot));
       }
-      const Index count = vocabulary.count(b), D = a.student.hidden.columns;
-      if (a.weight_grad != nullptr)
-        for (Index r = 0; r < count; ++r)
-          write_row(weight_to + r * sum_stride, D, a.weight_grad, (vocabulary.begin(b) + r) * D, a.weight_grad_type);
-      if (a.bias_grad != nullptr)
-        std::memcpy(a.bias_grad + vocabulary.begin(b), bias_sums, static_cast<std::size_t>(count) * sizeof(float));
+      gradients.end(slot, b);
     }
     student.release();
     if (teacher) teacher->release();
   }
 
-  void add_hidden_gradients(Index n) {
-    float* const all = hidden_sums.as<float>() + n * sum_stride;
-    for (int slot = 1; slot < vocabulary.slots; ++slot) {
-      const float* const part = all + slot * a.N * sum_stride;
-      for (Index c = 0; c < width; c += kLanes) store(all + c, BBOPD_ISA::load(all + c) + BBOPD_ISA::load(part + c));
-    }
-    write_row(all, a.student.hidden.columns, a.hidden_grad, n * a.student.hidden.columns, a.hidden_grad_type);
-  }
-
-  void zero_gradients() {
-    const std::size_t bytes =
-        static_cast<std::size_t>(a.V * a.student.hidden.columns) * (a.weight_grad_type == Type::float32 ? 4 : 2);
-    if (a.weight_grad != nullptr) std::memset(a.weight_grad, 0, bytes);
-    if (a.bias_grad != nullptr) std::memset(a.bias_grad, 0, static_cast<std::size_t>(a.V) * sizeof(float));
-  }
-
   const DistillArguments& a;
-  const Products torch;
   const Vocabulary vocabulary;
   HeadLogits<G> student;
   std::unique_ptr<Logits> teacher;
+  InputGradients<G> gradients;
   Tokens tokens;
   const Temper temper;
   const bool wants_labels, keeps_half;
   const float inverse_cap;
   const Index block;
-  Index width, sum_stride, groups, kept_blocks;
-  bool needs_gradient;
-  Index row_depth = 0;
+  Index kept_blocks;
   Buffer sums, teacher_sums, dense, cursors, z, t, kept, centres;
-  Buffer hidden_sums, weight_sums, weight_rows, hidden_packed, rounded, turned;
 };
 
 }  // namespace bbopd::cpu::BBOPD_ISA

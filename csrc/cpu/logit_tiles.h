@@ -11,6 +11,8 @@ namespace bbopd::cpu::BBOPD_ISA {
 constexpr Index kBlock = 256;  // vocabulary entries of a tile
 constexpr Index kTokens =
     64;  // tokens of a tile: with 256 entries its logits stay in the second-level cache, a few rows in the first
+// A layout of hidden that would be larger than this is made again for every tile that needs it.
+constexpr Index kCopyBytes = Index{16} << 20;
 constexpr Index kGroupTokens = 256;  // tokens between two visits to the accumulators of the weight's gradient
 
 // How the vocabulary is split: into blocks, and blocks over slots, in order.
@@ -45,7 +47,7 @@ class Logits {
  public:
   virtual ~Logits() = default;
   virtual void load(int slot, Index first, Index count) = 0;
-  // [rows, block] from token `first` on, `block` apart; -inf in columns beyond the vocabulary
+  // [rows, block] from token `first` on, at most kTokens rows, `block` apart; -inf in columns beyond the vocabulary
   virtual void write(int slot, Index first, Index rows, float* z) = 0;
   virtual void release() = 0;
 };
@@ -67,10 +69,15 @@ class HeadLogits final : public Logits {
       left_ = static_cast<const T*>(head.hidden.data);
       left_stride_ = head.hidden.stride;
     } else {
-      copy_ = Buffer(static_cast<std::size_t>(tokens * depth_) * sizeof(T));
-      copy_rows<G>(head.hidden, 0, tokens, tokens, depth_, copy_.as<T>());
-      left_ = copy_.as<T>();
+      const Index bytes = tokens * depth_ * static_cast<Index>(sizeof(T));
       left_stride_ = depth_;
+      if (bytes <= kCopyBytes) {
+        copy_ = Buffer(static_cast<std::size_t>(bytes));
+        copy_rows<G>(head.hidden, 0, tokens, tokens, depth_, copy_.as<T>());
+        left_ = copy_.as<T>();
+      } else {
+        copy_ = Buffer(static_cast<std::size_t>(vocabulary.slots * kTokens * depth_) * sizeof(T));
+      }
     }
     rows_ = Buffer(static_cast<std::size_t>(vocabulary.slots * block_ * padded_) * sizeof(T));
     right_ = Buffer(static_cast<std::size_t>(vocabulary.slots * block_ * depth_) * sizeof(T));
@@ -101,8 +108,15 @@ class HeadLogits final : public Logits {
   }
 
   void write(int slot, Index first, Index rows, float* z) override {
-    G::multiply(products_, rows, block_, depth_, left_ + first * left_stride_, left_stride_, 1, right(slot), z, block_,
-                false);
+    const T* left;
+    if (left_ != nullptr) {
+      left = left_ + first * left_stride_;
+    } else {
+      T* const copy = copy_.as<T>() + slot * kTokens * depth_;
+      copy_rows<G>(head_.hidden, first, rows, rows, depth_, copy);
+      left = copy;
+    }
+    G::multiply(products_, rows, block_, depth_, left, left_stride_, 1, right(slot), z, block_, false);
     const Rows& at = current_.as<Rows>()[slot];
     for (Index r = 0; r < rows; ++r) finish(z + r * block_, at.first, at.count);
   }
@@ -129,7 +143,7 @@ class HeadLogits final : public Logits {
   Head head_;
   Index block_, depth_, padded_, left_stride_;
   Products products_;
-  const T* left_;
+  const T* left_ = nullptr;
   Buffer copy_, rows_, right_, current_;
 };
 
