@@ -37,7 +37,7 @@ class Distill {
     sums = Buffer(static_cast<std::size_t>(slots * a.N) * sizeof(Sums));
     teacher_sums = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(Sums) : 0);
     dense = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(DenseSums) : 0);
-    cursors = Buffer(a.signal == Signal::support ? static_cast<std::size_t>(slots * a.N) * sizeof(int) : 0);
+    cursors = Buffer(a.signal == Signal::support ? static_cast<std::size_t>(slots * a.N) * sizeof(Next) : 0);
     z = Buffer(static_cast<std::size_t>(slots * kGroupTokens * block) * sizeof(float));
     t = Buffer(teacher ? static_cast<std::size_t>(slots * kTokens * block) * sizeof(float) : 0);
     const Index item = keeps_half ? 2 : 4;
@@ -71,17 +71,38 @@ class Distill {
   }
 
  private:
+  static constexpr std::int32_t kNoMore = 0x7fffffff;
+
   template <class Body>
   void for_tokens(Body body) {
     for_each_token(a.threads, a.N, [&](int, Index n) { body(n); });
   }
 
   Sums& sum(Buffer& of, int slot, Index n) { return of.as<Sums>()[slot * a.N + n]; }
-  // The entry of a token's support that comes next on a slot's way through the vocabulary.
-  int& cursor(int slot, Index n) { return cursors.as<int>()[slot * a.N + n]; }
+  // The entry of a token's support that comes next on a slot's way through the vocabulary, and its id: most blocks hold
+  // none of a token, and must not touch its support to find out.
+  struct Next {
+    int entry;
+    std::int32_t id;
+  };
+  Next& next(int slot, Index n) { return cursors.as<Next>()[slot * a.N + n]; }
   void begin_pass(int slot) {
     const Index first = vocabulary.begin(vocabulary.first_of(slot));
-    for (Index n = 0; a.signal == Signal::support && n < a.N; ++n) cursor(slot, n) = tokens.support_from(n, first);
+    for (Index n = 0; a.signal == Signal::support && n < a.N; ++n)
+      advance(next(slot, n), n, tokens.support_from(n, first));
+  }
+  void advance(Next& cursor, Index n, int entry) {
+    cursor = {entry, entry < tokens.support_size(n) ? tokens.support(n)[entry].id : kNoMore};
+  }
+  // Calls `body(entry, its place in the block)` for the entries of a token's support up to `end`.
+  template <class Body>
+  void for_support(int slot, Index n, Index first, Index end, Body body) {
+    Next& cursor = next(slot, n);
+    while (cursor.id < end) {
+      SupportEntry& entry = tokens.support(n)[cursor.entry];
+      body(entry, entry.id - first);
+      advance(cursor, n, cursor.entry + 1);
+    }
   }
   float* tile(int slot) { return z.as<float>() + slot * kGroupTokens * block; }
   float* teacher_tile(int slot) { return teacher ? t.as<float>() + slot * kTokens * block : nullptr; }
@@ -124,12 +145,10 @@ class Distill {
       plan.sampled_logit = logits[a.ids[n] - first];
     if (is_kept(slot, b)) keep(slot, b, n, logits, teacher_logits);
     if (a.signal == Signal::support) {
-      SupportEntry* const support = tokens.support(n);
-      int& k = cursor(slot, n);
-      for (; k < tokens.support_size(n) && support[k].id < first + count; ++k) {
-        support[k].logit = logits[support[k].id - first];
-        logits[support[k].id - first] = -__builtin_inff();
-      }
+      for_support(slot, n, first, first + count, [&](SupportEntry& entry, Index c) {
+        entry.logit = logits[c];
+        logits[c] = -__builtin_inff();
+      });
     }
     add_row(logits, lanes, temper, wants_labels, sum(sums, slot, n));
     if (teacher) {
@@ -193,12 +212,9 @@ class Distill {
       float* const row = to + r * block;
       sparse_gradient(row, static_cast<int>(block), temper,
                       Row{.max = plan.max, .tempered = plan.tempered, .plain = plan.plain}, inverse_cap);
-      if (a.signal == Signal::support) {
-        const SupportEntry* const support = tokens.support(n + r);
-        int& k = cursor(slot, n + r);
-        for (; k < tokens.support_size(n + r) && support[k].id < first + count; ++k)
-          row[support[k].id - first] = support[k].gradient;
-      }
+      if (a.signal == Signal::support)
+        for_support(slot, n + r, first, first + count,
+                    [&](const SupportEntry& entry, Index c) { row[c] = entry.gradient; });
       if (a.signal == Signal::sampled && a.has_signal[n + r] != 0 && a.ids[n + r] >= first &&
           a.ids[n + r] < first + count)
         row[a.ids[n + r] - first] += plan.sampled_patch;

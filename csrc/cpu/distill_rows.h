@@ -68,24 +68,39 @@ inline vf slope(vf z, float inverse_cap) {
   return 1.0F - t * t;
 }
 
-inline void sparse_gradient(float* z, int n, const Temper& temper, const Row& row, float inverse_cap) {
-  const bool capped = inverse_cap != 0.0F;
+template <Temper::Power power, bool is_capped>
+inline void sparse_gradient_at(float* z, int n, float inverse, const Row& row, float inverse_cap) {
+  const float max = row.max, tempered = row.tempered, plain = row.plain;  // the compiler must not fear that z is one
   for (int c = 0; c < n; c += kLanes) {
-    const vf logit = load(z + c), above = logit - row.max;
-    const vf e = exponential(temper.power == Temper::same ? above : above * temper.inverse);
+    const vf logit = load(z + c), above = logit - max;
+    const vf e = exponential(power == Temper::same ? above : above * inverse);
     vf g;
-    if (temper.power == Temper::same) {
-      g = e * (row.tempered + row.plain);
-    } else if (temper.power == Temper::square) {
-      g = e * (e * row.plain + row.tempered);
+    if constexpr (power == Temper::same) {
+      g = e * (tempered + plain);
+    } else if constexpr (power == Temper::square) {
+      g = e * (e * plain + tempered);
     } else {
-      g = e * row.tempered;
-      if (row.plain != 0.0F) g += exponential(above) * row.plain;
+      g = e * tempered;
+      if (plain != 0.0F) g += exponential(above) * plain;
     }
     // a masked logit has no slope to speak of, and no gradient
-    if (capped) g *= slope(logit, inverse_cap);
+    if constexpr (is_capped) g *= slope(logit, inverse_cap);
     store(z + c, g);
   }
+}
+
+template <bool is_capped>
+inline void sparse_gradient_with(float* z, int n, const Temper& temper, const Row& row, float inverse_cap) {
+  if (temper.power == Temper::same)
+    return sparse_gradient_at<Temper::same, is_capped>(z, n, temper.inverse, row, inverse_cap);
+  if (temper.power == Temper::square)
+    return sparse_gradient_at<Temper::square, is_capped>(z, n, temper.inverse, row, inverse_cap);
+  return sparse_gradient_at<Temper::other, is_capped>(z, n, temper.inverse, row, inverse_cap);
+}
+
+inline void sparse_gradient(float* z, int n, const Temper& temper, const Row& row, float inverse_cap) {
+  if (inverse_cap != 0.0F) return sparse_gradient_with<true>(z, n, temper, row, inverse_cap);
+  sparse_gradient_with<false>(z, n, temper, row, inverse_cap);
 }
 
 struct DenseSums {
