@@ -28,9 +28,15 @@ constexpr float kExpLimit = 80.0F;
 enum class Divergence : int { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl };
 
 // Arithmetic on single numbers.
-template <class Number>
+template <class One>
 struct Scalar {
-  using F = Number;
+  using F = One;
+  using Number = One;
+  static constexpr int kWidth = 1;
+  static BBOPD_HOST_DEVICE F load(const Number* from) { return *from; }
+  static BBOPD_HOST_DEVICE void store(Number* to, F x) { *to = x; }
+  static BBOPD_HOST_DEVICE Number sum(F x) { return x; }
+  static BBOPD_HOST_DEVICE int count(bool is_set) { return is_set ? 1 : 0; }
   static BBOPD_HOST_DEVICE F exp(F x) { return std::exp(x); }
   static BBOPD_HOST_DEVICE F expm1(F x) { return std::expm1(x); }
   static BBOPD_HOST_DEVICE F log1p(F x) { return std::log1p(x); }
@@ -159,29 +165,33 @@ struct BucketedRow {
   int floored = 0;  // classes whose log p reverse KL read as its floor
 };
 
-// The divergence of `classes` classes (the ids of a support, then its tail bucket) that sum to 1 on both sides, and its
-// gradient by the student's tempered logits (that of the bucket is spread over its tokens by their shares of it). -inf
-// is a class without mass.
-template <Divergence kind, class Number>
+// The divergence of `classes` classes (the ids of a support, then its tail bucket; a multiple of the policy's width)
+// that sum to 1 on both sides, and its gradient by the student's tempered logits (that of the bucket is spread over its
+// tokens by their shares of it). -inf is a class without mass.
+template <Divergence kind, class M, class Number = typename M::Number>
 BBOPD_HOST_DEVICE BucketedRow<Number> bucketed(const Number* log_p, const Number* log_q, int classes, Number beta,
                                                Number skew, Number* grad) {
-  using M = Scalar<Number>;
+  using F = typename M::F;
   BucketedRow<Number> row;
-  Number mean = 0;
-  for (int c = 0; c < classes; ++c) {
-    const Number lp = M::maximum(log_p[c], Number(kLowest)), lq = M::maximum(log_q[c], Number(kLowest));
-    Number d = lp - lq;
+  F kd{}, mean{};
+  for (int c = 0; c < classes; c += M::kWidth) {
+    const F raw_p = M::load(log_p + c), raw_q = M::load(log_q + c);
+    const F lp = M::maximum(raw_p, F{} + Number(kLowest)), lq = M::maximum(raw_q, F{} + Number(kLowest));
+    F d = lp - lq;
     if constexpr (kind == Divergence::reverse_kl) {
-      row.floored += log_p[c] < Number(kLogPFloor) && log_q[c] > -INFINITY;
+      row.floored += M::count((raw_p < Number(kLogPFloor)) & (raw_q > Number(-INFINITY)));
       d = floored<M>(d, lq);
     }
-    const Term<Number> t = term<kind, M>(M::exp(lp), M::exp(lq), d, beta, skew);
-    row.kd += t.kd;
+    const Term<F> t = term<kind, M>(M::exp(lp), M::exp(lq), d, F{} + beta, F{} + skew);
+    kd += t.kd;
     mean += t.qh;
-    grad[c] = t.qh;
+    M::store(grad + c, t.qh);
   }
+  row.kd = M::sum(kd);
   if constexpr (has_mean(kind)) {
-    for (int c = 0; c < classes; ++c) grad[c] -= M::exp(log_q[c]) * mean;
+    const Number share = M::sum(mean);
+    for (int c = 0; c < classes; c += M::kWidth)
+      M::store(grad + c, M::load(grad + c) - M::exp(M::load(log_q + c)) * share);
   }
   return row;
 }

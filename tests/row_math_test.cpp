@@ -51,7 +51,7 @@ int main() {
         std::vector<float> lp, lq, gradient(classes);
         for (int i = 0; i < classes; ++i) lp.push_back(float(log_p[i])), lq.push_back(float(u[i] - left.value()));
         const auto row = with_divergence(kind, [&]<Divergence which>() {
-          return bucketed<which, float>(lp.data(), lq.data(), classes, float(beta), float(skew), gradient.data());
+          return bucketed<which, Scalar<float>>(lp.data(), lq.data(), classes, float(beta), float(skew), gradient.data());
         });
         const Long truth = defined(kind, log_p, u, beta, skew);
         // log-probabilities come rounded to float, each by up to 1e-6

@@ -15,6 +15,7 @@
 #include "cpu/distill_rows.h"
 #include "cpu/distill_tokens.h"
 #include "cpu/input_gradients.h"
+#include "cpu/support_rows.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
@@ -38,6 +39,7 @@ class Distill {
     teacher_sums = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(Sums) : 0);
     dense = Buffer(teacher ? static_cast<std::size_t>(slots * a.N) * sizeof(DenseSums) : 0);
     cursors = Buffer(a.signal == Signal::support ? static_cast<std::size_t>(slots * a.N) * sizeof(Next) : 0);
+    support_rows = Buffer(static_cast<std::size_t>(a.threads * SupportRow::floats_for(a.K)) * sizeof(float));
     z = Buffer(static_cast<std::size_t>(slots * kGroupTokens * block) * sizeof(float));
     t = Buffer(teacher ? static_cast<std::size_t>(slots * kTokens * block) * sizeof(float) : 0);
     const Index item = keeps_half ? 2 : 4;
@@ -52,7 +54,7 @@ class Distill {
     if (a.N == 0) return gradients.zero();
     if (a.signal == Signal::support) for_tokens([this](Index n) { tokens.read_support(n); });
     parallel(slots, [this](int slot) { measure(slot); });
-    for_tokens([this](Index n) { tokens.settle(n, merged(n)); });
+    for_each_token(a.threads, a.N, [this](int slot, Index n) { settle(slot, n, merged(n)); });
     if (teacher && (rows::has_mean(a.divergence) || !gradients.are_wanted())) {
       parallel(slots, [this](int slot) { look_at_teacher<false>(slot); });
       for_tokens([this](Index n) { settle_dense(n); });
@@ -158,6 +160,14 @@ class Distill {
       }
       add_row(teacher_logits, lanes, temper, false, sum(teacher_sums, slot, n));
     }
+  }
+
+  void settle(int slot, Index n, const TokenSums& all) {
+    if (a.signal == Signal::support) {
+      SupportRow row(support_rows.as<float>() + slot * SupportRow::floats_for(a.K), a.K);
+      row.settle(a, temper, n, all, tokens.support(n), tokens.support_size(n), tokens.plans[n]);
+    }
+    tokens.settle(n, all);
   }
 
   TokenSums merged(Index n) {
@@ -337,7 +347,7 @@ class Distill {
   const float inverse_cap;
   const Index block;
   Index kept_blocks;
-  Buffer sums, teacher_sums, dense, cursors, z, t, kept, centres;
+  Buffer sums, teacher_sums, dense, cursors, support_rows, z, t, kept, centres;
 };
 
 }  // namespace bbopd::cpu::BBOPD_ISA

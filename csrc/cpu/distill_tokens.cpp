@@ -36,9 +36,7 @@ void Tokens::settle(Index n, const TokenSums& sums) {
   TokenPlan& plan = plans[n];
   const bool labelled = a.labels != nullptr && a.labels[n] >= 0;
   const float ce_grad = labelled ? a.ce_grad[n] : 0.0F;
-  if (a.signal == Signal::support) {
-    settle_support(n, sums);
-  } else {
+  if (a.signal != Signal::support) {
     // sums.tempered.max is max / T, sums.plain.max is max
     plan.max = static_cast<float>(sums.plain.max);
     plan.student_lse = static_cast<float>(sums.tempered.value());
@@ -67,54 +65,6 @@ void Tokens::settle(Index n, const TokenSums& sums) {
     a.ce[n] = plan.plain_lse - plan.label_logit;
     plan.label_patch = ce_grad * slope(plan.label_logit);
   }
-}
-
-void Tokens::settle_support(Index n, const TokenSums& sums) {
-  TokenPlan& plan = plans[n];
-  SupportEntry* const row = support(n);
-  const int count = counts[size(n)], classes = count + 1;
-  const double T = a.temperature;
-  const bool outside = sums.tempered.sum != 0.0;  // NaN counts
-  rows::LogSumExp<double> tempered = sums.tempered, plain = sums.plain;
-  for (int k = 0; k < count; ++k) {
-    tempered.add(row[k].logit / T);
-    plain.add(row[k].logit);
-  }
-  const double lse = tempered.value(), plain_lse = plain.value();
-  plan.student_lse = static_cast<float>(lse);
-  plan.plain_lse = static_cast<float>(plain_lse);
-  plan.max = outside ? static_cast<float>(sums.plain.max) : 0.0F;
-
-  const float ce_grad = a.labels != nullptr && a.labels[n] >= 0 ? a.ce_grad[n] : 0.0F;
-  std::vector<float> gradient(size(classes), 0.0F);
-  if (a.has_signal[n] != 0 && count > 0) {
-    // a tail that is empty by construction (K = V) can hold no mass of the teacher's either
-    std::vector<float> log_p(size(classes)), log_q(size(classes));
-    rows::LogSumExp<double> mass;
-    for (int k = 0; k < count; ++k) mass.add(row[k].logprob);
-    const float log_tail = outside ? a.extra[n] : -INFINITY;
-    mass.add(log_tail);
-    const double total = mass.value();
-    for (int k = 0; k < count; ++k) {
-      log_p[size(k)] = static_cast<float>(row[k].logprob - total);
-      log_q[size(k)] = static_cast<float>(row[k].logit / T - lse);
-    }
-    log_p[size(count)] = static_cast<float>(log_tail - total);
-    log_q[size(count)] = static_cast<float>(sums.tempered.value() - lse);
-    const rows::BucketedRow<float> found = rows::with_divergence(a.divergence, [&]<rows::Divergence kind>() {
-      return rows::bucketed<kind, float>(log_p.data(), log_q.data(), classes, a.beta, a.skew, gradient.data());
-    });
-    a.kd[n] = found.kd;
-    a.floored[n] = found.floored;
-  }
-  for (int k = 0; k < count; ++k) {
-    const float kd = gradient[size(k)] * a.kd_grad[n];
-    const float ce = ce_grad == 0.0F ? 0.0F : ce_grad * std::exp(static_cast<float>(row[k].logit - plain_lse));
-    row[k].gradient = (kd + ce) * slope(row[k].logit);
-  }
-  // inside the tail the student's own proportions stay: its gradient is the bucket's, spread by q_v / q_tail
-  plan.tempered = outside ? static_cast<float>(gradient[size(count)] * a.kd_grad[n] / sums.tempered.sum) : 0.0F;
-  plan.plain = outside && ce_grad != 0.0F ? ce_grad * std::exp(static_cast<float>(sums.plain.max - plain_lse)) : 0.0F;
 }
 
 }  // namespace bbopd::cpu

@@ -46,7 +46,8 @@ class Tokens {
   int support_size(Index n) const { return a.signal == Signal::support ? first_count[n] : 0; }
   // The first entry of a token's support with an id of at least `id`.
   int support_from(Index n, Index id);
-  // Between the passes: the losses that need no further look at the logits, and the coefficients of the gradient.
+  // Between the passes: the losses that need no further look at the logits, and the coefficients of the gradient; those
+  // of a support are there already.
   void settle(Index n, const TokenSums& sums);
 
   const DistillArguments& a;
@@ -54,7 +55,6 @@ class Tokens {
 
  private:
   static std::size_t size(Index n) { return static_cast<std::size_t>(n); }
-  void settle_support(Index n, const TokenSums& sums);
   // The softcap's slope at a logit; 1 without a cap.
   float slope(float logit) const {
     const float t = a.student.softcap == 0.0F ? 0.0F : logit / a.student.softcap;

@@ -138,6 +138,12 @@ inline vf hyperbolic_tangent(vf x) {
 // The arithmetic policy of row_math.h.
 struct Vector {
   using F = vf;
+  using Number = float;
+  static constexpr int kWidth = kLanes;
+  static inline vf load(const float* from) { return BBOPD_ISA::load(from); }
+  static inline void store(float* to, vf x) { BBOPD_ISA::store(to, x); }
+  static inline float sum(vf x) { return sum_lanes(x); }
+  static inline int count(vi mask) { return __builtin_popcount(lanes_of(mask)); }
   static inline vf exp(vf x) { return exponential(x); }
   static inline vf expm1(vf x) { return exponential_minus_1(x); }
   static inline vf log1p(vf x) { return logarithm_of_1_plus(x); }
