@@ -8,6 +8,7 @@ that ``torch.compile`` sees one opaque node of each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,91 +126,6 @@ def _flatten_teacher(teacher: OpTeacher | None) -> tuple[str, tuple[Tensor | Non
     return kind, tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
-@torch.library.custom_op("bbopd::linear_distill_reference", mutates_args=())
-def _linear_distill(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    valid: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    ids: Tensor | None,
-    logprobs: Tensor | None,
-    extra: Tensor | None,
-    weights: Tensor,
-    kind: str,
-    divergence: str,
-    temperature: float,
-    beta: float,
-    skew: float,
-    t2_scaling: bool,
-    logit_scale: float,
-    logit_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    vocab_size: int,
-    ignore_index: int,
-    check: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    N, device, V = hidden.shape[0], hidden.device, vocab_size
-    if check:
-        check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
-    with torch.autocast(device.type, enabled=False):
-        factors = TokenWeights.of(
-            hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, dtype
-        )
-        has_label_N, signal_N, t2 = factors.has_label, factors.signal, factors.t2
-
-        teacher: Any = None
-        if kind == "full":
-            teacher = teacher_logits
-            if teacher_hidden is not None and teacher_weight is not None:
-                teacher = head_of(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, V, dtype)
-        ids_NK = logprobs_NK = extra_N = None
-        if ids is not None and logprobs is not None and extra is not None:
-            ids_NK, logprobs_NK, extra_N = ids.long(), logprobs.to(dtype), extra.to(dtype)
-            if kind == "sampled":
-                ids_NK, logprobs_NK = torch.where(signal_N, ids_NK, 0)[:, None], logprobs_NK[:, None]
-        case = Distillation(
-            student=head_of(hidden, weight, bias, logit_scale, logit_softcap, V, dtype),
-            teacher=teacher,
-            ids=ids_NK,
-            logprobs=logprobs_NK,
-            extra=extra_N,
-            is_sampled=kind == "sampled",
-            labels=labels,
-            has_label=has_label_N,
-            signal=signal_N,
-            mask_rows=valid is not None,
-            temperature=temperature if kind != "none" else 1.0,
-            divergence=divergence,  # type: ignore[arg-type]
-            beta=beta,
-            skew=skew,
-            check=check,
-            ce_grad=(factors.ce * logit_scale)[:, None],
-            kd_grad=(factors.kd * (logit_scale / temperature))[:, None],
-            ce=torch.zeros(N, dtype=dtype, device=device),
-            kd=torch.zeros(N, dtype=dtype, device=device),
-            floored=torch.zeros(N, dtype=torch.int64, device=device),
-            ratio=torch.ones(N, dtype=dtype, device=device),
-        )
-        dH_ND, dW_VD, db_V = run(case, needs_hidden, needs_weight, needs_bias, chunk_tokens)
-        loss = (factors.ce * case.ce).sum() + (factors.kd * case.kd).sum()
-        metrics = factors.metrics(kind, case.floored, extra_N, case.ratio, RATIO_CAP)
-    dW_VD, db_V = pad_vocabulary(dW_VD, weight.shape[0]), pad_vocabulary(db_V, weight.shape[0])
-    return loss, case.ce, t2 * case.kd, metrics, dH_ND, dW_VD, db_V
-
-
 def pad_vocabulary(grad: Tensor, rows: int) -> Tensor:
     """A gradient with zeros for the logits that are padding; an empty one stays empty."""
     missing = rows - grad.shape[0]
@@ -298,22 +214,6 @@ def check_values(
         op_checks.check_finite("teacher.behavior_logprobs", extra[used])
 
 
-@_linear_distill.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    needs_hidden, needs_weight, needs_bias = rest[-4:-1]
-    empty = hidden.new_empty
-    return (
-        empty((), dtype=dtype),
-        empty(hidden.shape[0], dtype=dtype),
-        empty(hidden.shape[0], dtype=dtype),
-        empty(len(METRICS), dtype=dtype),
-        empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
-        empty(weight.shape if needs_weight else (0,), dtype=dtype),
-        empty((weight.shape[0],) if needs_bias else (0,), dtype=dtype),
-    )
-
-
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:])
@@ -336,7 +236,123 @@ def scale_gradients(ctx: Any, grad_loss: Tensor | None, *grad_others: Tensor | N
 def _scaled(saved: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     if not in_place:
         return factor * saved
-    return saved if bool(factor == 1.0) else saved.mul_(factor)
+    is_one = not factor.is_cuda and bool(factor == 1.0)  # asking a GPU would wait for it
+    return saved if is_one else saved.mul_(factor)
 
 
-_linear_distill.register_autograd(scale_gradients, setup_context=save_gradients)
+Run = Callable[[Distillation, bool, bool, bool, int], tuple[Tensor, Tensor, Tensor]]
+"""Fills in the losses of a `Distillation`; from the gradients needed of hidden, weight and bias, and the op's last argument, those
+gradients over the vocabulary in use (empty where not needed)."""
+
+
+def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype]) -> Any:
+    """Register ``run`` as an op, one opaque node to ``torch.compile``; ``gradient_dtype`` of an input's dtype and the compute dtype."""
+
+    @torch.library.custom_op(name, mutates_args=())
+    def linear_distill_op(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        token_weight: Tensor | None,
+        normalizer: Tensor | None,
+        valid: Tensor | None,
+        teacher_logits: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        ids: Tensor | None,
+        logprobs: Tensor | None,
+        extra: Tensor | None,
+        weights: Tensor,
+        kind: str,
+        divergence: str,
+        temperature: float,
+        beta: float,
+        skew: float,
+        t2_scaling: bool,
+        logit_scale: float,
+        logit_softcap: float | None,
+        teacher_scale: float,
+        teacher_softcap: float | None,
+        vocab_size: int,
+        ignore_index: int,
+        check: bool,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        memory: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(hidden, weight)
+        N, device, V = hidden.shape[0], hidden.device, vocab_size
+        if check:
+            check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
+        with torch.autocast(device.type, enabled=False):
+            factors = TokenWeights.of(
+                hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, dtype
+            )
+            has_label_N, signal_N, t2 = factors.has_label, factors.signal, factors.t2
+
+            teacher: Any = None
+            if kind == "full":
+                teacher = teacher_logits
+                if teacher_hidden is not None and teacher_weight is not None:
+                    teacher = head_of(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, V)
+            ids_NK = logprobs_NK = extra_N = None
+            if ids is not None and logprobs is not None and extra is not None:
+                ids_NK, logprobs_NK, extra_N = ids.long(), logprobs.to(dtype), extra.to(dtype)
+                if kind == "sampled":
+                    ids_NK, logprobs_NK = torch.where(signal_N, ids_NK, 0)[:, None], logprobs_NK[:, None]
+            case = Distillation(
+                student=head_of(hidden, weight, bias, logit_scale, logit_softcap, V),
+                teacher=teacher,
+                ids=ids_NK,
+                logprobs=logprobs_NK,
+                extra=extra_N,
+                is_sampled=kind == "sampled",
+                labels=labels,
+                has_label=has_label_N,
+                signal=signal_N,
+                mask_rows=valid is not None,
+                temperature=temperature if kind != "none" else 1.0,
+                divergence=divergence,  # type: ignore[arg-type]
+                beta=beta,
+                skew=skew,
+                check=check,
+                ce_grad=(factors.ce * logit_scale)[:, None],
+                kd_grad=(factors.kd * (logit_scale / temperature))[:, None],
+                ce=torch.zeros(N, dtype=dtype, device=device),
+                kd=torch.zeros(N, dtype=dtype, device=device),
+                floored=torch.zeros(N, dtype=torch.int64, device=device),
+                ratio=torch.ones(N, dtype=dtype, device=device),
+            )
+            dH_ND, dW_VD, db_V = run(case, needs_hidden, needs_weight, needs_bias, memory)
+            loss = (factors.ce * case.ce).sum() + (factors.kd * case.kd).sum()
+            metrics = factors.metrics(kind, case.floored, extra_N, case.ratio, RATIO_CAP)
+        dW_VD, db_V = pad_vocabulary(dW_VD, weight.shape[0]), pad_vocabulary(db_V, weight.shape[0])
+        return loss, case.ce, t2 * case.kd, metrics, dH_ND, dW_VD, db_V
+
+    @linear_distill_op.register_fake
+    def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        dtype = compute_dtype(hidden, weight)
+        needs_hidden, needs_weight, needs_bias = rest[-4:-1]
+        empty = hidden.new_empty
+        return (
+            empty((), dtype=dtype),
+            empty(hidden.shape[0], dtype=dtype),
+            empty(hidden.shape[0], dtype=dtype),
+            empty(len(METRICS), dtype=dtype),
+            empty(hidden.shape if needs_hidden else (0,), dtype=gradient_dtype(hidden.dtype, dtype)),
+            empty(weight.shape if needs_weight else (0,), dtype=gradient_dtype(weight.dtype, dtype)),
+            empty((weight.shape[0],) if needs_bias else (0,), dtype=dtype),
+        )
+
+    linear_distill_op.register_autograd(scale_gradients, setup_context=save_gradients)
+    return linear_distill_op
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+_linear_distill = register("bbopd::linear_distill_reference", run, lambda _, computed: computed)

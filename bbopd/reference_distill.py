@@ -6,7 +6,7 @@ support, ``C = K + 1`` classes with the tail bucket. A chunk is large, to make f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +36,17 @@ METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What makes logits: ``softcap(scale * (hidden @ weight.T + bias))``, of ``V`` tokens, in the compute dtype."""
+    """What makes logits: ``softcap(scale * (hidden @ weight.T + bias))``, of ``V`` tokens."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     scale: float
     softcap: float | None
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same with weight and bias in the compute dtype, as `write_logits` needs them."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def write_logits(self, rows: slice, z_nV: Tensor) -> None:
         hidden_nD = self.hidden[rows].to(z_nV.dtype)
@@ -56,11 +60,9 @@ class Head:
             z_nV.mul_(self.scale)
 
 
-def head_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab_size: int, dtype: torch.dtype
-) -> Head:
+def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab_size: int) -> Head:
     """A head over the first ``vocab_size`` tokens: a padded logit is never computed, so it has no probability and no gradient."""
-    return Head(hidden, weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype), scale, softcap)
+    return Head(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], scale, softcap)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> tuple[int, int]:
@@ -88,7 +90,7 @@ class Distillation:
     beta: float
     skew: float
     check: bool
-    ce_grad: Tensor  # [N, 1] dloss/dCE, times dz/d(hidden @ weight.T)
+    ce_grad: Tensor  # [N, 1] dloss/dCE, times dz/d(hidden @ weight.T) without the cap's slope
     kd_grad: Tensor  # [N, 1] dloss/dKD, times du/dz and the same
     ce: Tensor  # [N]
     kd: Tensor  # [N], without T^2
@@ -107,15 +109,15 @@ class Distillation:
             z_nV.mul_(slope_nV)
 
     def _dense_block(self, z_nV: Tensor, teacher_nV: Tensor | None, rows: slice, needs_grad: bool) -> None:
-        label_n1 = self._labels(rows)
+        label_n1 = self.label_ids(rows)
         label_z_n1 = z_nV.gather(1, label_n1)
         log_q_nV = z_nV * (1.0 / self.temperature)  # as for the teacher, so that equal logits give a divergence of 0
         q_nV = torch.empty_like(z_nV)
         max_n1, lse_n1 = softmax_in_place(log_q_nV, q_nV)
-        self._check_student(lse_n1, rows)
+        self.check_student(lse_n1, rows)
         grad_nV: Tensor | None = None
         if self.is_sampled:
-            grad_nV = self._sampled_kd(log_q_nV, q_nV, rows)
+            grad_nV = self._sampled_grad(log_q_nV, q_nV, rows)
         elif teacher_nV is not None:
             grad_nV = self._full_kd(teacher_nV, log_q_nV, q_nV, rows)
         if self.labels is None:
@@ -137,7 +139,7 @@ class Distillation:
             z_nV.sub_(max_n1).exp_()
             sum_n1 = z_nV.sum(1, keepdim=True)
             lse_n1 = max_n1 + sum_n1.log()
-        self._fill_ce(lse_n1 - label_z_n1, rows)
+        self.fill_ce(lse_n1 - label_z_n1, rows)
         if needs_grad:
             z_nV.mul_(self.ce_grad[rows] / sum_n1)
             if grad_nV is not None:
@@ -156,49 +158,43 @@ class Distillation:
         self.kd[rows] = torch.where(self.signal[rows], kd_n, 0.0)
         return grad_nV
 
-    def _sampled_kd(self, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
-        """Reverse KL by policy gradient: ``-min(q/q_old, cap) (log p - log q_old)``, whose gradient goes through the ratio alone."""
+    def _sampled_grad(self, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
         assert self.ids is not None
-        assert self.logprobs is not None
-        assert self.extra is not None
-        ids_n1, signal_n1, behavior_n1 = self.ids[rows], self.signal[rows, None], self.extra[rows, None]
-        advantage_n1 = self.logprobs[rows] - behavior_n1
-        ratio_n1 = torch.where(signal_n1, (log_q_nV.gather(1, ids_n1) - behavior_n1).exp(), 1.0)
-        kd_n1 = torch.where(signal_n1, -ratio_n1.clamp(max=RATIO_CAP) * advantage_n1, 0.0)
-        self.kd[rows], self.ratio[rows] = kd_n1[:, 0], ratio_n1[:, 0]
-        # d(-r A)/du = -r A (onehot - q): the truncated ratio is a weight, so the gradient keeps its direction beyond the cap
+        ids_n1 = self.ids[rows]
+        kd_n1 = self.sampled_kd(log_q_nV.gather(1, ids_n1), rows)
         grad_nV = torch.mul(q_nV, -kd_n1)
         return grad_nV.scatter_(1, ids_n1, grad_nV.gather(1, ids_n1) + kd_n1)
 
-    def _support_block(self, z_nV: Tensor, rows: slice, needs_grad: bool) -> None:
-        assert self.ids is not None
+    def sampled_kd(self, log_q_n1: Tensor, rows: slice) -> Tensor:
+        """Reverse KL by policy gradient: ``-min(q/q_old, cap) (log p - log q_old)`` from ``log q`` of the sampled tokens, [n, 1].
+
+        Its gradient goes through the ratio alone: ``kd (onehot - q)`` by the tempered logits. The truncated ratio is a weight, so that the
+        gradient keeps its direction beyond the cap.
+        """
         assert self.logprobs is not None
         assert self.extra is not None
-        label_n1 = self._labels(rows)
+        signal_n1, behavior_n1 = self.signal[rows, None], self.extra[rows, None]
+        advantage_n1 = self.logprobs[rows] - behavior_n1
+        ratio_n1 = torch.where(signal_n1, (log_q_n1 - behavior_n1).exp(), 1.0)
+        kd_n1 = torch.where(signal_n1, -ratio_n1.clamp(max=RATIO_CAP) * advantage_n1, 0.0)
+        self.kd[rows], self.ratio[rows] = kd_n1[:, 0], ratio_n1[:, 0]
+        return kd_n1
+
+    def _support_block(self, z_nV: Tensor, rows: slice, needs_grad: bool) -> None:
+        assert self.ids is not None
+        label_n1 = self.label_ids(rows)
         label_z_n1 = z_nV.gather(1, label_n1)
-        ids_nK, signal_n = self.ids[rows], self.signal[rows]
-        support = take_support(z_nV, ids_nK)
+        support = take_support(z_nV, self.ids[rows])
         off_nV = torch.sub(z_nV, support.off_max)
         if self.temperature != 1.0:
             off_nV.mul_(1.0 / self.temperature)
         off_nV.exp_()
         off_sum_n1 = off_nV.sum(1, keepdim=True)
         log_q_nC, lse_n1 = support_log_probs(support, off_sum_n1, self.temperature)
-        self._check_student(lse_n1, rows)
-
-        # a tail that is empty by construction (K = V) can hold no mass of the teacher's either
-        has_ids_n = (ids_nK >= 0).any(1)
-        log_tail_n1 = self.extra[rows, None].masked_fill(log_q_nC[:, -1:] == -torch.inf, -torch.inf)
-        log_p_nC = torch.cat([self.logprobs[rows].masked_fill(ids_nK < 0, -torch.inf), log_tail_n1], 1)
-        log_p_nC -= log_p_nC.logsumexp(1, keepdim=True)
-        carries_n = signal_n & has_ids_n  # without any id the one bucket is everything, and its divergence 0
-        log_p_nC = torch.where(carries_n[:, None], log_p_nC, log_q_nC)
-        self._count_floored(log_p_nC, log_q_nC, rows)
-        kd_n, grad_nC = divergence(log_p_nC, log_q_nC, log_p_nC.exp(), log_q_nC.exp(), self.divergence, self.beta, self.skew)
-        self.kd[rows] = torch.where(carries_n, kd_n, 0.0)
+        self.check_student(lse_n1, rows)
 
         # inside the tail the student's own proportions stay: its gradient is the bucket's, spread by q_v / q_tail
-        grad_nC = torch.where(carries_n[:, None], grad_nC, 0.0) * self.kd_grad[rows]
+        grad_nC = self.support_kd(log_q_nC, rows)
         tail_n1 = grad_nC[:, -1:] / off_sum_n1.clamp(min=0.5)  # off_sum is 1 or more, or 0 where nothing is outside
         if self.labels is None:
             torch.mul(off_nV, tail_n1, out=z_nV)
@@ -211,7 +207,7 @@ class Distillation:
         else:
             power_nV = z_nV.sub_(support.off_max).exp_()
         log_q1_nC, lse_n1 = support_log_probs(support, power_nV.sum(1, keepdim=True), 1.0)
-        self._fill_ce(lse_n1 - label_z_n1, rows)
+        self.fill_ce(lse_n1 - label_z_n1, rows)
         if needs_grad:
             ce_grad_n1 = self.ce_grad[rows]
             off_ce_n1 = (support.off_max - lse_n1).exp() * ce_grad_n1
@@ -222,13 +218,31 @@ class Distillation:
             support.scatter(z_nV, grad_nC[:, :-1].addcmul_(log_q1_nC[:, :-1].exp(), ce_grad_n1))
             self._subtract_label(z_nV, label_n1, rows)
 
-    def _labels(self, rows: slice) -> Tensor:
+    def support_kd(self, log_q_nC: Tensor, rows: slice) -> Tensor:
+        """Fill in the divergence of ``rows`` on their supports and tails; its gradient by the products of the logits, [n, C]."""
+        assert self.ids is not None
+        assert self.logprobs is not None
+        assert self.extra is not None
+        # a tail that is empty by construction (K = V) can hold no mass of the teacher's either
+        ids_nK = self.ids[rows]
+        has_ids_n = (ids_nK >= 0).any(1)
+        log_tail_n1 = self.extra[rows, None].masked_fill(log_q_nC[:, -1:] == -torch.inf, -torch.inf)
+        log_p_nC = torch.cat([self.logprobs[rows].masked_fill(ids_nK < 0, -torch.inf), log_tail_n1], 1)
+        log_p_nC -= log_p_nC.logsumexp(1, keepdim=True)
+        carries_n = self.signal[rows] & has_ids_n  # without any id the one bucket is everything, and its divergence 0
+        log_p_nC = torch.where(carries_n[:, None], log_p_nC, log_q_nC)
+        self._count_floored(log_p_nC, log_q_nC, rows)
+        kd_n, grad_nC = divergence(log_p_nC, log_q_nC, log_p_nC.exp(), log_q_nC.exp(), self.divergence, self.beta, self.skew)
+        self.kd[rows] = torch.where(carries_n, kd_n, 0.0)
+        return torch.where(carries_n[:, None], grad_nC, 0.0) * self.kd_grad[rows]
+
+    def label_ids(self, rows: slice) -> Tensor:
         """Labels [n, 1]; 0 where there is none, whose weight is 0."""
         if self.labels is None:
             return torch.zeros_like(self.has_label[rows, None], dtype=torch.int64)
         return torch.where(self.has_label[rows], self.labels[rows], 0)[:, None].long()
 
-    def _fill_ce(self, ce_n1: Tensor, rows: slice) -> None:
+    def fill_ce(self, ce_n1: Tensor, rows: slice) -> None:
         self.ce[rows] = torch.where(self.has_label[rows], ce_n1[:, 0], 0.0)
 
     def _subtract_label(self, z_nV: Tensor, label_n1: Tensor, rows: slice) -> None:
@@ -239,16 +253,17 @@ class Distillation:
             floored_n = ((log_p_nC < LOG_P_FLOOR) & (log_q_nC > -torch.inf)).sum(1)
             self.floored[rows] = torch.where(self.signal[rows], floored_n, 0)
 
-    def _check_student(self, lse_n1: Tensor, rows: slice) -> None:
+    def check_student(self, lse_n1: Tensor, rows: slice) -> None:
         if self.check:
             op_checks.check_student_rows(lse_n1[:, 0], rows.start)
 
 
 def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: bool, chunk_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fill in the losses of ``case`` and return the gradients of hidden [N, D], weight [V, D] and bias [V] (empty where not needed)."""
-    student = case.student
+    dtype, device = case.ce.dtype, case.ce.device
+    student = case.student = case.student.to(dtype)
+    teacher = case.teacher.to(dtype) if isinstance(case.teacher, Head) else case.teacher
     N, V = student.hidden.shape[0], student.weight.shape[0]
-    dtype, device = student.weight.dtype, student.weight.device
     chunk, block = chunk_rows(V, device)
     chunk = min(chunk_tokens or chunk, max(N, 1))
     dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=dtype, device=device)
@@ -256,21 +271,21 @@ def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: 
     db_V = torch.zeros((V,) if needs_bias else (0,), dtype=dtype, device=device)
     needs_grad = needs_hidden or needs_weight or needs_bias
     buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
-    teacher_nV = torch.empty_like(buffer_nV) if isinstance(case.teacher, Head) else None
+    teacher_nV = torch.empty_like(buffer_nV) if isinstance(teacher, Head) else None
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         z_nV = buffer_nV[: rows.stop - start]
         student.write_logits(rows, z_nV)
-        if isinstance(case.teacher, Head):
+        if isinstance(teacher, Head):
             assert teacher_nV is not None
-            case.teacher.write_logits(rows, teacher_nV[: rows.stop - start])
+            teacher.write_logits(rows, teacher_nV[: rows.stop - start])
         for first in range(start, rows.stop, block):
             part = slice(first, min(first + block, rows.stop))
             local = slice(part.start - start, part.stop - start)
             if teacher_nV is not None:
                 teacher_block = teacher_nV[local]
-            elif isinstance(case.teacher, Tensor):
-                teacher_block = case.teacher[part, :V].to(dtype, copy=True)
+            elif isinstance(teacher, Tensor):
+                teacher_block = teacher[part, :V].to(dtype, copy=True)
             else:
                 teacher_block = None
             case.block(z_nV[local], teacher_block, part, needs_grad)

@@ -99,7 +99,7 @@ def _linear_logprobs(
         hidden, candidate_ids, top_k, dtype
     )
     with torch.autocast(device.type, enabled=False):
-        head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V, dtype)
+        head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V).to(dtype)
         chunk, block = chunk_rows(V, device)
         chunk = min(chunk_tokens or chunk, max(N, 1))
         buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)

@@ -119,8 +119,8 @@ class Support:
         z_nV.scatter_(1, self.ids, torch.where(self.live, g_nK, g_nK.gather(1, self.twin)))
 
 
-def take_support(z_nV: Tensor, ids_nK: Tensor) -> Support:
-    """Read the logits at ``ids_nK`` (-1 is an empty slot) and put -inf in their places.
+def take_ids(z_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read the logits at ``ids_nK`` (-1 is an empty slot) and put -inf in their places; the first four fields of `Support`.
 
     A row without any id gets id 0 as its support: such rows carry no signal, and what is left of their softmax stays right.
     """
@@ -131,8 +131,14 @@ def take_support(z_nV: Tensor, ids_nK: Tensor) -> Support:
     ids_nK = torch.where(live_nK, ids_nK, ids_nK.gather(1, twin_n1))
     values_nK = z_nV.gather(1, ids_nK)
     z_nV.scatter_(1, ids_nK, -torch.inf)
+    return ids_nK, live_nK, values_nK, twin_n1
+
+
+def take_support(z_nV: Tensor, ids_nK: Tensor) -> Support:
+    """What `take_ids` does, and the largest logit outside the support."""
+    taken = take_ids(z_nV, ids_nK)
     off_max_n1 = z_nV.amax(1, keepdim=True)
-    return Support(ids_nK, live_nK, values_nK, twin_n1, off_max_n1.masked_fill_(off_max_n1 == -torch.inf, 0.0))
+    return Support(*taken, off_max_n1.masked_fill_(off_max_n1 == -torch.inf, 0.0))
 
 
 def support_log_probs(support: Support, off_sum_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
