@@ -5,8 +5,8 @@ Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` top-k, ``M``
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ENGINES = ("reference", "cpu")
-"""What ``impl`` may name, beside ``auto``; in `linear_logprobs` also ``triton``."""
+"""What ``impl`` may name, beside ``auto``; where Triton can run also ``triton``."""
 
 
 def linear_distill(
@@ -85,8 +85,9 @@ def linear_distill(
     check : bool, optional
         Check values on a GPU as well, which waits for it. On a CPU they always are.
     impl : str
-        ``reference`` (plain PyTorch, any device and float dtype), ``cpu`` (C++; float32, bfloat16 and float16 on a CPU), or ``auto``, which
-        takes ``cpu`` wherever it fits.
+        ``reference`` (plain PyTorch, any device and float dtype), ``cpu`` (C++; float32, bfloat16 and float16 on a CPU), ``auto``, which
+        takes ``cpu`` wherever it fits, or ``triton`` (float32, bfloat16 and float16), where Triton is installed and has a GPU (or
+        ``TRITON_INTERPRET=1``); ``auto`` never picks that, as it has been proven in the interpreter only.
 
     Returns
     -------
@@ -104,7 +105,8 @@ def linear_distill(
     RuntimeError
         A second derivative was asked for, in backward.
     """
-    op_checks.check_engine(impl, ENGINES)
+    kernel = _triton_engine("distill") if impl == "triton" else None
+    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
     if group is not None:
         raise NotImplementedError(
             "group: vocabulary-parallel weights are not in this build; pass the whole weight on every rank, and group=None"
@@ -122,7 +124,7 @@ def linear_distill(
     elif labels is None:
         raise ValueError("neither a teacher nor labels were given: there is nothing to learn from")
     of_teacher = (teacher.logits, teacher.hidden, teacher.weight, teacher.bias) if isinstance(teacher, FullTeacher) else ()
-    engine = cpu_distill if _takes_cpu(impl, hidden, weight, bias, *of_teacher) else reference
+    engine = kernel or (cpu_distill if _takes_cpu(impl, hidden, weight, bias, *of_teacher) else reference)
     return engine.linear_distill(
         hidden,
         weight,
@@ -193,7 +195,7 @@ def linear_logprobs(
     ValueError
         Shapes, dtypes, devices, names or values that do not fit.
     """
-    kernel = _triton_engine() if impl == "triton" else None
+    kernel = _triton_engine("logprobs") if impl == "triton" else None
     op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
     op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
     available = op_checks.check_vocab_size(vocab_size, weight.shape[0])
@@ -246,10 +248,11 @@ def _takes_cpu(impl: str, *tensors: Tensor | None) -> bool:
     return fits and impl != "reference"
 
 
-def _triton_engine() -> ModuleType | None:
-    """The Triton kernel of `linear_logprobs`, where it can run; looked for only when asked for, as importing Triton takes seconds."""
+def _triton_engine(name: str) -> Any:
+    """The module of ``bbopd.kernels`` that computes an op, where it can run; looked for only when asked for, as importing Triton takes
+    seconds."""
     try:
-        from bbopd.kernels import logprobs
+        kernel = importlib.import_module(f"bbopd.kernels.{name}")
     except ModuleNotFoundError:
         return None
-    return logprobs if logprobs.INTERPRETED or torch.cuda.is_available() else None
+    return kernel if kernel.INTERPRETED or torch.cuda.is_available() else None

@@ -58,10 +58,7 @@ def linear_logprobs(
     ValueError
         float64 inputs, tensors that are not on a GPU; on a CPU, in the interpreter, also ids or logits that do not fit.
     """
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        raise ValueError(f"impl='triton' computes in float32, hidden is {hidden.dtype} and weight {weight.dtype}: use impl='reference'")
-    if hidden.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"impl='triton' runs on a GPU, hidden is on {hidden.device}: move it to 'cuda', or use impl='reference'")
+    check_device(hidden, weight)
     logsumexp_N, sampled_N = _linear_logprobs(
         hidden.detach(),
         weight.detach(),
@@ -74,6 +71,14 @@ def linear_logprobs(
         chunk_tokens,
     )
     return TokenLogprobs(logsumexp=logsumexp_N, sampled=None if token_ids is None else sampled_N)
+
+
+def check_device(hidden: Tensor, weight: Tensor) -> None:
+    """Refuse what no kernel here takes."""
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        raise ValueError(f"impl='triton' computes in float32, hidden is {hidden.dtype} and weight {weight.dtype}: use impl='reference'")
+    if hidden.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"impl='triton' runs on a GPU, hidden is on {hidden.device}: move it to 'cuda', or use impl='reference'")
 
 
 @torch.library.custom_op("bbopd::linear_logprobs_triton", mutates_args=())
@@ -155,7 +160,7 @@ def row_logprobs(
         column_B = first + lane_B
         # the padding is read too, whatever it holds: a mask of V would leave single loads where V is odd
         readable_B = column_B < stride
-        u_B = _temper(tl.load(logits + row * stride + column_B, mask=readable_B, other=0.0), bias, column_B, readable_B, inner, outer)
+        u_B = temper(tl.load(logits + row * stride + column_B, mask=readable_B, other=0.0), bias, column_B, readable_B, inner, outer)
         gap_B = tl.where(column_B < V, u_B, float("-inf")) - max_B
         # one exponential rescales the sum where the maximum rises, and adds to it where it does not
         factor_B = tl.exp(-tl.abs(gap_B))
@@ -168,12 +173,12 @@ def row_logprobs(
         token = tl.load(token_ids + row).to(tl.int64)
         inside = (token >= 0) & (token < V)
         z = tl.load(logits + row * stride + token, mask=inside, other=float("nan"))
-        tl.store(sampled + row, _temper(z, bias, token, inside, inner, outer) - row_lse)
+        tl.store(sampled + row, temper(z, bias, token, inside, inner, outer) - row_lse)
 
 
 @triton.jit
-def _temper(z, bias, column, readable, inner, outer):
-    """``softcap(logit_scale * (z + bias)) / temperature``."""
+def temper(z, bias, column, readable, inner, outer):
+    """``softcap(logit_scale * (z + bias)) / temperature``, by the factors inside and outside the cap."""
     if bias is not None:
         z += tl.load(bias + column, mask=readable, other=0.0)
     if inner is not None:

@@ -191,9 +191,10 @@ def test_without_a_gpu_the_engine_is_not_there() -> None:
 @pytest.mark.parametrize("bare", [False, True], ids=["all of it", "bare"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_it_compiles_without_spilling(capability: int, bare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bbopd.kernels import logprobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from bbopd.kernels import logprobs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": "*fp32", "bias": "*fp32", "token_ids": "*i64", "logsumexp": "*fp32", "sampled": "*fp32"}
