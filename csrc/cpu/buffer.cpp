@@ -32,6 +32,17 @@ Pool& pool() {
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+
+// From the heap, to the byte, so that AddressSanitizer sees what lies beyond.
+Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
+  if (bytes != 0) data_ = ::operator new(bytes, std::align_val_t{64});
+}
+
+Buffer::~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+
+#else
+
 Buffer::Buffer(std::size_t bytes) {
   if (bytes == 0) return;
   const std::size_t page = bytes >= kHugePage ? kHugePage : std::size_t{1} << 12;
@@ -71,6 +82,8 @@ Buffer::~Buffer() {
   const std::lock_guard lock(pool().mutex);
   pool().free.push_back({data_, bytes_, 0});
 }
+
+#endif
 
 void Buffer::release_unused() {
   const std::lock_guard lock(pool().mutex);
