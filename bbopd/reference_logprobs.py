@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bbopd import op_checks
 from bbopd.reference_distill import chunk_rows, head_of
-from bbopd.reference_math import softmax_in_place, stable_top_k, support_log_probs, take_support
+from bbopd.reference_math import Support, softmax_in_place, stable_top_k, support_log_probs, take_support
 from bbopd.types import TokenLogprobs
 
 
@@ -128,12 +128,24 @@ def _linear_logprobs(
 
 
 def _around(z_nV: Tensor, ids_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities at ``ids_nK`` (-inf in empty slots) and of all the rest [n], and the logsumexp [n, 1]; ``z_nV`` stays as it was."""
     support = take_support(z_nV, ids_nK)
     off_nV = torch.sub(z_nV, support.off_max).mul_(1.0 / temperature).exp_()
-    log_probs_nC, lse_n1 = support_log_probs(support, off_nV.sum(1, keepdim=True), temperature)
+    return log_probs_around(z_nV, ids_nK, support, off_nV.sum(1, keepdim=True), temperature)
+
+
+def log_probs_around(
+    z_nV: Tensor, ids_nK: Tensor, support: Support, off_sum_n1: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities at ``ids_nK`` (-inf in empty slots) and of all the rest [n], and the logsumexp [n, 1].
+
+    ``off_sum_n1`` is the sum of ``exp((z - off_max) / T)`` outside the support, whose logits return into ``z_nV``.
+    """
+    log_probs_nC, lse_n1 = support_log_probs(support, off_sum_n1, temperature)
     support.scatter(z_nV, support.values)
-    return log_probs_nC[:, :-1], log_probs_nC[:, -1], lse_n1
+    empty_nK = ids_nK < 0
+    # a token without any id stands on id 0: the rest is all there is
+    log_tail_n = log_probs_nC[:, -1].masked_fill(empty_nK.all(1), 0.0)
+    return log_probs_nC[:, :-1].masked_fill(empty_nK, -torch.inf), log_tail_n, lse_n1
 
 
 @_linear_logprobs.register_fake

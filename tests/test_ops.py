@@ -85,6 +85,16 @@ def test_the_whole_vocabulary_leaves_no_tail() -> None:
     assert linear_logprobs(hidden, weight, top_k=7).topk_logprobs.exp().sum(1).allclose(torch.ones(4))
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_token_without_candidates_has_all_its_mass_outside(impl: str) -> None:
+    found = linear_logprobs(*some(), candidate_ids=torch.tensor([[-1, -1], [-1, 3], [0, -1], [5, 4]]), impl=impl)
+    assert found.candidates is not None
+    assert found.candidates_log_tail is not None
+    assert found.candidates[0].tolist() == [-torch.inf, -torch.inf]
+    assert found.candidates_log_tail[0] == 0.0
+    assert found.candidates.isfinite().sum(1).tolist() == [0, 1, 1, 2]
+
+
 def test_of_equal_logits_the_lower_id_comes_first() -> None:
     N, V = 40, 300
     generator = torch.Generator().manual_seed(3)
