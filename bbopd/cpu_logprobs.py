@@ -40,7 +40,7 @@ def _linear_logprobs(
 
     op_checks.check_scored_ids(token_ids, candidate_ids, vocab_size)
     found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
-        hidden, candidate_ids, top_k, torch.float32
+        hidden, token_ids, candidate_ids, top_k, torch.float32
     )
     if hidden.shape[0] == 0:
         return found
@@ -78,4 +78,4 @@ def _linear_logprobs(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_results(hidden, candidate_ids, top_k, torch.float32)
+    return empty_results(hidden, token_ids, candidate_ids, top_k, torch.float32)

@@ -180,9 +180,7 @@ def linear_logprobs(
     bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
     impl : str
-        ``reference``, ``cpu`` or ``auto``, as in `linear_distill`; or ``triton``: one kernel over each row of logits, in float32, without
-        top-k or candidates, where Triton is installed and has a GPU (or ``TRITON_INTERPRET=1``); ``auto`` never picks it, as it has been
-        proven in the interpreter only.
+        ``reference``, ``cpu``, ``triton`` or ``auto``, as in `linear_distill`.
 
     Returns
     -------
@@ -208,23 +206,7 @@ def linear_logprobs(
             raise ValueError(f"candidate_ids has shape {tuple(candidate_ids.shape)}: at least one id a token is needed")
     if not 0 <= top_k <= available:
         raise ValueError(f"top_k is {top_k}: it must be from 0 to the vocabulary's {available}")
-    if kernel is not None:
-        if top_k or candidate_ids is not None:
-            asked = f"top_k={top_k}" if top_k else "candidate_ids"
-            raise ValueError(
-                f"impl='triton' gives no log-probabilities but those of token_ids, and {asked} was given: use impl='reference'"
-            )
-        return kernel.linear_logprobs(
-            hidden,
-            weight,
-            token_ids=token_ids,
-            temperature=temperature,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
-        )
-    engine = cpu_logprobs if _takes_cpu(impl, hidden, weight, bias) else reference
+    engine = kernel or (cpu_logprobs if _takes_cpu(impl, hidden, weight, bias) else reference)
     return engine.linear_logprobs(
         hidden,
         weight,

@@ -65,15 +65,19 @@ def linear_logprobs_with(
 
 
 def empty_results(
-    hidden: Tensor, candidate_ids: Tensor | None, top_k: int, dtype: torch.dtype
+    hidden: Tensor, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an engine fills: logsumexp [N], sampled [N], ids [N, K], log-probabilities [N, K], tail [N], candidates [N, M], tail [N]."""
+    """What an engine fills: logsumexp [N], sampled [N], ids [N, K], log-probabilities [N, K], tail [N], candidates [N, M], tail [N].
+
+    What was not asked for has no elements.
+    """
     N, M = hidden.shape[0], 0 if candidate_ids is None else candidate_ids.shape[1]
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(shape, dtype=of)
 
-    return empty(N), empty(N), empty(N, top_k, of=torch.int64), empty(N, top_k), empty(N), empty(N, M), empty(N)
+    ids_NK, topk_NK, log_tail_N = empty(N, top_k, of=torch.int64), empty(N, top_k), empty(N if top_k else 0)
+    return empty(N), empty(0 if token_ids is None else N), ids_NK, topk_NK, log_tail_N, empty(N, M), empty(N if M else 0)
 
 
 @torch.library.custom_op("bbopd::linear_logprobs_reference", mutates_args=())
@@ -96,7 +100,7 @@ def _linear_logprobs(
     if check:
         op_checks.check_scored_ids(token_ids, candidate_ids, V)
     found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
-        hidden, candidate_ids, top_k, dtype
+        hidden, token_ids, candidate_ids, top_k, dtype
     )
     with torch.autocast(device.type, enabled=False):
         head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V).to(dtype)
@@ -153,4 +157,4 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    return empty_results(hidden, candidate_ids, top_k, dtype)
+    return empty_results(hidden, token_ids, candidate_ids, top_k, dtype)

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from bbopd import op_checks
-from bbopd.kernels.distill_rows import finish_logits, row_divergence, row_gradient, row_statistics
-from bbopd.kernels.logprobs import INTERPRETED, ROW_ALIGNMENT, check_device
+from bbopd.kernels.distill_rows import row_divergence, row_gradient
+from bbopd.kernels.logits import CHUNK_LOGITS, INTERPRETED, LAUNCH, Logits, check_device, multiply, statistics
 from bbopd.reference import linear_distill_with, register
 from bbopd.reference_distill import Distillation, Head
 from bbopd.reference_math import Support, support_log_probs, take_ids
 from bbopd.types import DistillLoss
 
-BLOCK, WARPS = 2048, 8  # 8 logits a thread, a teacher's beside them
-_LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}  # equal logits have a divergence of exactly 0
-_CHUNK_LOGITS, _CHUNK_TOKENS = 2**27, 2048  # 512 MB of float32; but with fewer tokens adding up dW costs as much as its product
+_CHUNK_TOKENS = 2048  # at least: with fewer tokens adding up dW costs as much as its product
 _SLAB = 2**24  # 64 MB of float32: a chunk's share of dW, a few rows of the vocabulary at a time
 
 
@@ -46,14 +44,14 @@ def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: 
     """Fill in the losses of ``case``; the gradients of hidden [N, D], weight [V, D] and bias [V], each rounded once."""
     student, device = case.student, case.ce.device
     N, V = student.hidden.shape[0], student.weight.shape[0]
-    chunk = min(chunk_tokens or max(_CHUNK_TOKENS, _CHUNK_LOGITS // V), max(N, 1))
+    chunk = min(chunk_tokens or max(_CHUNK_TOKENS, CHUNK_LOGITS // V), max(N, 1))
     hidden_dtype, weight_dtype = (gradient_dtype(tensor.dtype) for tensor in (student.hidden, student.weight))
     dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=hidden_dtype, device=device)
     dW_VD = torch.zeros(student.weight.shape if needs_weight else (0,), dtype=torch.float32, device=device)
     db_V = torch.zeros((V,) if needs_bias else (0,), dtype=torch.float32, device=device)
     needs_grad = needs_hidden or needs_weight or needs_bias
-    logits = _Logits(student, chunk)
-    teacher_logits = _Logits(case.teacher, chunk) if isinstance(case.teacher, Head) else None
+    logits = Logits(student, chunk)
+    teacher_logits = Logits(case.teacher, chunk) if isinstance(case.teacher, Head) else None
     grad_dtype = torch.bfloat16 if hidden_dtype == weight_dtype == torch.bfloat16 else torch.float32
     # the interpreter cuts bfloat16 short where it should round
     in_place = grad_dtype == torch.float32 or INTERPRETED or not needs_grad
@@ -75,7 +73,7 @@ def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: 
                 part.dense(teacher)
             grad_nV = grad_nS[:n, :V].to(grad_dtype)
             if needs_hidden:
-                _multiply(grad_nV, student.weight, dH_ND[rows])
+                multiply(grad_nV, student.weight, dH_ND[rows])
             if needs_weight:
                 _accumulate(dW_VD, grad_nV, student.hidden[rows])
             if needs_bias:
@@ -89,25 +87,6 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 _linear_distill = register("bbopd::linear_distill_triton", run, lambda dtype, _: gradient_dtype(dtype))
-
-
-class _Logits:
-    """A head, and room for the logits of a chunk; rows begin at multiples of 64 bytes."""
-
-    def __init__(self, head: Head, chunk: int) -> None:
-        self.head, self.V = head, head.weight.shape[0]
-        self.stride = -(-self.V // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self.buffer = torch.empty(chunk, self.stride, dtype=torch.float32, device=head.weight.device)
-        self.bias_S = None if head.bias is None else torch.nn.functional.pad(head.bias.float(), (0, self.stride - self.V))
-
-    def write(self, rows: slice) -> Tensor:
-        """The logits of ``rows``, [n, S]; what stands beyond V is any number."""
-        head, z_nS = self.head, self.buffer[: rows.stop - rows.start]
-        _multiply(head.hidden[rows], head.weight.t(), z_nS[:, : self.V])
-        if self.bias_S is not None or head.softcap is not None or head.scale != 1.0:
-            inner, outer = (None, head.scale) if head.softcap is None else (head.scale / head.softcap, head.softcap)
-            finish_logits[(z_nS.shape[0],)](z_nS, self.bias_S, self.stride, inner, outer, **_LAUNCH)
-        return z_nS
 
 
 class _Chunk:
@@ -125,7 +104,7 @@ class _Chunk:
     def dense(self, teacher: Tensor | None) -> None:
         """A teacher of all logits, [n, V or more]; without one a sampled token, or cross-entropy alone."""
         case, rows = self.case, self.rows
-        statistics_3n = self._statistics(self.z_nS, self.signal, is_teacher=False)
+        statistics_3n = statistics(self.z_nS, self.V, case.temperature, at_one=case.labels is not None)
         statistics_3n[1:].log_()
         max_n1, log_sum_n1, log_sum_1_n1 = statistics_3n[:, :, None]
         case.check_student(max_n1 / case.temperature + log_sum_n1, rows)
@@ -144,7 +123,7 @@ class _Chunk:
     def _full(self, teacher: Tensor, statistics_3n: Tensor) -> None:
         case, rows = self.case, self.rows
         n = rows.stop - rows.start
-        teacher_3n = self._statistics(teacher, self.signal, is_teacher=True)
+        teacher_3n = statistics(teacher, self.V, case.temperature, signal=self.signal, is_teacher=True)
         teacher_3n[1:].log_()
         if case.check:
             op_checks.check_teacher_rows(teacher_3n[0] / case.temperature + teacher_3n[1], rows.start)
@@ -163,7 +142,7 @@ class _Chunk:
             self.inverse_temperature,
             self.mix,
             DIVERGENCE=case.divergence,
-            **_LAUNCH,
+            **LAUNCH,
         )
         case.kd[rows] = torch.where(case.signal[rows], shares_3n[0], 0.0)
         case.floored[rows] = torch.where(case.signal[rows], shares_3n[2].long(), 0)
@@ -175,7 +154,7 @@ class _Chunk:
         case, rows = self.case, self.rows
         assert case.ids is not None
         taken = take_ids(self.z_nV, case.ids[rows])
-        statistics_3n = self._statistics(self.z_nS, None, is_teacher=False)
+        statistics_3n = statistics(self.z_nS, self.V, case.temperature, at_one=case.labels is not None)
         off_max_n1, sum_n1, sum_1_n1 = statistics_3n[:, :, None]
         support = Support(*taken, off_max_n1)
         log_q_nC, lse_n1 = support_log_probs(support, sum_n1, case.temperature)
@@ -194,25 +173,6 @@ class _Chunk:
             if case.student.softcap is not None:
                 grad_nK = grad_nK * (1.0 - (support.values / case.student.softcap).square())
             support.scatter(self.grad_nS[:, : self.V], grad_nK.to(self.grad_nS.dtype))
-
-    def _statistics(self, z: Tensor, signal: Tensor | None, is_teacher: bool) -> Tensor:
-        """Each row's maximum m, its sum of exp((z - m) / T) and that of exp(z - m), [3, n]; the last is any number where not needed."""
-        statistics_3n = torch.empty(3, z.shape[0], dtype=torch.float32, device=z.device)
-        row_statistics[(z.shape[0],)](
-            z,
-            signal if is_teacher else None,
-            statistics_3n,
-            self.V,
-            z.shape[1],
-            z.stride(0),
-            self.inverse_temperature,
-            AT_ONE=self.case.labels is not None and not is_teacher and self.inverse_temperature is not None,
-            IS_TEACHER=is_teacher,
-            **_LAUNCH,
-        )
-        if self.inverse_temperature is None:
-            statistics_3n[2] = statistics_3n[1]
-        return statistics_3n
 
     def _gradient(
         self,
@@ -248,19 +208,8 @@ class _Chunk:
             None if cap is None else 1.0 / cap,
             self.mix,
             DIVERGENCE=case.divergence,
-            **_LAUNCH,
+            **LAUNCH,
         )
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` into ``out``, summed in float32: on a GPU from bfloat16 or float16 as they are, where both are the same."""
-    if a.dtype == b.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if out.dtype == torch.float32:
-        return torch.mm(a.float(), b.float(), out=out)
-    return out.copy_(a.float() @ b.float())
 
 
 def _accumulate(dW_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
@@ -270,4 +219,4 @@ def _accumulate(dW_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
     room = torch.empty(min(slab, V), D, dtype=torch.float32, device=dW_VD.device)
     for first in range(0, V, slab):
         part_VD = dW_VD[first : first + slab]
-        part_VD += _multiply(grad_nV[:, first : first + slab].t(), hidden_nD, room[: part_VD.shape[0]])
+        part_VD += multiply(grad_nV[:, first : first + slab].t(), hidden_nD, room[: part_VD.shape[0]])

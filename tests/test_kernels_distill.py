@@ -333,15 +333,15 @@ def test_it_compiles_without_spilling(capability: int, name: str, tmp_path: Path
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bbopd.kernels import distill, distill_rows
+    from bbopd.kernels import distill_rows, logits
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(distill_rows, COMPILED[name][0])
-    constants = COMPILED[name][1] | {"BLOCK": distill.BLOCK}
+    kernel = getattr(distill_rows, COMPILED[name][0], None) or getattr(logits, COMPILED[name][0])
+    constants = COMPILED[name][1] | {"BLOCK": logits.BLOCK}
     signature = {argument: "constexpr" if argument in constants else TYPES.get(argument, "*fp32") for argument in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in ALIGNED}
     aligned = {(i,): divisor for (i,), divisor in aligned.items() if kernel.arg_names[i] not in constants}
-    options = {"num_warps": distill.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": logits.WARPS, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
     assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", compiled.asm["ptx"])  # 16 bytes at a time
     cubin = tmp_path / "kernel.cubin"
@@ -351,4 +351,4 @@ def test_it_compiles_without_spilling(capability: int, name: str, tmp_path: Path
     ).stdout
     usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report.split(f"Function {kernel.__name__}", 1)[1])}
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), report
-    assert usage["REG"] * 32 * distill.WARPS * 2 <= 65536, report  # at least two rows at a time on a multiprocessor
+    assert usage["REG"] * 32 * logits.WARPS * 2 <= 65536, report  # at least two rows at a time on a multiprocessor
