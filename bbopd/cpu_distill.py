@@ -12,92 +12,56 @@ from torch import Tensor
 
 from bbopd import op_checks
 from bbopd.cpu_memory import stash_megabytes
-from bbopd.cpu_tensors import LEVELS, TYPES, address_of, cpu_level, floats_of, head_tuple, matrix_of, rows_of
-from bbopd.reference import TokenWeights, check_values, linear_distill_with, pad_vocabulary, save_gradients, scale_gradients
-from bbopd.reference_distill import METRICS
-from bbopd.reference_math import RATIO_CAP
+from bbopd.cpu_tensors import LEVELS, TYPES, HeadTuple, address_of, cpu_level, floats_of, head_tuple, matrix_of, rows_of
+from bbopd.reference import linear_distill_with, register
+from bbopd.reference_distill import Distillation, Head
 from bbopd.types import DIVERGENCES, DistillLoss
 
-_SIGNALS = ("none", "full", "topk", "sampled")
+_NONE, _FULL, _SUPPORT, _SAMPLED = range(4)
 
 
 def linear_distill(*arguments: Any, **options: Any) -> DistillLoss:
-    """`bbopd.ops.linear_distill`, on arguments of the right shapes and dtypes, those that `takes` accepts."""
+    """`bbopd.ops.linear_distill`, on arguments of the right shapes and dtypes, those that `bbopd.cpu_tensors.takes` accepts."""
     return linear_distill_with(_linear_distill, 0, *arguments, **options)
 
 
-@torch.library.custom_op("bbopd::linear_distill_cpu", mutates_args=())
-def _linear_distill(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    valid: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    ids: Tensor | None,
-    logprobs: Tensor | None,
-    extra: Tensor | None,
-    weights: Tensor,
-    kind: str,
-    divergence: str,
-    temperature: float,
-    beta: float,
-    skew: float,
-    t2_scaling: bool,
-    logit_scale: float,
-    logit_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    vocab_size: int,
-    ignore_index: int,
-    check: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    stash_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: bool, stash_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill in the losses of ``case``; the gradients of hidden [N, D], weight and bias [V or more], each rounded once."""
     from bbopd._C import linear_distill as distill
 
-    check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, vocab_size, ignore_index)
-    N, V = hidden.shape[0], vocab_size
-    factors = TokenWeights.of(
-        hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, torch.float32
-    )
-    T = temperature if kind != "none" else 1.0
-    hidden, weight = rows_of(hidden), rows_of(weight)
-    teacher_logits, teacher_hidden, teacher_weight = (
-        None if tensor is None else rows_of(tensor) for tensor in (teacher_logits, teacher_hidden, teacher_weight)
-    )
-    bias_V, teacher_bias_V = floats_of(bias), floats_of(teacher_bias)
-    label_N = None if labels is None else torch.where(factors.has_label, labels, -1).long().contiguous()
-    if kind == "topk" and ids is not None and valid is not None:
-        ids = ids.masked_fill(~valid[:, None], -1)
-    id_NK = None if ids is None else ids.long().contiguous()
-    logprob_NK, extra_N = floats_of(logprobs), floats_of(extra)
-    ce_grad_N = (factors.ce * logit_scale).contiguous()
-    kd_grad_N = (factors.kd * (logit_scale / T)).contiguous()
-    signal_N = factors.signal.to(torch.uint8).contiguous()
-    ce_N, kd_N, student_lse_N, teacher_lse_N = (torch.zeros(N) for _ in range(4))
-    ratio_N, floored_N = torch.ones(N), torch.zeros(N, dtype=torch.int32)
+    student, teacher = _readable(case.student), _readable(case.teacher) if isinstance(case.teacher, Head) else None
+    teacher_logits = rows_of(case.teacher) if isinstance(case.teacher, Tensor) else None
+    hidden, weight = student.hidden, student.weight
+    N, V = hidden.shape[0], weight.shape[0]
+    label_N = None if case.labels is None else torch.where(case.has_label, case.labels, -1).long().contiguous()
+    ids, signal = case.ids, _NONE
+    if case.is_sampled:
+        signal = _SAMPLED
+    elif ids is not None:
+        signal = _SUPPORT
+        ids = ids.masked_fill(~case.signal[:, None], -1) if case.mask_rows else ids
+    elif case.teacher is not None:
+        signal = _FULL
+    id_NK = None if ids is None else ids.contiguous()
+    logprob_NK, extra_N = floats_of(case.logprobs), floats_of(case.extra)
+    ce_grad_N, kd_grad_N = case.ce_grad.contiguous(), case.kd_grad.contiguous()
+    signal_N = case.signal.to(torch.uint8).contiguous()
+    student_lse_N, teacher_lse_N = torch.zeros(N), torch.zeros(N)
+    floored_N = torch.zeros(N, dtype=torch.int32)
     dH_ND = _gradient(hidden.shape, hidden.dtype) if needs_hidden else hidden.new_empty(0)
-    dW_VD = _gradient(weight.shape, weight.dtype) if needs_weight else weight.new_empty(0)
-    db_V = torch.zeros(weight.shape[0]) if needs_bias else torch.empty(0)
+    dW_VD = _gradient(torch.Size((case.rows, weight.shape[1])), weight.dtype) if needs_weight else weight.new_empty(0)
+    db_V = torch.zeros(V if needs_bias else 0)
     if needs_weight:
         dW_VD[V:] = 0
     distill(
         {
             "N": N,
             "V": V,
-            "K": id_NK.shape[1] if kind == "topk" and id_NK is not None else 1,
-            "student": head_tuple(hidden, weight, bias_V, logit_scale, logit_softcap),
-            "signal": _SIGNALS.index(kind),
+            "K": id_NK.shape[1] if signal == _SUPPORT and id_NK is not None else 1,
+            "student": _tuple_of(student),
+            "signal": signal,
             "teacher_logits": matrix_of(teacher_logits),
-            "teacher": head_tuple(teacher_hidden, teacher_weight, teacher_bias_V, teacher_scale, teacher_softcap),
+            "teacher": _tuple_of(teacher),
             "ids": address_of(id_NK),
             "logprobs": address_of(logprob_NK),
             "extra": address_of(extra_N),
@@ -105,16 +69,16 @@ def _linear_distill(
             "has_signal": address_of(signal_N),
             "ce_grad": address_of(ce_grad_N),
             "kd_grad": address_of(kd_grad_N),
-            "temperature": T,
-            "divergence": DIVERGENCES.index(divergence),
-            "beta": beta,
-            "skew": skew,
+            "temperature": case.temperature,
+            "divergence": DIVERGENCES.index(case.divergence),
+            "beta": case.beta,
+            "skew": case.skew,
             "stash_bytes": stash_bytes or int(stash_megabytes() * 2**20),
             "threads": torch.get_num_threads(),
             "level": LEVELS.index(cpu_level()),
-            "ce": address_of(ce_N),
-            "kd": address_of(kd_N),
-            "ratio": address_of(ratio_N),
+            "ce": address_of(case.ce),
+            "kd": address_of(case.kd),
+            "ratio": address_of(case.ratio),
             "student_lse": address_of(student_lse_N),
             "teacher_lse": address_of(teacher_lse_N),
             "floored": address_of(floored_N),
@@ -125,12 +89,22 @@ def _linear_distill(
             "weight_grad_type": TYPES.get(dW_VD.dtype, 0),
         }
     )
+    case.floored.copy_(floored_N)
     op_checks.check_student_rows(student_lse_N, 0)
-    if kind == "full":
-        op_checks.check_teacher_rows(torch.where(factors.signal, teacher_lse_N, 0.0), 0)
-    loss = (factors.ce * ce_N).sum() + (factors.kd * kd_N).sum()
-    metrics = factors.metrics(kind, floored_N, extra_N, ratio_N, RATIO_CAP)
-    return loss, ce_N, factors.t2 * kd_N, metrics, dH_ND, dW_VD, pad_vocabulary(db_V, weight.shape[0])
+    if signal == _FULL:
+        op_checks.check_teacher_rows(torch.where(case.signal, teacher_lse_N, 0.0), 0)
+    return dH_ND, dW_VD, db_V
+
+
+def _readable(head: Head) -> Head:
+    """The head with matrices of contiguous rows and a bias in float32: tensors that must live as long as their addresses."""
+    return Head(rows_of(head.hidden), rows_of(head.weight), floats_of(head.bias), head.scale, head.softcap)
+
+
+def _tuple_of(head: Head | None) -> HeadTuple:
+    if head is None:
+        return head_tuple(None, None, None, 1.0, None)
+    return head_tuple(head.hidden, head.weight, head.bias, head.scale, head.softcap)
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,20 +121,4 @@ def _gradient(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(Buffer(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
-@_linear_distill.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    needs_hidden, needs_weight, needs_bias = rest[-4:-1]
-    N = hidden.shape[0]
-    empty = hidden.new_empty
-    return (
-        empty((), dtype=torch.float32),
-        empty(N, dtype=torch.float32),
-        empty(N, dtype=torch.float32),
-        empty(len(METRICS), dtype=torch.float32),
-        empty(hidden.shape, dtype=_gradient_dtype(hidden.dtype)) if needs_hidden else hidden.new_empty(0),
-        empty(weight.shape, dtype=_gradient_dtype(weight.dtype)) if needs_weight else weight.new_empty(0),
-        empty((weight.shape[0],) if needs_bias else (0,), dtype=torch.float32),
-    )
-
-
-_linear_distill.register_autograd(scale_gradients, setup_context=save_gradients)
+_linear_distill = register("bbopd::linear_distill_cpu", run, lambda dtype, _: _gradient_dtype(dtype))

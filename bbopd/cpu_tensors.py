@@ -10,6 +10,8 @@ from torch import Tensor
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """Instruction sets that there are kernels for; ``BBOPD_CPU_LEVEL`` sets the highest that may be used."""
 
+MatrixTuple = tuple[int, int, int, int, int]
+HeadTuple = tuple[MatrixTuple | None, MatrixTuple | None, int, float, float]
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -39,7 +41,7 @@ def floats_of(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def matrix_of(tensor: Tensor | None) -> tuple[int, int, int, int, int] | None:
+def matrix_of(tensor: Tensor | None) -> MatrixTuple | None:
     """Address, rows, columns, stride and type of a matrix of `rows_of`."""
     return None if tensor is None else (tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0), TYPES[tensor.dtype])
 
@@ -49,8 +51,6 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def head_tuple(
-    hidden: Tensor | None, weight: Tensor | None, bias_V: Tensor | None, scale: float, softcap: float | None
-) -> tuple[tuple[int, int, int, int, int] | None, tuple[int, int, int, int, int] | None, int, float, float]:
+def head_tuple(hidden: Tensor | None, weight: Tensor | None, bias_V: Tensor | None, scale: float, softcap: float | None) -> HeadTuple:
     """A head as C++ takes it, of tensors from `rows_of` and `floats_of`."""
     return matrix_of(hidden), matrix_of(weight), address_of(bias_V), scale, softcap or 0.0

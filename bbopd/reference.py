@@ -242,7 +242,7 @@ def _scaled(saved: Tensor, factor: Tensor, in_place: bool) -> Tensor:
 
 Run = Callable[[Distillation, bool, bool, bool, int], tuple[Tensor, Tensor, Tensor]]
 """Fills in the losses of a `Distillation`; from the gradients needed of hidden, weight and bias, and the op's last argument, those
-gradients over the vocabulary in use (empty where not needed)."""
+gradients over the vocabulary in use, or all of it (empty where not needed)."""
 
 
 def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype]) -> Any:
@@ -305,6 +305,7 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
                     ids_NK, logprobs_NK = torch.where(signal_N, ids_NK, 0)[:, None], logprobs_NK[:, None]
             case = Distillation(
                 student=head_of(hidden, weight, bias, logit_scale, logit_softcap, V),
+                rows=weight.shape[0],
                 teacher=teacher,
                 ids=ids_NK,
                 logprobs=logprobs_NK,

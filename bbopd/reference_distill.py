@@ -76,6 +76,7 @@ class Distillation:
     """One call of `linear_distill`: its inputs, and the per-token results that its blocks fill in."""
 
     student: Head
+    rows: int  # of the whole weight: V, and padding
     teacher: Head | Tensor | None  # a full teacher: its head, or its logits [N, V]
     ids: Tensor | None  # [N, K] the teacher's support, or [N, 1] the sampled tokens
     logprobs: Tensor | None  # [N, K]
