@@ -1,94 +1,20 @@
-"""What both ops in Triton do with the logits of a chunk of tokens: multiply them, finish them, take the statistics of their rows.
+"""What both ops in Triton do with rows of logits: finish them, and take their statistics.
 
-Shape suffixes: ``n`` tokens of a chunk, ``D`` hidden, ``V`` vocabulary in use, ``S`` a row's stride in memory, ``B`` logits read at a time.
+Shape suffixes: ``n`` rows of a chunk, ``V`` vocabulary in use, ``B`` logits read at a time.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from bbopd.reference_distill import Head
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on tensors of any device; ``TRITON_INTERPRET`` decides as this module is imported."""
 
 BLOCK, WARPS = 2048, 8  # 8 logits a thread, a teacher's beside them
 LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}  # equal logits have a divergence of exactly 0
-CHUNK_LOGITS = 2**27  # 512 MB of float32, enough rows to fill a GPU
-ROW_ALIGNMENT = 16  # rows begin at multiples of 64 bytes, so that they are read 16 bytes at a time whatever the vocabulary
 NO_MAXIMUM = tl.constexpr(-1e38)  # not -inf: masked logits would make inf - inf of it
 _INFINITY_STAND_IN = tl.constexpr(1e30)  # a teacher logit of +inf takes all the mass of its row, without inf - inf
-
-
-def check_device(hidden: Tensor, weight: Tensor) -> None:
-    """Refuse what no kernel here takes."""
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        raise ValueError(f"impl='triton' computes in float32, hidden is {hidden.dtype} and weight {weight.dtype}: use impl='reference'")
-    if hidden.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"impl='triton' runs on a GPU, hidden is on {hidden.device}: move it to 'cuda', or use impl='reference'")
-
-
-class Logits:
-    """A head, and room for the logits of a chunk; what stands beyond V in a row is any number."""
-
-    def __init__(self, head: Head, chunk: int) -> None:
-        self.head, self.V = head, head.weight.shape[0]
-        self.stride = -(-self.V // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self.buffer = torch.empty(chunk, self.stride, dtype=torch.float32, device=head.weight.device)
-        self.bias_S = None if head.bias is None else torch.nn.functional.pad(head.bias.float(), (0, self.stride - self.V))
-        # softcap(scale * z) is outer * tanh(inner * z), or without a cap outer * z
-        self.inner, self.outer = (None, head.scale) if head.softcap is None else (head.scale / head.softcap, head.softcap)
-
-    def multiply(self, rows: slice) -> Tensor:
-        """``hidden @ weight.T`` of ``rows``, [n, S]."""
-        z_nS = self.buffer[: rows.stop - rows.start]
-        multiply(self.head.hidden[rows], self.head.weight.t(), z_nS[:, : self.V])
-        return z_nS
-
-    def write(self, rows: slice) -> Tensor:
-        """The logits of ``rows``, [n, S]."""
-        z_nS = self.multiply(rows)
-        if self.bias_S is not None or self.inner is not None or self.outer != 1.0:
-            finish_logits[(z_nS.shape[0],)](z_nS, self.bias_S, self.stride, self.inner, self.outer, **LAUNCH)
-        return z_nS
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` into ``out``, summed in float32: on a GPU from bfloat16 or float16 as they are, where both are the same."""
-    if a.dtype == b.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if out.dtype == torch.float32:
-        return torch.mm(a.float(), b.float(), out=out)
-    return out.copy_(a.float() @ b.float())
-
-
-def statistics(
-    z: Tensor, V: int, temperature: float, *, at_one: bool = False, signal: Tensor | None = None, is_teacher: bool = False
-) -> Tensor:
-    """Each row's maximum m, its sum of exp((z - m) / T) and that of exp(z - m), [3, n]; the last is any number unless ``at_one``."""
-    statistics_3n = torch.empty(3, z.shape[0], dtype=torch.float32, device=z.device)
-    row_statistics[(z.shape[0],)](
-        z,
-        signal,
-        statistics_3n,
-        V,
-        z.shape[1],
-        z.stride(0),
-        None if temperature == 1.0 else 1.0 / temperature,
-        AT_ONE=at_one and temperature != 1.0,
-        IS_TEACHER=is_teacher,
-        **LAUNCH,
-    )
-    if temperature == 1.0:
-        statistics_3n[2] = statistics_3n[1]
-    return statistics_3n
 
 
 @triton.jit
