@@ -15,7 +15,7 @@ from bbopd.errors import BadAnswerError
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
 from bbopd.rpc.signals import check_signal, signal_temperature
-from bbopd.types import Rollout, SignalSpec, TeacherSignal
+from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
 __all__ = ["CHUNK_BYTES", "SignalAssembler", "answer_bytes", "payload_bytes", "signal_chunks"]
 
@@ -23,6 +23,12 @@ CHUNK_BYTES = 3 * 2**19
 """Payload of one chunk, about: messages of 1 to 2 MiB move fastest."""
 
 _TENSORS = ("logits", "ids", "logprobs", "log_tail", "sampled")  # in the order of their field numbers
+_BELONGING: dict[Level, tuple[str, ...]] = {
+    "full": ("logits",),
+    "topk": ("ids", "logprobs", "log_tail", "sampled"),
+    "candidates": ("logprobs", "log_tail", "sampled"),
+    "sampled": ("sampled",),
+}
 
 
 def answer_bytes(rollout: Rollout, want: SignalSpec, vocab_size: int) -> int:
@@ -44,7 +50,7 @@ def payload_bytes(message: pb.SignalChunk) -> int:
 
 
 def signal_chunks(
-    request_id: int, rollout: Rollout, signal: TeacherSignal, vocab_size: int, resume_from: int = 0
+    request_id: int, rollout: Rollout, signal: TeacherSignal, vocab_size: int, resume_from: int = 0, weights_version: int = 0
 ) -> Iterator[tuple[pb.ScoreResponse, int]]:
     """Cut a checked signal into chunks of whole rows, from row ``resume_from``, each with its payload in bytes; made one at a time.
 
@@ -60,7 +66,7 @@ def signal_chunks(
         chunk = response.chunk
         chunk.request_id, chunk.level, chunk.temperature = request_id, LEVEL_NUMBERS[signal.level], signal.temperature
         chunk.position, chunk.rows, chunk.total_rows = start, stop - start, len(rollout)
-        chunk.input_sha256 = digest
+        chunk.input_sha256, chunk.weights_version = digest, weights_version
         for name, array in arrays.items():
             fill_tensor(getattr(chunk, name), array[start:stop])
             chunk.crc32 = zlib.crc32(array[start:stop].data, chunk.crc32)
@@ -146,11 +152,15 @@ class SignalAssembler:
         checksum = 0
         for name in _TENSORS:
             if chunk.HasField(name):
+                if name not in _BELONGING[self._want.level]:
+                    raise ValueError(f"has {name}, which does not belong to level {self._want.level!r}")
                 arrays[name] = decode_tensor(getattr(chunk, name), name)
                 checksum = zlib.crc32(arrays[name].data, checksum)
         if checksum != chunk.crc32:
             raise ValueError(f"was damaged on its way: crc32 {checksum:#010x}, expected {chunk.crc32:#010x}")
         if "ids" in arrays:
+            if arrays["ids"].dtype.kind not in "iu":
+                raise ValueError(f"has ids {arrays['ids'].dtype}, expected int32 or uint16")
             arrays["ids"] = arrays["ids"].astype(np.int32)  # NumPy also sorts these several times faster than uint16
         if self._want.level == "candidates":
             assert isinstance(self._rollout, CandidateRollout)

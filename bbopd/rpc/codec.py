@@ -58,6 +58,9 @@ _DTYPES: dict[pb.Dtype, np.dtype[Any]] = {
     pb.DTYPE_UINT16: np.dtype("<u2"),
 }
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+_MOST_DIMENSIONS = 2
+_LONGEST_MESSAGE = 1000  # characters of a failure that are shown
+_CHARACTERS_PER_TOKEN = 1024  # the longest entries of vocabularies are runs of a few hundred spaces
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -82,9 +85,9 @@ def fill_tensor(message: pb.Tensor, array: np.ndarray) -> None:
 
 
 def tensor_bytes(message: pb.Tensor) -> int:
-    """Length of a tensor's data by its shape, without touching (copying) the data; 0 where the dtype is unknown."""
+    """Length of a tensor's data by its shape, without touching (copying) the data; 0 where dtype or shape is none that is ever sent."""
     dtype = _DTYPES.get(message.dtype)
-    return math.prod(message.shape) * dtype.itemsize if dtype is not None else 0
+    return math.prod(message.shape) * dtype.itemsize if dtype is not None and len(message.shape) <= _MOST_DIMENSIONS else 0
 
 
 def decode_tensor(message: pb.Tensor, name: str) -> np.ndarray:
@@ -92,6 +95,8 @@ def decode_tensor(message: pb.Tensor, name: str) -> np.ndarray:
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise ValueError(f"{name} has unknown dtype {message.dtype}")
+    if len(message.shape) > _MOST_DIMENSIONS:  # a product of millions of numbers would take hours
+        raise ValueError(f"{name} has {len(message.shape)} dimensions, expected at most {_MOST_DIMENSIONS}")
     shape, data = tuple(message.shape), message.data
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"{name} has {len(data)} bytes, {dtype.name} {list(shape)} needs {math.prod(shape) * dtype.itemsize}")
@@ -238,7 +243,9 @@ def encode_failure(request_id: int, error: RefusedError) -> pb.ItemFailure:
 def decode_failure(message: pb.ItemFailure) -> RefusedError:
     codes = {number: code for code, number in _CODES.items()}
     retry_after = message.retry_after_seconds if 0 < message.retry_after_seconds < math.inf else 0.0
-    return RefusedError(codes.get(message.code, "internal"), message.message, is_retryable=message.retryable, retry_after=retry_after)
+    return RefusedError(
+        codes.get(message.code, "internal"), message.message[:_LONGEST_MESSAGE], is_retryable=message.retryable, retry_after=retry_after
+    )
 
 
 # ---------------------------------------------------------------- the teacher's own text
@@ -276,12 +283,13 @@ def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
     return Prompt(message.prompt_id, _decode_ids(message.token_ids, "token_ids"))
 
 
-def encode_completion(request_id: int, completion: Completion) -> pb.GeneratedText:
+def encode_completion(request_id: int, completion: Completion, weights_version: int = 0) -> pb.GeneratedText:
     return pb.GeneratedText(
         request_id=request_id,
         token_ids=encode_tensor(np.array(completion.token_ids, np.int32)),
         text=completion.text,
         finish_reason=_FINISH[completion.finish_reason],
+        weights_version=weights_version,
     )
 
 
@@ -291,5 +299,7 @@ def decode_completion(message: pb.GeneratedText, prompt: Prompt, sampling: Sampl
         raise ValueError(f"completion has {len(ids)} tokens, asked were at most {sampling.max_new_tokens}")
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise ValueError(f"completion holds token ids {min(ids)}..{max(ids)}, outside the vocabulary of {vocab_size} entries")
+    if len(message.text) > _CHARACTERS_PER_TOKEN * (len(ids) + 1):
+        raise ValueError(f"completion has {len(message.text)} characters of text for {len(ids)} tokens")
     reasons = {number: reason for reason, number in _FINISH.items()}
     return Completion(prompt, ids, message.text, _lookup(reasons, message.finish_reason, "finish_reason"))

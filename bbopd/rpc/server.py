@@ -295,7 +295,8 @@ class _ScoreStream(_Outcomes):
         def deliver(answer: Answer) -> None:
             if isinstance(answer, TeacherSignal):
                 chunks: Iterator[tuple[pb.ScoreResponse, int]]
-                chunks = signal_chunks(request_id, rollout, answer, self._service.info.vocab_size, resume_from)
+                info = self._service.info
+                chunks = signal_chunks(request_id, rollout, answer, info.vocab_size, resume_from, info.weights_version)
                 self._ready.put_nowait((request_id, size, chunks))
             elif isinstance(answer, RefusedError):
                 self._scheduler.release(self._client, size)
@@ -354,7 +355,8 @@ class _Generation(_Outcomes):
 
     def _deliver(self, request_id: int, answer: Answer) -> None:
         if isinstance(answer, Completion):
-            self._ready.put_nowait(pb.GenerateResponse(completion=encode_completion(request_id, answer)))
+            message = encode_completion(request_id, answer, self._service.info.weights_version)
+            self._ready.put_nowait(pb.GenerateResponse(completion=message))
         elif isinstance(answer, RefusedError):
             self._ready.put_nowait(pb.GenerateResponse(failure=encode_failure(request_id, answer)))
         self._answered()
