@@ -90,19 +90,21 @@ class ServeConfig(_Section):
 class TeacherConfig(_Section):
     """The model that is asked."""
 
-    target: str | None = None
-    """``grpc://host:port``."""
+    target: str | tuple[str, ...] | None = None
+    """``grpc://host:port``, or a list of such: replicas of one teacher, among which the work is spread."""
     serve: ServeConfig | None = None
     """Start one beside the run, as a process of its own, on loopback."""
     signal: Literal["full", "topk", "none"] = "full"
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids a token, where ``signal`` is topk. Giving it alone selects ``signal: topk``."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds without any answer before the teacher counts as dead."""
+    """Seconds without any answer, from any replica, before the teacher counts as gone."""
     start_timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds a teacher may take to load and answer for the first time."""
     inflight_tokens: Positive = 8192
-    """Tokens of rollouts sent and not yet answered."""
+    """Tokens of rollouts sent to one replica and not yet answered."""
+    max_replica_difference: Fraction = 0.05
+    """Share of the probability of a token by which replicas may differ (total variation), measured at the start of a run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,9 +117,17 @@ class TeacherConfig(_Section):
     def _one_way_in(self) -> TeacherConfig:
         if self.signal != "none" and (self.target is None) == (self.serve is None):
             raise ValueError("give exactly one of target (a running teacher) and serve (start one beside the run)")
-        if self.target is not None and not self.target.startswith("grpc://"):
-            raise ValueError(f"{self.target!r} is not an address this version speaks: use grpc://host:port")
+        if self.target is not None and (not self.targets or len(set(self.targets)) != len(self.targets)):
+            raise ValueError(f"{list(self.targets)} must be one or more addresses, each once")
+        for target in self.targets:
+            if not target.startswith("grpc://"):
+                raise ValueError(f"{target!r} is not an address this version speaks: use grpc://host:port")
         return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The addresses of ``target``, one or more; none where it is not given."""
+        return (self.target,) if isinstance(self.target, str) else self.target or ()
 
 
 class RolloutsConfig(_Section):

@@ -128,3 +128,20 @@ def test_the_recipes_are_valid_and_as_long_as_they_say(name, steps):
     assert (config.objective.temperature, config.objective.alpha, config.train.batch_tokens) == (2.0, 0.5, 2048)
     assert config.planned_steps == pytest.approx(steps, rel=0.05)
     assert config.objective.t2_scaling == (name == "recipe")
+
+
+def test_a_teacher_may_have_several_addresses_each_once():
+    several = parse_config({**MINIMAL, "teacher": {"target": ["grpc://localhost:1", "grpc://localhost:2"]}}, (), RunConfig, "run.yaml")
+    assert several.teacher.targets == ("grpc://localhost:1", "grpc://localhost:2")
+    assert parse_config(MINIMAL, (), RunConfig, "run.yaml").teacher.targets == ("grpc://localhost:7070",)
+    assert (
+        RunConfig.model_validate({"student": {"model": "m"}, "objective": {"name": "sft"}, "train": {"labelled_tokens": 1}}).teacher.targets
+        == ()
+    )
+    for targets, message in (
+        ([], "one or more addresses"),
+        (["grpc://a:1", "grpc://a:1"], "each once"),
+        (["grpc://a:1", "http://b:1"], "'http://b:1' is not an address"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**MINIMAL, "teacher": {"target": targets}}, (), RunConfig, "run.yaml")

@@ -33,9 +33,13 @@ from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
+from bbopd.types import Prompt, Rollout, SignalSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_COMPARED_PROMPTS = 4  # by which replicas are compared
+_COMPARED_TOKENS = 64  # of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
             if want is not None:
                 objective.check(teacher.info, want)
+                await _compare_replicas(teacher, config, prompts, want, progress)
 
         trainer = Trainer(
             model,
@@ -203,19 +208,42 @@ async def _start_teacher(
     config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress
 ) -> tuple[RemoteTeacher | None, TeacherProcess | None]:
     """The teacher, where the run has one, and its process, where that was started here."""
-    target, process = config.target, None
+    targets, process = config.targets, None
     if config.serve is not None:
         progress.activity("loading", "student, and teacher in its own process")
         process = await TeacherProcess.start(config.serve, log_path=folder.teacher_log, timeout=config.start_timeout)
         stack.callback(process.stop)
-        target = process.target
-    if target is None:
+        targets = (process.target,)
+    if not targets:
         return None, None
+
+    def is_alive() -> bool:
+        return process is None or process.alive
+
     teacher = await RemoteTeacher.connect(
-        target, timeout=config.timeout, inflight_tokens=config.inflight_tokens, connect_timeout=min(30.0, config.start_timeout)
+        targets,
+        timeout=config.timeout,
+        inflight_tokens=config.inflight_tokens,
+        connect_timeout=min(30.0, config.start_timeout),
+        is_alive=is_alive,
     )
     stack.push_async_callback(teacher.close)
     return teacher, process
+
+
+async def _compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress) -> None:
+    """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
+    if len(config.teacher.targets) < 2:
+        return
+    rollouts = []
+    for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
+        ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:_COMPARED_TOKENS]
+        if len(ids) > 1:
+            rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
+    progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
+    limit = config.teacher.max_replica_difference
+    difference = await teacher.compare_replicas(rollouts, want, limit=limit)
+    progress.note(f"replicas of the teacher differ by at most {difference:.2g} of a token's probability ({limit:g} allowed)")
 
 
 def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:

@@ -1,155 +1,146 @@
-"""A teacher across gRPC: rollouts stream out, signals stream in, and every failure is a named one."""
+"""A teacher across gRPC: rollouts stream out, signals stream in, over one replica or several, and every failure is a named one."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
-import grpc
-
-import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
-from bbopd.errors import BadAnswerError, TeacherError
-from bbopd.rpc.channel import describe, fetch_info, open_channel
-from bbopd.rpc.codec import PROTOCOL_VERSION, decode_completion, decode_failure, encode_prompt, encode_sampling
-from bbopd.rpc.limits import RefusedError, check_prompt, check_sampling
+from bbopd.errors import TeacherError
+from bbopd.teachers.backoff import RetryBudget
+from bbopd.teachers.completions import CompletionSession
+from bbopd.teachers.endpoint import Endpoint, common_info, connect_endpoints
+from bbopd.teachers.replicas import largest_difference
 from bbopd.teachers.score_session import ScoreSession
-from bbopd.types import Completion, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherInfo
+from bbopd.types import Completion, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherSignal
 
 __all__ = ["RemoteTeacher"]
 
-_PROMPTS_AT_ONCE = 32
-_RETRIES = 3
-
 
 class RemoteTeacher:
-    """The `Teacher` protocol over a ``bbopd.v1.TeacherService``; made by `connect`."""
+    """The `Teacher` protocol over one or more replicas of a ``bbopd.v1.TeacherService``; made by `connect`."""
 
-    def __init__(self, channel: grpc.aio.Channel, target: str, info: TeacherInfo, *, timeout: float, inflight_tokens: int) -> None:
-        self.info = info
-        self.target = target
-        self.counters: Counter[str] = Counter(retries=0, bad_answers=0, reconnects=0)
-        """How often an item was asked again, an answer failed validation, a stream was opened again."""
-        self._channel = channel
-        self._stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+    def __init__(
+        self, endpoints: Sequence[Endpoint], *, timeout: float, inflight_tokens: int, is_alive: Callable[[], bool] | None = None
+    ) -> None:
+        self.info = common_info([endpoint.info for endpoint in endpoints])
+        self.target = ", ".join(endpoint.target for endpoint in endpoints)
+        self.counters: Counter[str] = Counter(retries=0, bad_answers=0, reconnects=0, moved=0)
+        """How often an item was asked again, an answer failed validation, a stream was opened again, an item went to another replica."""
+        self._endpoints = endpoints
         self._timeout = timeout
         self._inflight_tokens = inflight_tokens
+        self._is_alive = is_alive
+        self._budget = RetryBudget()
 
     @classmethod
     async def connect(
-        cls, target: str, *, timeout: float = 300.0, inflight_tokens: int = 8192, connect_timeout: float = 10.0
+        cls,
+        target: str | Sequence[str],
+        *,
+        timeout: float = 300.0,
+        inflight_tokens: int = 8192,
+        connect_timeout: float = 10.0,
+        is_alive: Callable[[], bool] | None = None,
     ) -> RemoteTeacher:
-        """Connect and ask the teacher who it is.
+        """Connect, and ask every replica who it is.
 
         Parameters
         ----------
-        target : ``grpc://host:port``, on this machine.
-        timeout : seconds without any answer, while some are due, before the teacher counts as dead.
-        inflight_tokens : tokens of rollouts sent and not yet answered, prompts included.
-        connect_timeout : seconds to go on trying to reach it.
+        target : ``grpc://host:port``, on this machine; or several, which must be replicas of one teacher.
+        timeout : seconds without any answer, while some are due, before the teacher counts as gone.
+        inflight_tokens : tokens of rollouts sent to one replica and not yet answered, prompts included.
+        connect_timeout : seconds to go on trying to reach them.
+        is_alive : tells that the teacher's process still runs, where that is known: one that has ended is not waited for.
 
         Raises
         ------
         ConfigError : a target that is no such address.
-        TeacherError : it cannot be reached, speaks another protocol, or is no teacher.
+        TeacherError : one cannot be reached, speaks another protocol, is no teacher, or two are not the same one.
         """
-        channel = open_channel(target)
-        try:
-            info = await fetch_info(channel, target, connect_timeout)
-        except BaseException:
-            await channel.close()
-            raise
-        return cls(channel, target, info, timeout=timeout, inflight_tokens=inflight_tokens)
+        targets = [target] if isinstance(target, str) else list(target)
+        endpoints = await connect_endpoints(targets, connect_timeout)
+        return cls(endpoints, timeout=timeout, inflight_tokens=inflight_tokens, is_alive=is_alive)
 
     async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]:
         """Scores as each is ready, in any order; rollouts are taken from the source only as fast as the teacher answers.
 
-        Items that fail for a while, or arrive damaged, are asked again up to 3 times; a broken stream is opened again and
-        goes on where it broke.
+        Items that fail for a while, or arrive damaged, are asked again up to 3 times, by another replica where there is one; a broken
+        stream is opened again. Rows that have arrived are not asked for again.
 
         Items are sent in the order of the source. A teacher's answer may depend, in its last bits, on what shares its batch; the
-        same rollouts get the same answers again where the teacher has no other client and all of them, prompts included, are
-        within ``inflight_tokens`` (and the teacher's own ``max_request_tokens``): beyond that, what is sent when depends on
-        how fast answers come.
+        same rollouts get the same answers again where there is one replica, with no other client, and all of them, prompts included,
+        are within ``inflight_tokens`` (and the teacher's own ``max_request_tokens``): beyond that, what is sent when, and where,
+        depends on how fast answers come.
 
         Raises
         ------
-        TeacherError : not offered, refused, dead, or silent for ``timeout``; it names what was finished.
+        TeacherError : not offered, refused, another teacher than before, or none that answered for ``timeout``; it names what was
+            finished.
         """
-        session = ScoreSession(
-            self._stub.Score,
-            self.target,
-            self.info,
-            want,
-            timeout=self._timeout,
-            inflight_tokens=self._inflight_tokens,
-            counters=self.counters,
-        )
-        async with aclosing(session.run(rollouts)) as answers:
+        async with aclosing(self._session(self._endpoints, want).run(rollouts)) as answers:
             async for scored in answers:
                 yield scored
 
     async def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]:
         """The teacher's own answers, as each is ready, in any order. Raises `TeacherError` as `score` does."""
-        check_sampling(sampling, self.info)
-        running: set[asyncio.Task[Completion]] = set()
-        try:
-            async for prompt in prompts:
-                check_prompt(prompt, sampling, self.info)
-                while len(running) >= _PROMPTS_AT_ONCE:
-                    yield await self._first(running)
-                running.add(asyncio.create_task(self._complete_one(prompt, sampling)))
-            while running:
-                yield await self._first(running)
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+        session = CompletionSession(
+            self._endpoints, self.info, sampling, timeout=self._timeout, counters=self.counters, budget=self._budget
+        )
+        async with aclosing(session.run(prompts)) as answers:
+            async for completion in answers:
+                yield completion
+
+    async def compare_replicas(self, rollouts: Sequence[Rollout], want: SignalSpec, *, limit: float, rounds: int = 3) -> float:
+        """Let every replica score the same rollouts, ``rounds`` times at once, and see how far their answers lie apart.
+
+        Returns
+        -------
+        float : the largest total variation distance at any token, in 0..1 (see `replicas`).
+
+        Raises
+        ------
+        TeacherError : it is above ``limit``; or as for `score`.
+        """
+        passes = [self._score_all(endpoint, rollouts, want) for endpoint in self._endpoints for _ in range(rounds)]
+        outcomes = await asyncio.gather(*passes)
+        largest, worst = 0.0, (self._endpoints[0], rollouts[0])
+        for rollout in rollouts:
+            for number, outcome in enumerate(outcomes):
+                apart = largest_difference([outcomes[0][rollout.rollout_id], outcome[rollout.rollout_id]])
+                if apart > largest:
+                    largest, worst = apart, (self._endpoints[number // rounds], rollout)
+        if largest > limit:
+            first, other = self._endpoints[0].target, worst[0].target
+            raise TeacherError(
+                f"replicas of {self.info.model} differ: {largest:.3g} of the probability of one token of {worst[1].rollout_id} lies "
+                f"elsewhere at {other} than at {first}, teacher.max_replica_difference is {limit:g}; "
+                "serve the same weights in the same dtype on the same kind of device, or raise the limit"
+            )
+        return largest
 
     async def close(self) -> None:
-        """Close the connection; calls still open are cancelled."""
-        await self._channel.close()
+        """Close the connections; calls still open are cancelled."""
+        for endpoint in self._endpoints:
+            await endpoint.close()
 
-    async def _complete_one(self, prompt: Prompt, sampling: Sampling) -> Completion:
-        for attempt in range(_RETRIES + 1):
-            try:
-                return await self._ask(prompt, sampling)
-            except BadAnswerError:
-                self.counters["bad_answers"] += 1
-                if attempt == _RETRIES:
-                    raise
-            except RefusedError as error:
-                if not error.is_retryable or attempt == _RETRIES:
-                    raise TeacherError(f"teacher at {self.target} did not answer prompt {prompt.prompt_id}: {error}") from None
-                await asyncio.sleep(min(error.retry_after, self._timeout))
-            self.counters["retries"] += 1
-        raise AssertionError("the last attempt returns or raises")
-
-    async def _ask(self, prompt: Prompt, sampling: Sampling) -> Completion:
-        request = pb.GenerateRequest(
-            protocol_version=PROTOCOL_VERSION, prompts=[encode_prompt(1, prompt)], sampling=encode_sampling(sampling)
+    def _session(self, endpoints: Sequence[Endpoint], want: SignalSpec) -> ScoreSession:
+        return ScoreSession(
+            endpoints,
+            self.info,
+            want,
+            timeout=self._timeout,
+            inflight_tokens=self._inflight_tokens,
+            counters=self.counters,
+            budget=self._budget,
+            is_alive=self._is_alive,
         )
-        try:
-            responses = [response async for response in self._stub.Generate(request)]
-        except grpc.aio.AioRpcError as error:
-            is_away = error.code() is grpc.StatusCode.UNAVAILABLE
-            raise RefusedError("unavailable", describe(error), is_retryable=is_away, retry_after=0.5) from None
-        if len(responses) != 1:
-            raise BadAnswerError(f"prompt {prompt.prompt_id}: {len(responses)} answers came to one question")
-        if responses[0].WhichOneof("kind") == "failure":
-            raise decode_failure(responses[0].failure)
-        try:
-            return decode_completion(responses[0].completion, prompt, sampling, self.info.vocab_size)
-        except ValueError as error:
-            raise BadAnswerError(f"prompt {prompt.prompt_id}: {error}") from None
 
-    async def _first(self, running: set[asyncio.Task[Completion]]) -> Completion:
-        """Take one finished task out of the set, waiting for it within the time limit."""
-        done, _ = await asyncio.wait(running, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            raise TeacherError(f"teacher at {self.target} has not written an answer for {self._timeout:g} s (teacher.timeout)")
-        task = done.pop()
-        running.remove(task)
-        return task.result()
+    async def _score_all(self, endpoint: Endpoint, rollouts: Sequence[Rollout], want: SignalSpec) -> dict[str, TeacherSignal]:
+        async def source() -> AsyncIterator[Rollout]:
+            for rollout in rollouts:
+                yield rollout
+
+        async with aclosing(self._session([endpoint], want).run(source())) as answers:
+            return {scored.rollout.rollout_id: scored.signal async for scored in answers}

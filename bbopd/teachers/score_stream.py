@@ -1,0 +1,287 @@
+"""One `Score` stream to one replica: kept open while there is work, opened again where it breaks, written to by one task alone.
+
+What is asked and what becomes of the answers is the session's business (`ScoreSession`); here are the wire's rules: credits both
+ways, no message that does not belong, no silence beyond the time allowed. A stream that breaks gives its items back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+
+import bbopd.rpc.teacher_pb2 as pb
+from bbopd.errors import BadAnswerError, TeacherError
+from bbopd.rpc.answers import SignalAssembler, payload_bytes
+from bbopd.rpc.channel import MESSAGE_BYTES, describe
+from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, encode_item
+from bbopd.teachers.endpoint import Endpoint, pushback_seconds
+from bbopd.types import Rollout, SignalSpec
+
+__all__ = ["Item", "ScoreStream"]
+
+_GREETING_SECONDS = 30.0  # to say who it is and to accept a stream; a model is not asked for either
+_REFUSALS = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One rollout that is not answered yet, the ``place``-th of the source."""
+
+    place: int
+    rollout: Rollout
+    assembler: SignalAssembler
+    tokens: int
+    failures: int = 0
+    """Answers that were bad, and refusals that were not for want of room."""
+    breaks: int = 0
+    """Streams that broke on it, one after the other, without a row of it arriving."""
+    not_before: float = 0.0
+    failed_at: set[Endpoint] = field(default_factory=set)
+    sent_from: int = -1
+    """The row asked for first on its present stream; -1 where it is not sent."""
+
+
+class Owner(Protocol):
+    """What a stream needs of its session."""
+
+    want: SignalSpec
+    counters: Counter[str]
+
+    def has_work(self) -> bool: ...
+    def is_waiting_for_caller(self) -> bool: ...
+    def new_request_id(self) -> int: ...
+    def was_made(self, request_id: int) -> bool: ...
+    def take_rows(self) -> None: ...
+    def take_answer(self, item: Item) -> None: ...
+    def take_failure(self, endpoint: Endpoint, item: Item, error: TeacherError) -> None: ...
+    def take_back(self, endpoint: Endpoint, items: list[Item]) -> None: ...
+    def notify(self) -> None: ...
+    async def until(self, is_true: Callable[[], bool]) -> None: ...
+    def lost(self, what: str) -> TeacherError: ...
+
+
+class _BrokenError(Exception):
+    """The stream is of no more use; the replica may be."""
+
+
+class ScoreStream:
+    """Talks to one replica for one session.
+
+    Parameters
+    ----------
+    window : bytes of answers that may be on their way.
+    patience : seconds without a message, while answers are due, before the stream is given up.
+    inflight_tokens : tokens (prompts included) sent and not yet answered; a single longer rollout still goes, alone.
+    """
+
+    def __init__(self, endpoint: Endpoint, owner: Owner, *, window: int, patience: float, inflight_tokens: int) -> None:
+        self.endpoint = endpoint
+        self.endpoint.refusal = ""
+        self.limit = min(inflight_tokens, endpoint.info.max_request_tokens or inflight_tokens)
+        self._owner = owner
+        self._window = window
+        self._patience = patience
+        self._is_open = False
+        self._tokens = 0
+        self._items: dict[int, Item] = {}
+        self._unsent: list[tuple[int, int]] = []  # heap of (place, request number): what is sent goes in the order of the source
+        self._request_credit = 0
+        self._owed_credit = 0  # bytes read and not yet granted again
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_open and not self.endpoint.rest_seconds
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether an item may be given. After a failure items go one at a time, until one is answered."""
+        if self.endpoint.faults:
+            return not self._items
+        return self._tokens == 0 or self._tokens + tokens <= self.limit
+
+    def give(self, item: Item) -> None:
+        """Queue an item to be sent; the session's `notify`, in which it is given, wakes the sender."""
+        request_id = self._owner.new_request_id()
+        self._items[request_id] = item
+        self._tokens += item.tokens
+        self.endpoint.inflight_tokens += item.tokens
+        heapq.heappush(self._unsent, (item.place, request_id))
+
+    async def keep(self) -> None:
+        """Keep a stream open while there is work. Raises `TeacherError` where the replica is another teacher now."""
+        try:
+            while not self.endpoint.refusal:
+                await self._owner.until(self._owner.has_work)
+                await asyncio.sleep(self.endpoint.rest_seconds)
+                retry_after = 0.0
+                try:
+                    await self._use()
+                    trouble = "it ended the stream"
+                except grpc.aio.AioRpcError as error:
+                    trouble, retry_after = describe(error), pushback_seconds(error)
+                    if error.code() in _REFUSALS:
+                        self.endpoint.refusal = trouble
+                except _BrokenError as error:
+                    trouble = str(error)
+                self.endpoint.note_failure(trouble, retry_after)
+                self._owner.counters["reconnects"] += 1
+                self._owner.take_back(self.endpoint, self._release_all())
+        finally:
+            self._release_all()
+
+    async def _use(self) -> None:
+        """Open a stream and read until it ends or breaks, while another task writes."""
+        greeting_seconds = min(_GREETING_SECONDS, self._patience)
+        await self.endpoint.check_identity(greeting_seconds)
+        call = self.endpoint.stub.Score()
+        sender: asyncio.Task[None] | None = None
+        try:
+            try:
+                opening = pb.ScoreRequest(open=pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=self._window))
+                first = await asyncio.wait_for(_ask(call, opening), greeting_seconds)
+            except TimeoutError:
+                raise _BrokenError(f"it has not accepted a stream within {greeting_seconds:g} s") from None
+            if first is grpc.aio.EOF:
+                return
+            if first.WhichOneof("kind") != "accept" or first.accept.protocol_version != PROTOCOL_VERSION:
+                raise _BrokenError("it did not accept the stream: it speaks another protocol")
+            self._request_credit = first.accept.request_credit_bytes
+            self._owed_credit = 0
+            sender = asyncio.create_task(self._send(call))
+            self._is_open = True
+            self._owner.notify()
+            while (message := await self._read(call, sender)) is not grpc.aio.EOF:
+                self._take(message)
+        finally:
+            self._is_open = False
+            call.cancel()
+            if sender is not None:
+                sender.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
+
+    async def _send(self, call: Any) -> None:
+        """All writes of one stream: credits first, then items as the replica's credit allows."""
+        while True:
+            await self._owner.until(lambda: self._grantable() > 0 or (bool(self._unsent) and self._request_credit > 0))
+            if grant := self._grantable():
+                self._owed_credit = 0
+                await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=grant)))
+                continue
+            _, request_id = heapq.heappop(self._unsent)
+            item = self._items[request_id]
+            request = encode_item(request_id, item.rollout, self._owner.want, item.assembler.position)
+            self._request_credit -= len(request.item.token_ids.data) + len(request.item.candidate_ids.data)
+            item.sent_from = item.assembler.position
+            await call.write(request)
+
+    def _grantable(self) -> int:
+        """Bytes to grant now: in larger steps, and none while the caller leaves answers untaken."""
+        return self._owed_credit if self._owed_credit >= self._window // 8 and not self._owner.is_waiting_for_caller() else 0
+
+    async def _read(self, call: Any, sender: asyncio.Task[None]) -> Any:
+        """The next message. A caller that blocks the event loop does not count as silence of the replica."""
+        reading = asyncio.ensure_future(call.read())
+        poll = min(1.0, self._patience / 4)
+        silence = 0.0
+        try:
+            while True:
+                waits_for = {reading} if sender.done() else {reading, sender}
+                await asyncio.wait(waits_for, timeout=poll, return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    return reading.result()
+                if sender.done():
+                    _raise_unless_call_ended(sender)
+                is_due = bool(self._items) and not self._owner.is_waiting_for_caller()
+                silence = silence + poll if is_due else 0.0
+                if silence >= self._patience:
+                    raise _BrokenError(f"it has not answered for {self._patience:g} s")
+        finally:
+            if not reading.done():
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    # ------------------------------------------------------------ answers
+
+    def _take(self, message: pb.ScoreResponse) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "credit":
+            self._request_credit += message.credit.bytes
+        elif kind == "failure":
+            if self._is_asked(message.failure.request_id):
+                item = self._release(message.failure.request_id)
+                self._owner.take_failure(self.endpoint, item, decode_failure(message.failure))
+        elif kind == "chunk":
+            self._take_chunk(message.chunk)
+        else:
+            raise self._violation(f"it sent {kind or 'nothing'} in the middle of a stream")
+        self._owner.notify()
+
+    def _take_chunk(self, chunk: pb.SignalChunk) -> None:
+        self._owed_credit += min(payload_bytes(chunk), MESSAGE_BYTES)  # a shape may lie
+        if not self._is_asked(chunk.request_id):
+            return
+        item = self._items[chunk.request_id]
+        if chunk.weights_version != self.endpoint.info.weights_version:
+            raise self._owner.lost(
+                f"answered with weights version {chunk.weights_version}, at the start it had {self.endpoint.info.weights_version}: "
+                "it is another teacher now, and a run cannot change its teacher; begin a new run"
+            )
+        try:
+            item.assembler.add(chunk)
+        except BadAnswerError as error:
+            self._release(chunk.request_id)
+            self._owner.take_failure(self.endpoint, item, error)
+            return
+        item.breaks = 0
+        self._owner.take_rows()
+        if item.assembler.is_complete:
+            self._release(chunk.request_id)
+            self.endpoint.note_success()
+            self._owner.take_answer(item)
+
+    def _is_asked(self, request_id: int) -> bool:
+        """False for what still comes of an answer given up, or comes twice."""
+        if not self._owner.was_made(request_id):
+            raise self._violation(f"it answered request {request_id}, which was never made")
+        return request_id in self._items
+
+    def _violation(self, what: str) -> _BrokenError:
+        self._owner.counters["bad_answers"] += 1
+        return _BrokenError(what)
+
+    def _release(self, request_id: int) -> Item:
+        item = self._items.pop(request_id)
+        self._tokens -= item.tokens
+        self.endpoint.inflight_tokens -= item.tokens
+        if item.sent_from < 0:
+            self._unsent = [entry for entry in self._unsent if entry[1] != request_id]
+            heapq.heapify(self._unsent)
+        return item
+
+    def _release_all(self) -> list[Item]:
+        items = [self._release(request_id) for request_id in list(self._items)]
+        self._unsent.clear()
+        return items
+
+
+async def _ask(call: Any, request: pb.ScoreRequest) -> Any:
+    await call.write(request)
+    return await call.read()
+
+
+def _raise_unless_call_ended(sender: asyncio.Task[None]) -> None:
+    """Where writing failed because the call has ended, reading says why; anything else is ours to tell."""
+    error = sender.exception()
+    if error is not None and not isinstance(error, grpc.RpcError | asyncio.InvalidStateError):
+        raise error
