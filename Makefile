@@ -13,11 +13,12 @@ SEED ?= 0
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: demo test bench lint format wheel package sanitize clean help
+.PHONY: demo test fuzz bench lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
+	@echo "make fuzz    over a hundred thousand random messages against every decoder (minutes)"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -41,6 +42,9 @@ demo: $(PACKAGED)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+fuzz: $(DEVELOPED)
+	$(BIN)/python -m pytest -q -m thorough tests
 
 $(BENCHED): $(DEVELOPED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
