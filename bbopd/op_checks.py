@@ -26,8 +26,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
             f"{who}hidden has {hidden.shape[1]} features a token and {who}weight {weight.shape[1]}: weight must be [vocabulary, hidden], "
             "as in lm_head.weight"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{who}weight has no rows: the vocabulary is empty")
     same_device(hidden, f"{who}weight", weight)
     if bias is not None:
         check_tensor(f"{who}bias", bias, 1, rows=weight.shape[0], rows_of="the vocabulary")
@@ -43,8 +41,25 @@ def check_engine(impl: str, engines: Sequence[str]) -> None:
         raise ValueError(f"impl is {impl!r}: this build has auto, {', '.join(engines)}")
 
 
+def check_process_group(group: object) -> None:
+    from torch.distributed import ProcessGroup
+
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}: give a torch.distributed.ProcessGroup that this process is a rank of, or None")
+
+
+def check_group(impl: str, vocab_size: int | None) -> None:
+    """Refuse what a vocabulary split over a group cannot have; the ranks' sizes are compared once they are exchanged."""
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl is {impl!r}: a vocabulary that is split over a group has impl='reference', which 'auto' takes")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}: give the number of logits in use over all ranks, 1 or more")
+
+
 def check_vocab_size(vocab_size: int | None, available: int) -> int:
     """The number of logits in use: ``vocab_size``, or all of them."""
+    if available == 0:
+        raise ValueError("weight has no rows: the vocabulary is empty")
     if vocab_size is None:
         return available
     if not 1 <= vocab_size <= available:
@@ -70,11 +85,11 @@ def check_numbers(ce_weight: float, kd_weight: float, divergence: str, beta: flo
         raise ValueError(f"skew is {skew}: it must lie strictly between 0 and 1 (DistiLLM uses 0.1)")
 
 
-def check_teacher(teacher: OpTeacher, hidden: Tensor, weight: Tensor, vocab_size: int | None, temperature: float) -> None:
+def check_teacher(teacher: OpTeacher, hidden: Tensor, temperature: float) -> None:
     """Refuse a teacher whose tensors do not fit the student's, or that was asked at another temperature."""
     N = hidden.shape[0]
     if isinstance(teacher, FullTeacher):
-        _check_full(teacher, hidden, weight.shape[0], vocab_size)
+        _check_full(teacher, hidden)
     elif isinstance(teacher, (TopKTeacher, CandidateTeacher)):
         check_ids("teacher.ids", teacher.ids, hidden, 2)
         if teacher.ids.shape[1] == 0:
@@ -107,7 +122,7 @@ def check_teacher(teacher: OpTeacher, hidden: Tensor, weight: Tensor, vocab_size
         _check_mask("teacher.valid", teacher.valid, hidden)
 
 
-def _check_full(teacher: FullTeacher, hidden: Tensor, student_vocab: int, vocab_size: int | None) -> None:
+def _check_full(teacher: FullTeacher, hidden: Tensor) -> None:
     if (teacher.logits is None) == (teacher.hidden is None) or (teacher.hidden is None) != (teacher.weight is None):
         raise ValueError("FullTeacher takes logits, or hidden and weight: give exactly one of the two")
     if teacher.logits is not None:
@@ -115,14 +130,24 @@ def _check_full(teacher: FullTeacher, hidden: Tensor, student_vocab: int, vocab_
             raise ValueError("FullTeacher.bias, logit_scale and logit_softcap belong to hidden and weight: logits are taken as they are")
         check_tensor("teacher.logits", teacher.logits, 2, rows=hidden.shape[0])
         same_device(hidden, "teacher.logits", teacher.logits)
-        teacher_vocab = teacher.logits.shape[1]
     else:
         assert teacher.hidden is not None
         assert teacher.weight is not None
         check_head(teacher.hidden, teacher.weight, teacher.bias, teacher.logit_scale, teacher.logit_softcap, who="teacher.")
         check_tensor("teacher.hidden", teacher.hidden, 2, rows=hidden.shape[0])
         same_device(hidden, "teacher.hidden", teacher.hidden)
-        teacher_vocab = teacher.weight.shape[0]
+
+
+def vocabulary_of(logits: Tensor | None, weight: Tensor | None) -> int | None:
+    """How many tokens a full teacher knows of, from its logits [N, V] or weight [V, D]; None for other teachers."""
+    return logits.shape[1] if logits is not None else weight.shape[0] if weight is not None else None
+
+
+def check_teacher_vocabulary(teacher: OpTeacher | None, student_vocab: int, vocab_size: int | None) -> None:
+    """Refuse a full teacher of another vocabulary than the student's, but for padding."""
+    if not isinstance(teacher, FullTeacher):
+        return
+    teacher_vocab = vocabulary_of(teacher.logits, teacher.weight) or 0
     if vocab_size is None and teacher_vocab != student_vocab:
         raise ValueError(
             f"teacher vocabulary has {teacher_vocab} entries, the student's {student_vocab}: where the "

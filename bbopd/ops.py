@@ -81,7 +81,13 @@ def linear_distill(
     normalizer : (ce_tokens, kd_tokens) or one number, optional
         Divides the sums instead of this call's own counts, so that micro-batches and ranks add up to one mean.
     group : ProcessGroup, optional
-        Ranks over which ``weight`` is split by vocabulary; this build does not do that.
+        Ranks over which the vocabulary is split, in their order: each passes its own rows of ``weight`` and ``bias`` (sizes may differ, and
+        be 0) and, of a `FullTeacher`, its own columns of ``logits``, or rows of ``weight`` and ``bias``, cut at the same ids. All else is
+        the same on every rank: the tokens, ids and labels of the whole vocabulary, ``vocab_size`` counted over all. So are the results and
+        the gradient of ``hidden``, which is complete: do not add it up again. The gradients of weight and bias are the rank's own. What
+        one rank refuses raises on every one. The sizes are exchanged in every call, so a GPU is waited for unless the group has a CPU
+        backend as well. Ranks with different tokens (data parallel) are not this: they pass ``group=None``, and as ``normalizer`` the
+        counts of all ranks together, so that their gradients add up to the mean.
     check : bool, optional
         Check values on a GPU as well, which waits for it. On a CPU they always are.
     impl : str
@@ -99,32 +105,38 @@ def linear_distill(
     Raises
     ------
     ValueError
-        Shapes, dtypes, devices, temperatures, names or values that do not fit.
-    NotImplementedError
-        ``group`` was given.
+        Shapes, dtypes, devices, temperatures, names or values that do not fit, here or on another rank of ``group``.
     RuntimeError
         A second derivative was asked for, in backward.
     """
-    kernel = _triton_engine("distill") if impl == "triton" else None
-    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
     if group is not None:
-        raise NotImplementedError(
-            "group: vocabulary-parallel weights are not in this build; pass the whole weight on every rank, and group=None"
-        )
-    op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
-    op_checks.check_vocab_size(vocab_size, weight.shape[0])
-    op_checks.check_temperature(temperature)
-    op_checks.check_numbers(ce_weight, kd_weight, divergence, beta, skew)
-    if labels is not None:
-        op_checks.check_ids("labels", labels, hidden, 1)
-    if token_weight is not None:
-        op_checks.check_token_weight(token_weight, hidden)
-    if teacher is not None:
-        op_checks.check_teacher(teacher, hidden, weight, vocab_size, temperature)
-    elif labels is None:
-        raise ValueError("neither a teacher nor labels were given: there is nothing to learn from")
+        op_checks.check_process_group(group)
+    try:
+        kernel = _triton_engine("distill") if impl == "triton" else None
+        op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
+        op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
+        op_checks.check_temperature(temperature)
+        op_checks.check_numbers(ce_weight, kd_weight, divergence, beta, skew)
+        if labels is not None:
+            op_checks.check_ids("labels", labels, hidden, 1)
+        if token_weight is not None:
+            op_checks.check_token_weight(token_weight, hidden)
+        if teacher is not None:
+            op_checks.check_teacher(teacher, hidden, temperature)
+        elif labels is None:
+            raise ValueError("neither a teacher nor labels were given: there is nothing to learn from")
+        if group is None:
+            op_checks.check_vocab_size(vocab_size, weight.shape[0])
+            op_checks.check_teacher_vocabulary(teacher, weight.shape[0], vocab_size)
+        else:
+            op_checks.check_group(impl, vocab_size)
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            reference.refuse(group, error)  # the other ranks would wait for this one
+        raise
     of_teacher = (teacher.logits, teacher.hidden, teacher.weight, teacher.bias) if isinstance(teacher, FullTeacher) else ()
-    engine = kernel or (cpu_distill if _takes_cpu(impl, hidden, weight, bias, *of_teacher) else reference)
+    on_cpu = group is None and _takes_cpu(impl, hidden, weight, bias, *of_teacher)
+    engine = kernel or (cpu_distill if on_cpu else reference)
     return engine.linear_distill(
         hidden,
         weight,
@@ -144,6 +156,7 @@ def linear_distill(
         token_weight=token_weight,
         ignore_index=ignore_index,
         normalizer=normalizer,
+        group=group,
         check=check,
     )
 

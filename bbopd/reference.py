@@ -9,8 +9,7 @@ that ``torch.compile`` sees one opaque node of each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,14 @@ from bbopd import op_checks
 from bbopd.reference_distill import METRICS, Distillation, head_of, run
 from bbopd.reference_logprobs import linear_logprobs
 from bbopd.reference_math import RATIO_CAP
+from bbopd.reference_tokens import TokenWeights, check_values
+from bbopd.reference_vocabulary import WHOLE, Shard, Whole, describe, refuse
 from bbopd.types import CandidateTeacher, DistillLoss, FullTeacher, OpTeacher, SampledTeacher, TopKTeacher
 
-__all__ = ["linear_distill", "linear_logprobs"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["linear_distill", "linear_logprobs", "refuse"]
 
 
 def linear_distill(
@@ -53,6 +57,7 @@ def linear_distill_with(
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
     normalizer: tuple[float | Tensor, float | Tensor] | float | Tensor | None = None,
+    group: ProcessGroup | None = None,
     check: bool | None = None,
 ) -> DistillLoss:
     """Call a registered op of an engine; ``memory`` is its last argument, 0 for what the engine finds good."""
@@ -82,12 +87,13 @@ def linear_distill_with(
         logit_softcap,
         full.logit_scale,
         full.logit_softcap,
-        vocab_size or weight.shape[0],
+        vocab_size or (weight.shape[0] if group is None else 0),
         ignore_index,
         bool(check) or hidden.device.type == "cpu",
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
+        None if group is None else group.group_name,
         memory,
     )
     named = dict(zip(METRICS, metrics.detach().unbind(), strict=True))
@@ -127,91 +133,9 @@ def _flatten_teacher(teacher: OpTeacher | None) -> tuple[str, tuple[Tensor | Non
 
 
 def pad_vocabulary(grad: Tensor, rows: int) -> Tensor:
-    """A gradient with zeros for the logits that are padding; an empty one stays empty."""
+    """A gradient with zeros for the logits that are padding."""
     missing = rows - grad.shape[0]
-    return torch.nn.functional.pad(grad, (0, 0) * (grad.dim() - 1) + (0, missing)) if grad.numel() and missing else grad
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenWeights:
-    """Which tokens count, and by how much: dloss/dCE and dloss/dKD of each, in the compute dtype."""
-
-    ce: Tensor  # [N]
-    kd: Tensor  # [N]
-    has_label: Tensor  # [N] bool
-    signal: Tensor  # [N] bool
-    counts: Tensor  # [2] tokens with a label, tokens with a signal
-    t2: float
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        labels: Tensor | None,
-        token_weight: Tensor | None,
-        normalizer: Tensor | None,
-        valid: Tensor | None,
-        weights: Tensor,
-        kind: str,
-        temperature: float,
-        t2_scaling: bool,
-        ignore_index: int,
-        dtype: torch.dtype,
-    ) -> TokenWeights:
-        N, device = hidden.shape[0], hidden.device
-        has_label_N = torch.zeros(N, dtype=torch.bool, device=device) if labels is None else labels != ignore_index
-        signal_N = valid if valid is not None else torch.full((N,), kind != "none", device=device)
-        counts_2 = torch.stack([has_label_N.sum(), signal_N.sum()]).to(dtype)
-        norm_2 = counts_2 if normalizer is None else normalizer.to(dtype)
-        norm_2 = torch.where(norm_2 > 0, norm_2, 1.0)
-        weight_N = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(dtype)
-        weights = weights.to(dtype)
-        t2 = temperature**2 if t2_scaling else 1.0
-        ce_N = torch.where(has_label_N, weight_N * (weights[0] / norm_2[0]), 0.0)
-        kd_N = torch.where(signal_N, weight_N * (weights[1] * t2 / norm_2[1]), 0.0)
-        return cls(ce_N, kd_N, has_label_N, signal_N, counts_2, t2)
-
-    def metrics(self, kind: str, floored_N: Tensor, extra_N: Tensor | None, ratio_N: Tensor, ratio_cap: float) -> Tensor:
-        """The metrics in the order of `METRICS`."""
-        dtype, signals = self.counts.dtype, self.counts[1].clamp(min=1.0)
-        tail = torch.zeros_like(signals)
-        if kind == "topk" and extra_N is not None:
-            tail = torch.where(self.signal, extra_N.exp(), 0.0).sum() / signals
-        ratio = torch.where(self.signal, ratio_N, 0.0).sum() / signals
-        capped = (ratio_N > ratio_cap).sum().to(dtype)
-        return torch.stack([self.counts[0], self.counts[1], floored_N.sum().to(dtype), tail, ratio, capped])
-
-
-def check_values(
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    valid: Tensor | None,
-    ids: Tensor | None,
-    logprobs: Tensor | None,
-    extra: Tensor | None,
-    kind: str,
-    vocab_size: int,
-    ignore_index: int,
-) -> None:
-    if labels is not None:
-        op_checks.check_id_values("labels", labels, vocab_size, empty=ignore_index)
-    if token_weight is not None:
-        op_checks.check_finite("token_weight", token_weight)
-    if normalizer is not None:
-        op_checks.check_normalizer(normalizer)
-    if ids is None or logprobs is None or extra is None:
-        return
-    if kind == "topk":
-        op_checks.check_id_values(
-            "teacher.ids", ids if valid is None else ids.masked_fill(~valid[:, None], -1), vocab_size, empty=-1, unique=True
-        )
-        op_checks.check_distribution(ids, logprobs, extra, valid)
-    else:
-        used = slice(None) if valid is None else valid
-        op_checks.check_id_values("teacher.token_ids", ids[used], vocab_size)
-        op_checks.check_finite("teacher.logprobs", logprobs[used])
-        op_checks.check_finite("teacher.behavior_logprobs", extra[used])
+    return torch.nn.functional.pad(grad, (0, 0) * (grad.dim() - 1) + (0, missing)) if missing else grad
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -281,13 +205,57 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
         needs_hidden: bool,
         needs_weight: bool,
         needs_bias: bool,
+        group: str | None,
         memory: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dtype = compute_dtype(hidden, weight)
-        N, device, V = hidden.shape[0], hidden.device, vocab_size
-        if check:
-            check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, V, ignore_index)
+        N, device, V, total = hidden.shape[0], hidden.device, vocab_size, vocab_size
+        vocabulary: Whole = WHOLE
+        shared: dict[str, Tensor | None] = {}
+        if group is not None:
+            shared = {
+                "hidden": hidden,
+                "labels": labels,
+                "token_weight": token_weight,
+                "normalizer": normalizer,
+                "(ce_weight, kd_weight)": weights,
+                "teacher.valid": valid,
+                "teacher.hidden": teacher_hidden,
+                "teacher.ids": ids,
+                "teacher.logprobs": logprobs,
+                "teacher.log_tail or behavior_logprobs": extra,
+            }
+            own = {
+                "weight": weight,
+                "bias": bias,
+                "teacher.logits": teacher_logits,
+                "teacher.weight": teacher_weight,
+                "teacher.bias": teacher_bias,
+            }
+            options = {
+                "the kind of teacher": kind,
+                "divergence": divergence,
+                "temperature": temperature,
+                "beta": beta,
+                "skew": skew,
+                "t2_scaling": t2_scaling,
+                "logit_scale": logit_scale,
+                "logit_softcap": logit_softcap,
+                "teacher.logit_scale": teacher_scale,
+                "teacher.logit_softcap": teacher_softcap,
+                "ignore_index": ignore_index,
+                "check": check,
+                "hidden.requires_grad": needs_hidden,
+                "chunk_tokens": memory,
+            }
+            rows = weight.shape[0], op_checks.vocabulary_of(teacher_logits, teacher_weight)
+            shard = Shard.agree(group, *rows, vocab_size, options | describe(shared, own))
+            vocabulary, V, total = shard, shard.columns, shard.total
         with torch.autocast(device.type, enabled=False):
+            if check:
+                vocabulary.check(
+                    lambda: check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, total, ignore_index), shared
+                )
             factors = TokenWeights.of(
                 hidden, labels, token_weight, normalizer, valid, weights, kind, temperature, t2_scaling, ignore_index, dtype
             )
@@ -306,6 +274,7 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
             case = Distillation(
                 student=head_of(hidden, weight, bias, logit_scale, logit_softcap, V),
                 rows=weight.shape[0],
+                vocabulary=vocabulary,
                 teacher=teacher,
                 ids=ids_NK,
                 logprobs=logprobs_NK,
@@ -330,13 +299,14 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
             dH_ND, dW_VD, db_V = run(case, needs_hidden, needs_weight, needs_bias, memory)
             loss = (factors.ce * case.ce).sum() + (factors.kd * case.kd).sum()
             metrics = factors.metrics(kind, case.floored, extra_N, case.ratio, RATIO_CAP)
-        dW_VD, db_V = pad_vocabulary(dW_VD, weight.shape[0]), pad_vocabulary(db_V, weight.shape[0])
+        dW_VD = pad_vocabulary(dW_VD, weight.shape[0]) if needs_weight else dW_VD
+        db_V = pad_vocabulary(db_V, weight.shape[0]) if needs_bias else db_V
         return loss, case.ce, t2 * case.kd, metrics, dH_ND, dW_VD, db_V
 
     @linear_distill_op.register_fake
     def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         dtype = compute_dtype(hidden, weight)
-        needs_hidden, needs_weight, needs_bias = rest[-4:-1]
+        needs_hidden, needs_weight, needs_bias = rest[-5:-2]
         empty = hidden.new_empty
         return (
             empty((), dtype=dtype),

@@ -15,12 +15,16 @@ from bbopd import op_checks
 from bbopd.reference_math import (
     LOG_P_FLOOR,
     RATIO_CAP,
+    Shares,
     divergence,
-    softmax_in_place,
+    divergence_shares,
+    exponentials,
+    normalise,
     support_log_probs,
     take_support,
-    teacher_log_softmax,
+    temper_teacher,
 )
+from bbopd.reference_vocabulary import Whole
 from bbopd.types import Divergence
 
 METRICS = {
@@ -49,6 +53,9 @@ class Head:
         return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def write_logits(self, rows: slice, z_nV: Tensor) -> None:
+        if self.weight.shape[0] == 0:  # a rank without a token of its own: one that has no probability stands in
+            z_nV.fill_(-torch.inf)
+            return
         hidden_nD = self.hidden[rows].to(z_nV.dtype)
         if self.bias is None:
             torch.mm(hidden_nD, self.weight.t(), out=z_nV)
@@ -77,6 +84,7 @@ class Distillation:
 
     student: Head
     rows: int  # of the whole weight: V, and padding
+    vocabulary: Whole  # of which V is all, or a part
     teacher: Head | Tensor | None  # a full teacher: its head, or its logits [N, V]
     ids: Tensor | None  # [N, K] the teacher's support, or [N, 1] the sampled tokens
     logprobs: Tensor | None  # [N, K]
@@ -110,61 +118,76 @@ class Distillation:
             z_nV.mul_(slope_nV)
 
     def _dense_block(self, z_nV: Tensor, teacher_nV: Tensor | None, rows: slice, needs_grad: bool) -> None:
-        label_n1 = self.label_ids(rows)
-        label_z_n1 = z_nV.gather(1, label_n1)
-        log_q_nV = z_nV * (1.0 / self.temperature)  # as for the teacher, so that equal logits give a divergence of 0
-        q_nV = torch.empty_like(z_nV)
-        max_n1, lse_n1 = softmax_in_place(log_q_nV, q_nV)
+        vocabulary, label_n1 = self.vocabulary, self.label_ids(rows)
+        label_z_n1 = vocabulary.gather(z_nV, label_n1)
+        log_probs = [z_nV * (1.0 / self.temperature)]  # as for the teacher, so that equal logits give a divergence of 0
+        if teacher_nV is not None:
+            if self.mask_rows:
+                teacher_nV.masked_fill_(~self.signal[rows, None], 0.0)
+            log_probs.append(temper_teacher(teacher_nV, self.temperature))
+        probs = [torch.empty_like(u_nV) for u_nV in log_probs]
+        maxima = vocabulary.max(*(u_nV.amax(1, keepdim=True) for u_nV in log_probs))
+        softmaxes = list(zip(log_probs, maxima, probs, strict=True))
+        label_z_n1, *sums = vocabulary.sum(label_z_n1, *(exponentials(*softmax) for softmax in softmaxes))
+        lses = [max_n1 + normalise(u_nV, p_nV, sum_n1) for (u_nV, max_n1, p_nV), sum_n1 in zip(softmaxes, sums, strict=True)]
+        log_q_nV, q_nV, max_n1, lse_n1 = log_probs[0], probs[0], maxima[0], lses[0]
         self.check_student(lse_n1, rows)
-        grad_nV: Tensor | None = None
+
+        shares = floored_n = id_log_q_n1 = power_sum_n1 = None
         if self.is_sampled:
-            grad_nV = self._sampled_grad(log_q_nV, q_nV, rows)
+            assert self.ids is not None
+            id_log_q_n1 = vocabulary.gather(log_q_nV, self.ids[rows])
         elif teacher_nV is not None:
-            grad_nV = self._full_kd(teacher_nV, log_q_nV, q_nV, rows)
+            if self.check:
+                op_checks.check_teacher_rows(lses[1][:, 0], rows.start)
+            floored_n = self._floored(teacher_nV, log_q_nV)
+            shares = divergence_shares(teacher_nV, log_q_nV, probs[1], q_nV, self.divergence, self.beta, self.skew)
+        if self.labels is not None and self.temperature != 1.0:
+            # exponentials at temperature 1, from the probabilities at T where that is free: exp(z) = exp(z/2)^2
+            if self.temperature == 2.0:
+                torch.mul(q_nV, q_nV, out=z_nV)
+            else:
+                z_nV.sub_(max_n1 * self.temperature).exp_()
+            power_sum_n1 = z_nV.sum(1, keepdim=True)
+        kd_n, mean_n = (None, None) if shares is None else (shares.kd, shares.mean)
+        kd_n, mean_n, floored_n, id_log_q_n1, power_sum_n1 = vocabulary.sum(kd_n, mean_n, floored_n, id_log_q_n1, power_sum_n1)
+        grad_nV: Tensor | None = None
+        if id_log_q_n1 is not None:
+            grad_nV = self._sampled_grad(id_log_q_n1, q_nV, rows)
+        elif shares is not None:
+            grad_nV = self._full_grad(shares, kd_n, mean_n, floored_n, q_nV, rows)
         if self.labels is None:
             if grad_nV is None:
                 z_nV.zero_()
             else:
                 torch.mul(grad_nV, self.kd_grad[rows], out=z_nV)
             return
-        # softmax at temperature 1, from the one at T where that is free: exp(z) = exp(z/2)^2
+        sum_n1 = torch.ones_like(lse_n1) if power_sum_n1 is None else power_sum_n1
         if self.temperature == 1.0:
             z_nV.copy_(q_nV)
-            sum_n1, lse_n1 = torch.ones_like(lse_n1), lse_n1
-        elif self.temperature == 2.0:
-            torch.mul(q_nV, q_nV, out=z_nV)
-            sum_n1 = z_nV.sum(1, keepdim=True)
-            lse_n1 = 2.0 * lse_n1 + sum_n1.log()
         else:
-            max_n1 = max_n1 * self.temperature
-            z_nV.sub_(max_n1).exp_()
-            sum_n1 = z_nV.sum(1, keepdim=True)
-            lse_n1 = max_n1 + sum_n1.log()
+            lse_n1 = 2.0 * lse_n1 if self.temperature == 2.0 else max_n1 * self.temperature
+            lse_n1 = lse_n1 + sum_n1.log()
         self.fill_ce(lse_n1 - label_z_n1, rows)
         if needs_grad:
             z_nV.mul_(self.ce_grad[rows] / sum_n1)
             if grad_nV is not None:
                 z_nV.addcmul_(grad_nV, self.kd_grad[rows])
-            self._subtract_label(z_nV, label_n1, rows)
+            vocabulary.add(z_nV, label_n1, -self.ce_grad[rows])
 
-    def _full_kd(self, teacher_nV: Tensor, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
-        if self.mask_rows:
-            teacher_nV.masked_fill_(~self.signal[rows, None], 0.0)
-        p_nV = torch.empty_like(teacher_nV)
-        lse_n1 = teacher_log_softmax(teacher_nV, self.temperature, p_nV)
-        if self.check:
-            op_checks.check_teacher_rows(lse_n1[:, 0], rows.start)
-        self._count_floored(teacher_nV, log_q_nV, rows)
-        kd_n, grad_nV = divergence(teacher_nV, log_q_nV, p_nV, q_nV, self.divergence, self.beta, self.skew)
+    def _full_grad(
+        self, shares: Shares, kd_n: Tensor, mean_n: Tensor | None, floored_n: Tensor | None, q_nV: Tensor, rows: slice
+    ) -> Tensor:
         self.kd[rows] = torch.where(self.signal[rows], kd_n, 0.0)
-        return grad_nV
+        self._fill_floored(floored_n, rows)
+        return shares.gradient(mean_n, q_nV)
 
-    def _sampled_grad(self, log_q_nV: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
+    def _sampled_grad(self, log_q_n1: Tensor, q_nV: Tensor, rows: slice) -> Tensor:
         assert self.ids is not None
-        ids_n1 = self.ids[rows]
-        kd_n1 = self.sampled_kd(log_q_nV.gather(1, ids_n1), rows)
+        kd_n1 = self.sampled_kd(log_q_n1, rows)
         grad_nV = torch.mul(q_nV, -kd_n1)
-        return grad_nV.scatter_(1, ids_n1, grad_nV.gather(1, ids_n1) + kd_n1)
+        self.vocabulary.add(grad_nV, self.ids[rows], kd_n1)
+        return grad_nV
 
     def sampled_kd(self, log_q_n1: Tensor, rows: slice) -> Tensor:
         """Reverse KL by policy gradient: ``-min(q/q_old, cap) (log p - log q_old)`` from ``log q`` of the sampled tokens, [n, 1].
@@ -183,14 +206,22 @@ class Distillation:
 
     def _support_block(self, z_nV: Tensor, rows: slice, needs_grad: bool) -> None:
         assert self.ids is not None
-        label_n1 = self.label_ids(rows)
-        label_z_n1 = z_nV.gather(1, label_n1)
-        support = take_support(z_nV, self.ids[rows])
+        vocabulary, label_n1 = self.vocabulary, self.label_ids(rows)
+        label_z_n1 = vocabulary.gather(z_nV, label_n1)
+        support = take_support(z_nV, self.ids[rows], vocabulary)
         off_nV = torch.sub(z_nV, support.off_max)
         if self.temperature != 1.0:
             off_nV.mul_(1.0 / self.temperature)
         off_nV.exp_()
-        off_sum_n1 = off_nV.sum(1, keepdim=True)
+        off_sum_n1, power_sum_n1 = off_nV.sum(1, keepdim=True), None
+        if self.labels is not None and self.temperature != 1.0:
+            if self.temperature == 2.0:
+                torch.mul(off_nV, off_nV, out=z_nV)
+            else:
+                z_nV.sub_(support.off_max).exp_()
+            power_sum_n1 = z_nV.sum(1, keepdim=True)
+        off_sum_n1, power_sum_n1, label_z_n1, values_nK = vocabulary.sum(off_sum_n1, power_sum_n1, label_z_n1, support.values)
+        support = replace(support, values=values_nK)
         log_q_nC, lse_n1 = support_log_probs(support, off_sum_n1, self.temperature)
         self.check_student(lse_n1, rows)
 
@@ -201,13 +232,7 @@ class Distillation:
             torch.mul(off_nV, tail_n1, out=z_nV)
             support.scatter(z_nV, grad_nC[:, :-1])
             return
-        if self.temperature == 1.0:
-            power_nV = off_nV
-        elif self.temperature == 2.0:
-            power_nV = torch.mul(off_nV, off_nV, out=z_nV)
-        else:
-            power_nV = z_nV.sub_(support.off_max).exp_()
-        log_q1_nC, lse_n1 = support_log_probs(support, power_nV.sum(1, keepdim=True), 1.0)
+        log_q1_nC, lse_n1 = support_log_probs(support, off_sum_n1 if power_sum_n1 is None else power_sum_n1, 1.0)
         self.fill_ce(lse_n1 - label_z_n1, rows)
         if needs_grad:
             ce_grad_n1 = self.ce_grad[rows]
@@ -217,7 +242,7 @@ class Distillation:
             else:
                 z_nV.mul_(off_ce_n1).addcmul_(off_nV, tail_n1)
             support.scatter(z_nV, grad_nC[:, :-1].addcmul_(log_q1_nC[:, :-1].exp(), ce_grad_n1))
-            self._subtract_label(z_nV, label_n1, rows)
+            vocabulary.add(z_nV, label_n1, -ce_grad_n1)
 
     def support_kd(self, log_q_nC: Tensor, rows: slice) -> Tensor:
         """Fill in the divergence of ``rows`` on their supports and tails; its gradient by the products of the logits, [n, C]."""
@@ -232,7 +257,7 @@ class Distillation:
         log_p_nC -= log_p_nC.logsumexp(1, keepdim=True)
         carries_n = self.signal[rows] & has_ids_n  # without any id the one bucket is everything, and its divergence 0
         log_p_nC = torch.where(carries_n[:, None], log_p_nC, log_q_nC)
-        self._count_floored(log_p_nC, log_q_nC, rows)
+        self._fill_floored(self._floored(log_p_nC, log_q_nC), rows)
         kd_n, grad_nC = divergence(log_p_nC, log_q_nC, log_p_nC.exp(), log_q_nC.exp(), self.divergence, self.beta, self.skew)
         self.kd[rows] = torch.where(carries_n, kd_n, 0.0)
         return torch.where(carries_n[:, None], grad_nC, 0.0) * self.kd_grad[rows]
@@ -246,12 +271,11 @@ class Distillation:
     def fill_ce(self, ce_n1: Tensor, rows: slice) -> None:
         self.ce[rows] = torch.where(self.has_label[rows], ce_n1[:, 0], 0.0)
 
-    def _subtract_label(self, z_nV: Tensor, label_n1: Tensor, rows: slice) -> None:
-        z_nV.scatter_(1, label_n1, z_nV.gather(1, label_n1) - self.ce_grad[rows])
+    def _floored(self, log_p_nC: Tensor, log_q_nC: Tensor) -> Tensor | None:
+        return ((log_p_nC < LOG_P_FLOOR) & (log_q_nC > -torch.inf)).sum(1) if self.divergence == "reverse_kl" else None
 
-    def _count_floored(self, log_p_nC: Tensor, log_q_nC: Tensor, rows: slice) -> None:
-        if self.divergence == "reverse_kl":
-            floored_n = ((log_p_nC < LOG_P_FLOOR) & (log_q_nC > -torch.inf)).sum(1)
+    def _fill_floored(self, floored_n: Tensor | None, rows: slice) -> None:
+        if floored_n is not None:
             self.floored[rows] = torch.where(self.signal[rows], floored_n, 0)
 
     def check_student(self, lse_n1: Tensor, rows: slice) -> None:
@@ -265,13 +289,16 @@ def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: 
     student = case.student = case.student.to(dtype)
     teacher = case.teacher.to(dtype) if isinstance(case.teacher, Head) else case.teacher
     N, V = student.hidden.shape[0], student.weight.shape[0]
-    chunk, block = chunk_rows(V, device)
+    widest = case.vocabulary.widest
+    chunk, block = chunk_rows(widest or V, device)
     chunk = min(chunk_tokens or chunk, max(N, 1))
+    if widest is not None:  # each block is reduced over the ranks: few and large ones
+        block = chunk
     dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=dtype, device=device)
     dW_VD = torch.zeros(student.weight.shape if needs_weight else (0,), dtype=dtype, device=device)
     db_V = torch.zeros((V,) if needs_bias else (0,), dtype=dtype, device=device)
     needs_grad = needs_hidden or needs_weight or needs_bias
-    buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
+    buffer_nV = torch.empty(chunk, max(V, 1), dtype=dtype, device=device)
     teacher_nV = torch.empty_like(buffer_nV) if isinstance(teacher, Head) else None
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
@@ -286,14 +313,17 @@ def run(case: Distillation, needs_hidden: bool, needs_weight: bool, needs_bias: 
             if teacher_nV is not None:
                 teacher_block = teacher_nV[local]
             elif isinstance(teacher, Tensor):
-                teacher_block = teacher[part, :V].to(dtype, copy=True)
+                teacher_block = teacher[part, :V].to(dtype, copy=True) if V else torch.full_like(z_nV[local], -torch.inf)
             else:
                 teacher_block = None
             case.block(z_nV[local], teacher_block, part, needs_grad)
+        z_nV = z_nV[:, :V]
         if needs_hidden:
             torch.mm(z_nV, student.weight, out=dH_ND[rows])
         if needs_weight:
             dW_VD.addmm_(z_nV.t(), student.hidden[rows].to(dtype))
         if needs_bias:
             db_V += z_nV.sum(0)
+    if needs_hidden:
+        case.vocabulary.sum_in_place(dH_ND)
     return dH_ND, dW_VD, db_V

@@ -1,5 +1,7 @@
 """The mathematics of one block of rows: softmax, split support, the five divergences, cross-entropy.
 
+Each sum over the vocabulary is a step of its own, so that a rank that holds a part of the columns can add up with the others between.
+
 Shape suffixes: ``n`` rows of a block, ``V`` vocabulary, ``K`` ids of a support, ``C`` classes of a distribution (``V``, or ``K + 1``
 with the tail bucket). Everything is in the compute dtype (float32, or float64) and in nats. No function here
 synchronises with a GPU. docs/objective.md derives the formulas.
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bbopd.reference_vocabulary import WHOLE, Whole
 from bbopd.types import Divergence
 
 LOG_P_FLOOR = -30.0
@@ -31,33 +34,61 @@ def softmax_in_place(u_nV: Tensor, prob_nV: Tensor) -> tuple[Tensor, Tensor]:
     Returns the row maximum and the logsumexp of the logits that came in, both [n, 1].
     """
     max_n1 = u_nV.amax(1, keepdim=True)
+    sum_n1 = exponentials(u_nV, max_n1, prob_nV)
+    return max_n1, max_n1 + normalise(u_nV, prob_nV, sum_n1)
+
+
+def exponentials(u_nV: Tensor, max_n1: Tensor, prob_nV: Tensor) -> Tensor:
+    """Subtract the row maximum from ``u_nV`` in place, write exponentials to ``prob_nV``; their sums over these columns [n, 1]."""
     u_nV.sub_(max_n1)
     torch.exp(u_nV, out=prob_nV)
-    sum_n1 = prob_nV.sum(1, keepdim=True)
+    return prob_nV.sum(1, keepdim=True)
+
+
+def normalise(u_nV: Tensor, prob_nV: Tensor, sum_n1: Tensor) -> Tensor:
+    """Make log-probabilities and probabilities of what `exponentials` left, in place; the logarithm of the sum over all columns."""
     log_sum_n1 = sum_n1.log()
     u_nV.sub_(log_sum_n1)
     prob_nV.div_(sum_n1)
-    return max_n1, max_n1 + log_sum_n1
+    return log_sum_n1
 
 
-def teacher_log_softmax(logits_nV: Tensor, temperature: float, prob_nV: Tensor) -> Tensor:
-    """Log-softmax at ``temperature`` of teacher logits, in place; returns their logsumexp [n, 1].
-
-    A logit of -inf is a masked token; one of +inf takes all the mass.
-    """
+def temper_teacher(logits_nV: Tensor, temperature: float) -> Tensor:
+    """Teacher logits over ``temperature``, in place. One of -inf is a masked token; one of +inf takes all the mass."""
     logits_nV.clamp_(max=_INFINITY_STAND_IN)
-    if temperature != 1.0:
-        logits_nV.mul_(1.0 / temperature)
-    return softmax_in_place(logits_nV, prob_nV)[1]
+    return logits_nV if temperature == 1.0 else logits_nV.mul_(1.0 / temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What some columns contribute to a divergence of rows that each sum to 1; what is [n] is to be summed over all columns."""
+
+    kd: Tensor  # [n]
+    qh: Tensor  # [n, C] the gradient by the student's logits u, q = softmax(u), but for its mean and factor
+    mean: Tensor | None  # [n] sum of qh; None where it is 0 (forward KL)
+    factor: float = 1.0
+
+    def gradient(self, mean_n: Tensor | None, q_nC: Tensor) -> Tensor:
+        """By the student's logits, ``factor * (qh - q mean)`` [n, C], in place of ``qh``; ``mean_n`` over all columns."""
+        if mean_n is None:
+            return self.qh
+        grad_nC = self.qh.addcmul_(q_nC, mean_n[:, None], value=-1.0)
+        return grad_nC if self.factor == 1.0 else grad_nC.mul_(self.factor)
 
 
 def divergence(
     log_p_nC: Tensor, log_q_nC: Tensor, p_nC: Tensor, q_nC: Tensor, name: Divergence, beta: float, skew: float
 ) -> tuple[Tensor, Tensor]:
-    """A divergence of rows that each sum to 1, and its gradient by the student's logits ``u`` (``q = softmax(u)``).
+    """A divergence of rows that each sum to 1 here, [n], and its gradient by the student's logits, [n, C]; as `divergence_shares`."""
+    shares = divergence_shares(log_p_nC, log_q_nC, p_nC, q_nC, name, beta, skew)
+    return shares.kd, shares.gradient(shares.mean, q_nC)
 
-    Returns ``kd`` [n] and ``grad`` [n, C]. Overwrites ``log_p_nC``. Every sum is over terms that vanish to second order as q nears
-    p, so that the result is exact to rounding near 0, and non-negative.
+
+def divergence_shares(log_p_nC: Tensor, log_q_nC: Tensor, p_nC: Tensor, q_nC: Tensor, name: Divergence, beta: float, skew: float) -> Shares:
+    """What these columns contribute to a divergence and its gradient.
+
+    Overwrites ``log_p_nC``. Every sum is over terms that vanish to second order as q nears p, so that the result is exact to rounding
+    near 0, and non-negative.
     """
     if name == "reverse_kl":
         log_p_nC = log_p_nC.clamp_(min=LOG_P_FLOOR)
@@ -66,42 +97,37 @@ def divergence(
     if name == "reverse_kl":
         # KL(q||p) = sum (p - q) - q d;  dKL/du = q (-d - sum q (-d))
         grad_nC = torch.mul(q_nC, d_nC).neg_()
-        kd_n = (grad_nC - _difference(p_nC, q_nC, d_nC)).sum(1)
-        return kd_n, grad_nC.addcmul_(q_nC, grad_nC.sum(1, keepdim=True), value=-1.0)
+        return Shares((grad_nC - _difference(p_nC, q_nC, d_nC)).sum(1), grad_nC, grad_nC.sum(1))
     if name == "forward_kl":
         # KL(p||q) = sum (q - p) + p d;  dKL/du = q - p
         gap_nC = _difference(p_nC, q_nC, d_nC)
-        kd_n = torch.mul(p_nC, d_nC).add_(gap_nC).sum(1)
-        return kd_n, gap_nC
+        return Shares(torch.mul(p_nC, d_nC).add_(gap_nC).sum(1), gap_nC, None)
     d_nC.clamp_(-_EXP_LIMIT[d_nC.dtype], _EXP_LIMIT[d_nC.dtype])  # beyond it the term is settled, and expm1 would overflow
     if name == "jsd":
         # m = beta p + (1 - beta) q;  log(m/p) = log1p((1-beta) expm1(-d)), log(m/q) = log1p(beta expm1(d))
         log_mp_nC = torch.neg(d_nC).expm1_().mul_(1.0 - beta).log1p_()
         q_log_mq_nC = d_nC.expm1_().mul_(beta).log1p_().mul_(q_nC)
         kd_n = -(beta * (p_nC * log_mp_nC) + (1.0 - beta) * q_log_mq_nC).sum(1)
-        return kd_n, _through_softmax(q_log_mq_nC, q_nC).mul_(beta - 1.0)
+        return Shares(kd_n, q_log_mq_nC, q_log_mq_nC.sum(1), beta - 1.0)
     if name == "skew_forward_kl":
         # m = skew p + (1 - skew) q, x = m/p - 1;  KL(p||m) = sum (m - p) - p log1p(x);  q h = (1-skew) q x / (1+x)
         x_nC = torch.neg(d_nC).expm1_().mul_(1.0 - skew)
         gap_nC = _difference(p_nC, q_nC, d_nC).mul_(1.0 - skew)
         kd_n = gap_nC.sub_(p_nC * x_nC.log1p()).sum(1)
-        return kd_n, _through_softmax(x_nC.div_(1.0 + x_nC).mul_(q_nC), q_nC).mul_(1.0 - skew)
+        qh_nC = x_nC.div_(1.0 + x_nC).mul_(q_nC)
+        return Shares(kd_n, qh_nC, qh_nC.sum(1), 1.0 - skew)
     # skew_reverse_kl: m = skew q + (1 - skew) p, y = m/q - 1;  KL(q||m) = sum (m - q) - q log1p(y);  h = skew y/(1+y) - log1p(y)
     y_nC = torch.expm1(d_nC).mul_(1.0 - skew)
     gap_nC = _difference(p_nC, q_nC, d_nC).mul_(skew - 1.0)
     log_y_nC = y_nC.log1p()
     kd_n = gap_nC.sub_(q_nC * log_y_nC).sum(1)
-    return kd_n, _through_softmax(y_nC.div_(1.0 + y_nC).mul_(skew).sub_(log_y_nC).mul_(q_nC), q_nC)
+    qh_nC = y_nC.div_(1.0 + y_nC).mul_(skew).sub_(log_y_nC).mul_(q_nC)
+    return Shares(kd_n, qh_nC, qh_nC.sum(1))
 
 
 def _difference(p_nC: Tensor, q_nC: Tensor, d_nC: Tensor) -> Tensor:
     """``q - p`` with a relative error of rounding even where they nearly agree: max(p, q) sign(d) expm1(-|d|), d = log p - log q."""
     return torch.abs(d_nC).neg_().expm1_().mul_(torch.maximum(p_nC, q_nC)).mul_(d_nC.sign())
-
-
-def _through_softmax(qh_nC: Tensor, q_nC: Tensor) -> Tensor:
-    """The gradient by logits, ``q (h - sum q h)``, from ``q h``, in place."""
-    return qh_nC.addcmul_(q_nC, qh_nC.sum(1, keepdim=True), value=-1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +139,16 @@ class Support:
     values: Tensor  # [n, K] logits at the ids, as they were before the fill
     twin: Tensor  # [n, 1] a live slot
     off_max: Tensor  # [n, 1] the largest logit outside the support (0 where nothing is outside)
+    vocabulary: Whole = WHOLE  # of which these columns are a part
 
     def scatter(self, z_nV: Tensor, g_nK: Tensor) -> None:
         """Write ``g_nK`` at the ids; a row's empty slots write what their twin writes."""
-        z_nV.scatter_(1, self.ids, torch.where(self.live, g_nK, g_nK.gather(1, self.twin)))
+        self.vocabulary.put(z_nV, self.ids, torch.where(self.live, g_nK, g_nK.gather(1, self.twin)))
 
 
-def take_ids(z_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read the logits at ``ids_nK`` (-1 is an empty slot) and put -inf in their places; the first four fields of `Support`.
+def take_ids(z_nV: Tensor, ids_nK: Tensor, vocabulary: Whole = WHOLE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read the logits at ``ids_nK`` (-1 is an empty slot) and put -inf in their places; the first four fields of `Support`, whose values
+    are to be added up over the ranks.
 
     A row without any id gets id 0 as its support: such rows carry no signal, and what is left of their softmax stays right.
     """
@@ -129,16 +157,16 @@ def take_ids(z_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     live_nK = live_nK.scatter(1, twin_n1, True)
     ids_nK = ids_nK.clamp(min=0)
     ids_nK = torch.where(live_nK, ids_nK, ids_nK.gather(1, twin_n1))
-    values_nK = z_nV.gather(1, ids_nK)
-    z_nV.scatter_(1, ids_nK, -torch.inf)
+    values_nK = vocabulary.gather(z_nV, ids_nK)
+    vocabulary.put(z_nV, ids_nK, -torch.inf)
     return ids_nK, live_nK, values_nK, twin_n1
 
 
-def take_support(z_nV: Tensor, ids_nK: Tensor) -> Support:
-    """What `take_ids` does, and the largest logit outside the support."""
-    taken = take_ids(z_nV, ids_nK)
-    off_max_n1 = z_nV.amax(1, keepdim=True)
-    return Support(*taken, off_max_n1.masked_fill_(off_max_n1 == -torch.inf, 0.0))
+def take_support(z_nV: Tensor, ids_nK: Tensor, vocabulary: Whole = WHOLE) -> Support:
+    """What `take_ids` does, and the largest logit outside the support, of all ranks."""
+    taken = take_ids(z_nV, ids_nK, vocabulary)
+    (off_max_n1,) = vocabulary.max(z_nV.amax(1, keepdim=True))
+    return Support(*taken, off_max_n1.masked_fill(off_max_n1 == -torch.inf, 0.0), vocabulary)
 
 
 def support_log_probs(support: Support, off_sum_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -279,5 +279,5 @@ def test_other_types_and_groups_are_refused() -> None:
     hidden, weight = some()
     with pytest.raises(TypeError, match="give a FullTeacher"):
         linear_distill(hidden, weight, hidden)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="vocabulary-parallel"):
+    with pytest.raises(TypeError, match="group is a object"):
         linear_distill(hidden, weight, topk(), group=object())  # type: ignore[arg-type]
