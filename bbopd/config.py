@@ -66,6 +66,35 @@ class StudentConfig(_Section):
     trust_remote_code: bool = False
 
 
+class ServerTlsConfig(_Section):
+    """The certificate that a server shows, and whose certificates it wants to see. PEM files."""
+
+    certificate: str
+    """The server's certificate, with the chain up to its authority."""
+    key: str
+    """Its private key, without a password."""
+    client_ca: str | None = None
+    """Clients must show a certificate signed by this authority (mTLS)."""
+
+
+class ClientTlsConfig(_Section):
+    """TLS towards a teacher; ``{}`` will do where its certificate is signed by a public authority. PEM files."""
+
+    ca: str | None = None
+    """The authority that signed the teacher's certificate; None trusts the public ones."""
+    certificate: str | None = None
+    """The client's own certificate, for a teacher that wants one (mTLS)."""
+    key: str | None = None
+    server_name: str | None = None
+    """The name in the teacher's certificate, where it is not the host of the target (a tunnel, an IP address)."""
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> ClientTlsConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: give both, or neither")
+        return self
+
+
 class ServeConfig(_Section):
     """A teacher that this library hosts: the file of ``bbopd serve``, or ``teacher.serve`` to start one beside a run."""
 
@@ -73,6 +102,12 @@ class ServeConfig(_Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7070
     """0 takes a free port."""
+    tls: ServerTlsConfig | None = None
+    """Needed, with a token, on every address but loopback."""
+    token_file: str | None = None
+    """Holds the tokens that let a client in, one a line; each is a client of its own where limits and turns are counted."""
+    token_env: str | None = None
+    """The same from an environment variable, by its name."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
@@ -94,6 +129,12 @@ class TeacherConfig(_Section):
     """``grpc://host:port``, or a list of such: replicas of one teacher, among which the work is spread."""
     serve: ServeConfig | None = None
     """Start one beside the run, as a process of its own, on loopback."""
+    tls: ClientTlsConfig | None = None
+    """Needed for every target but loopback."""
+    token_file: str | None = None
+    """Holds the token that the teacher wants."""
+    token_env: str | None = None
+    """The environment variable that holds it."""
     signal: Literal["full", "topk", "none"] = "full"
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids a token, where ``signal`` is topk. Giving it alone selects ``signal: topk``."""
@@ -122,6 +163,8 @@ class TeacherConfig(_Section):
         for target in self.targets:
             if not target.startswith("grpc://"):
                 raise ValueError(f"{target!r} is not an address this version speaks: use grpc://host:port")
+        if self.serve is not None and (self.tls or self.token_file or self.token_env):
+            raise ValueError("tls and tokens belong to target: a teacher that is started beside the run answers on loopback alone")
         return self
 
     @property

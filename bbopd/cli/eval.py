@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bbopd.cli.access import add_access_arguments, read_access
 from bbopd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_access_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,7 +167,7 @@ async def _teacher(args: argparse.Namespace) -> AsyncIterator[Teacher | None]:
     if args.teacher:
         from bbopd.teachers.remote import RemoteTeacher
 
-        remote = await RemoteTeacher.connect(args.teacher, connect_timeout=args.connect_timeout)
+        remote = await RemoteTeacher.connect(args.teacher, access=read_access(args), connect_timeout=args.connect_timeout)
         try:
             yield remote
         finally:

@@ -16,6 +16,7 @@ from bbopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from bbopd.config import ServeConfig
+    from bbopd.rpc.security import ServerAccess
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,7 +27,7 @@ _log = logging.getLogger("bbopd.serve")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="teacher.yaml", help="its configuration; --model alone will do")
     parser.add_argument("--model", help="hub id, folder, or GGUF file")
-    parser.add_argument("--host", help="loopback address to serve on (127.0.0.1)")
+    parser.add_argument("--host", help="address to serve on (127.0.0.1); any but loopback needs tls and a token in the configuration")
     parser.add_argument("--port", type=int, help="port to serve on (7070); 0 takes a free one")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change one setting; may be repeated"
@@ -44,16 +45,16 @@ def run(args: argparse.Namespace) -> int:
 
     import asyncio
 
-    from bbopd.rpc.server import require_loopback
+    from bbopd.rpc.security import ServerAccess
     from bbopd.teachers.hf import HFBackend
 
-    require_loopback(config.host)
+    access = ServerAccess.from_config(config)
     _log.info("loading %s", config.model)
     started = time.monotonic()
     backend = HFBackend.from_config(config)
     offers = ", ".join(offer.level for offer in backend.info.offers)
     _log.info("loaded in %.1f s: %d entries of vocabulary, offers %s", time.monotonic() - started, backend.info.vocab_size, offers)
-    asyncio.run(_serve(backend, config, args.ready_file))
+    asyncio.run(_serve(backend, config, access, args.ready_file))
     return 0
 
 
@@ -68,7 +69,7 @@ def _configuration(args: argparse.Namespace) -> ServeConfig:
     return parse_config(given, args.overrides, ServeConfig, args.config or "bbopd serve")
 
 
-async def _serve(backend: Any, config: ServeConfig, ready_file: Path | None) -> None:
+async def _serve(backend: Any, config: ServeConfig, access: ServerAccess, ready_file: Path | None) -> None:
     import asyncio
 
     from bbopd.rpc.server import start_server
@@ -78,7 +79,12 @@ async def _serve(backend: Any, config: ServeConfig, ready_file: Path | None) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = await start_server(
-        backend, host=config.host, port=config.port, batch_tokens=config.batch_tokens, max_inflight_bytes=config.max_inflight_bytes
+        backend,
+        host=config.host,
+        port=config.port,
+        access=access,
+        batch_tokens=config.batch_tokens,
+        max_inflight_bytes=config.max_inflight_bytes,
     )
     target = f"grpc://[{server.host}]:{server.port}" if ":" in server.host else f"grpc://{server.host}:{server.port}"
     _log.info("serving %s at %s (Ctrl-C ends it)", config.model, target)

@@ -29,6 +29,7 @@ from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
 from bbopd.rollouts.hf import HFEngine
+from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
@@ -222,6 +223,7 @@ async def _start_teacher(
 
     teacher = await RemoteTeacher.connect(
         targets,
+        access=ClientAccess.from_config(config),
         timeout=config.timeout,
         inflight_tokens=config.inflight_tokens,
         connect_timeout=min(30.0, config.start_timeout),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -12,9 +12,10 @@ import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_info
+from bbopd.rpc.security import ClientAccess, is_loopback
 from bbopd.types import TeacherInfo
 
-__all__ = ["MESSAGE_BYTES", "channel_options", "describe", "fetch_info", "is_loopback", "open_channel", "parse_target"]
+__all__ = ["MESSAGE_BYTES", "channel_options", "describe", "fetch_info", "open_channel", "parse_target"]
 
 MESSAGE_BYTES = 16 * 2**20
 """Largest message taken by either side: chunks are 1 to 2 MiB, only a request with many candidates is larger."""
@@ -32,15 +33,8 @@ def channel_options() -> list[tuple[str, int]]:
     ]
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def parse_target(target: str) -> tuple[str, int]:
-    """Host and port of ``grpc://host:port``. Raises `ConfigError` where it is something else, or leaves this machine."""
+    """Host and port of ``grpc://host:port``. Raises `ConfigError` where it is something else."""
     try:
         parts = urlsplit(target)
         host, port = parts.hostname, parts.port
@@ -48,18 +42,23 @@ def parse_target(target: str) -> tuple[str, int]:
         host = port = None
     if not host or not port or parts.scheme != "grpc" or parts.path not in ("", "/"):
         raise ConfigError(f"teacher target {target!r} is not an address: write grpc://host:port, such as grpc://localhost:7070")
-    if not is_loopback(host):
-        raise ConfigError(
-            f"teacher target {target!r} is not on this machine: that needs TLS and a token, which this version does not speak yet; "
-            f"use a tunnel, such as ssh -L {port}:localhost:{port} {host}, with grpc://localhost:{port}"
-        )
     return host, port
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
-    """A channel that connects on first use, by itself: no proxy, no sharing, no hidden retries."""
+def open_channel(target: str, access: ClientAccess | None = None) -> grpc.aio.Channel:
+    """A channel that connects on first use, by itself: no proxy, no sharing, no hidden retries.
+
+    Raises `ConfigError` where ``target`` is no address, or leaves this machine without TLS.
+    """
     host, port = parse_target(target)
-    options = [
+    access = access or ClientAccess()
+    if access.tls is None and not is_loopback(host):
+        raise ConfigError(
+            f"teacher target {target!r} is not on this machine, which needs TLS and a token: set teacher.tls ({{}} where its certificate "
+            "is signed by a public authority, else with ca) and teacher.token_file; or use a tunnel, such as "
+            f"ssh -L {port}:localhost:{port} {host}, with grpc://localhost:{port}"
+        )
+    options: list[tuple[str, Any]] = [
         *channel_options(),
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
@@ -68,7 +67,7 @@ def open_channel(target: str) -> grpc.aio.Channel:
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
     ]
-    return grpc.aio.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", options=options)
+    return access.channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", options)
 
 
 async def fetch_info(channel: grpc.aio.Channel, target: str, connect_timeout: float) -> TeacherInfo:
@@ -84,10 +83,15 @@ async def fetch_info(channel: grpc.aio.Channel, target: str, connect_timeout: fl
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise TeacherError(f"what answers at {target} is not a bbopd teacher: check the port") from None
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise TeacherError(
+                    f"teacher at {target} let nobody in ({describe(error)}): check teacher.token_file or token_env"
+                ) from None
             if error.code() is not grpc.StatusCode.UNAVAILABLE or loop.time() + 0.2 >= deadline:
                 raise TeacherError(
                     f"cannot reach a teacher at {target} within {connect_timeout:g} s ({describe(error)}): "
-                    "is it running, and on this port? start one with `bbopd serve --model … --port …`, "
+                    "is it running, on this port, and with TLS just where teacher.tls is set? start one "
+                    "with `bbopd serve --model … --port …`, "
                     "or let the run start it with teacher.serve"
                 ) from None
         await asyncio.sleep(0.2)

@@ -20,18 +20,25 @@ import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError
 from bbopd.rpc.answers import answer_bytes, signal_chunks
 from bbopd.rpc.backend import TeacherBackend
-from bbopd.rpc.channel import channel_options, is_loopback
+from bbopd.rpc.channel import channel_options
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_item, decode_prompt, decode_sampling, encode_completion, encode_failure, encode_info
 from bbopd.rpc.limits import RefusedError, check_prompt, check_rollout, check_sampling, check_want
 from bbopd.rpc.scheduler import Answer, Job, Scheduler
+from bbopd.rpc.security import ServerAccess, TokenCheck
 from bbopd.types import Completion, Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["SERVICE", "RunningServer", "require_loopback", "start_server"]
+__all__ = ["SERVICE", "RunningServer", "start_server"]
 
 SERVICE = "bbopd.v1.TeacherService"
 
 _REQUEST_WINDOW = 8 * 2**20  # bytes of token ids one client may have sent and the model not yet taken
 _CALLS = 64  # open calls, of all clients
+_SERVER_OPTIONS = [
+    *channel_options(),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_concurrent_streams", 100),  # of one connection
+]
 _log = logging.getLogger("bbopd.serve")
 
 
@@ -61,6 +68,7 @@ async def start_server(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
+    access: ServerAccess | None = None,
     batch_tokens: int = 2048,
     max_inflight_bytes: int = 256 * 2**20,
 ) -> RunningServer:
@@ -68,23 +76,26 @@ async def start_server(
 
     Parameters
     ----------
-    host : a loopback address; any other is refused, since nothing is encrypted.
+    host : an address of this machine; other than loopback only with TLS and a token.
     port : 0 takes a free one, see ``RunningServer.port``.
+    access : certificates and tokens; None is plain text, for everyone on this machine.
     batch_tokens : packed tokens of one call of the backend, prompts included.
     max_inflight_bytes : answers made but not yet taken by one client.
 
     Raises
     ------
-    ConfigError : another host, or a port that cannot be had.
+    ConfigError : a host that needs more than ``access`` holds, or a port that cannot be had.
     """
-    require_loopback(host)
-    server = grpc.aio.server(options=[*channel_options(), ("grpc.so_reuseport", 0)])
+    access = access or ServerAccess()
+    access.require_safe(host)
+    server = grpc.aio.server(interceptors=[TokenCheck(access)], options=_SERVER_OPTIONS)
     service = _TeacherService(backend, Scheduler(backend, batch_tokens=batch_tokens, max_inflight_bytes=max_inflight_bytes))
     checks = health.HealthServicer()
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    address, credentials = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", access.credentials()
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        bound = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError as error:
         await service.scheduler.close()
         raise ConfigError(
@@ -94,15 +105,6 @@ async def start_server(
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(server, service, checks, host, bound)
-
-
-def require_loopback(host: str) -> None:
-    """Raises `ConfigError` for an address that other machines can reach: nothing is encrypted, and nobody is asked who they are."""
-    if not is_loopback(host):
-        raise ConfigError(
-            f"host {host!r} is not loopback: serving other machines needs TLS and a token, which this version does not support yet; "
-            "serve on 127.0.0.1 and reach it through a tunnel (ssh -L)"
-        )
 
 
 class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):

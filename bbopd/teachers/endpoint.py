@@ -14,6 +14,7 @@ import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.channel import fetch_info, open_channel
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_info
+from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.backoff import backoff
 from bbopd.types import TeacherInfo
 
@@ -89,19 +90,19 @@ class Endpoint:
         await self._channel.close()
 
 
-async def connect_endpoints(targets: Sequence[str], connect_timeout: float) -> list[Endpoint]:
+async def connect_endpoints(targets: Sequence[str], connect_timeout: float, access: ClientAccess | None = None) -> list[Endpoint]:
     """Connect to every replica, and make sure that they are the same teacher.
 
     Raises
     ------
-    ConfigError : an address that is none, none at all, or one given twice.
+    ConfigError : an address that is none, or needs TLS, none at all, or one given twice.
     TeacherError : one cannot be reached, or two are not the same teacher; it names both values.
     """
     if not targets or len(set(targets)) != len(targets):
         raise ConfigError(f"teacher targets {list(targets)} must be one or more addresses, each once")
     channels: list[grpc.aio.Channel] = []
     try:
-        channels.extend(open_channel(target) for target in targets)
+        channels.extend(open_channel(target, access) for target in targets)
         outcomes = await asyncio.gather(
             *(fetch_info(channel, target, connect_timeout) for channel, target in zip(channels, targets, strict=True)),
             return_exceptions=True,

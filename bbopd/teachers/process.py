@@ -38,7 +38,7 @@ class TeacherProcess:
 
         Parameters
         ----------
-        config : what to serve; its host and port are not used.
+        config : what to serve; its host, port, tls and tokens are not used: this is loopback.
         log_path : takes all that the process prints; beside it lie its configuration and its address.
         timeout : seconds it may take to load and become healthy.
 
@@ -49,7 +49,12 @@ class TeacherProcess:
         """
         log = Path(log_path).absolute()
         settings, ready_file = log.with_suffix(".yaml"), log.with_suffix(".address")
-        shown = json.dumps(config.model_copy(update={"host": "127.0.0.1", "port": 0}).model_dump(mode="json"), indent=1)
+        shown = json.dumps(
+            config.model_copy(update={"host": "127.0.0.1", "port": 0, "tls": None, "token_file": None, "token_env": None}).model_dump(
+                mode="json"
+            ),
+            indent=1,
+        )
         command = [sys.executable, "-m", "bbopd", "serve", str(settings), "--ready-file", str(ready_file), "--parent-pid", str(os.getpid())]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)

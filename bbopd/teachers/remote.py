@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
 from bbopd.errors import TeacherError
+from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.backoff import RetryBudget
 from bbopd.teachers.completions import CompletionSession
 from bbopd.teachers.endpoint import Endpoint, common_info, connect_endpoints
@@ -39,6 +40,7 @@ class RemoteTeacher:
         cls,
         target: str | Sequence[str],
         *,
+        access: ClientAccess | None = None,
         timeout: float = 300.0,
         inflight_tokens: int = 8192,
         connect_timeout: float = 10.0,
@@ -48,7 +50,8 @@ class RemoteTeacher:
 
         Parameters
         ----------
-        target : ``grpc://host:port``, on this machine; or several, which must be replicas of one teacher.
+        target : ``grpc://host:port``, beyond this machine only with TLS; or several, which must be replicas of one teacher.
+        access : TLS and token; None is plain text.
         timeout : seconds without any answer, while some are due, before the teacher counts as gone.
         inflight_tokens : tokens of rollouts sent to one replica and not yet answered, prompts included.
         connect_timeout : seconds to go on trying to reach them.
@@ -56,11 +59,11 @@ class RemoteTeacher:
 
         Raises
         ------
-        ConfigError : a target that is no such address.
+        ConfigError : a target that is no such address, or needs TLS.
         TeacherError : one cannot be reached, speaks another protocol, is no teacher, or two are not the same one.
         """
         targets = [target] if isinstance(target, str) else list(target)
-        endpoints = await connect_endpoints(targets, connect_timeout)
+        endpoints = await connect_endpoints(targets, connect_timeout, access)
         return cls(endpoints, timeout=timeout, inflight_tokens=inflight_tokens, is_alive=is_alive)
 
     async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]:
