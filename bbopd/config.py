@@ -119,6 +119,22 @@ class ServeConfig(_Section):
     """Tokens of one forward pass."""
     max_inflight_bytes: Positive = 256 * 2**20
     """Answers made but not yet taken by one client."""
+    max_client_tokens: Positive = 524_288
+    """Tokens of sequences that one client may have in flight, tokens to write included; half of it is announced to clients."""
+    max_client_streams: Positive = 8
+    """Scoring streams that one client may have open."""
+    max_client_calls: Positive = 64
+    """Calls for written answers that one client may have open."""
+    replay_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Answers kept for clients that ask again under the same replay_id; 0 keeps none."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Prometheus metrics over HTTP; None: none."""
+    metrics_host: str = "127.0.0.1"
+    """Metrics are plain HTTP without a token: they hold counts and times, no tokens, texts or addresses."""
+    log: Literal["text", "json"] = "text"
+    """``json``: one object a line for every call, item and batch, without ids of tokens, texts or secrets."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """On SIGTERM, how long answers under way may take."""
     trust_remote_code: bool = False
 
 

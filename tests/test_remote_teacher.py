@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -78,7 +79,7 @@ async def test_many_interleaved_rollouts_each_get_their_own_distribution():
     rollouts = make_rollouts(150)
     async with served(backend, batch_tokens=300, inflight_tokens=600) as teacher:
         assert isinstance(teacher, Teacher)
-        assert teacher.info == backend.info
+        assert teacher.info == dataclasses.replace(backend.info, max_request_tokens=262_144)
         scored = await collect(teacher.score(stream(rollouts), want))
     assert sorted(item.rollout.rollout_id for item in scored) == sorted(rollout.rollout_id for rollout in rollouts)
     for item in scored:

@@ -16,6 +16,7 @@ from bbopd.cli.main import main
 from bbopd.config import ClientTlsConfig, ServeConfig, ServerTlsConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.channel import open_channel
+from bbopd.rpc.observe import JsonFormatter
 from bbopd.rpc.security import ClientAccess, ServerAccess, Token, is_loopback, peer_host, read_tokens
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
@@ -273,7 +274,9 @@ async def test_no_log_and_no_repr_holds_a_token(pem, token_file, tmp_path, caplo
         with pytest.raises(TeacherError) as refused:
             await ask(server, client(pem, wrong, tmp_path, ca="ca.pem"))
         shown = [repr(access), str(refused.value), repr(ServerAccess.from_config(ServeConfig(model="m", token_file=str(token_file))))]
-    assert "without a valid token was turned away" in caplog.text
+    refusals = [record.fields for record in caplog.records if record.getMessage() == "call refused"]
+    assert [(fields["reason"], len(fields["client"])) for fields in refusals] == [("unauthenticated", 12)]
+    shown += [JsonFormatter().format(record) for record in caplog.records]
     out, err = capfd.readouterr()
     everything = "\n".join([caplog.text, out, err, *shown])
     assert not any(secret in everything for secret in (TOKEN, OTHER, wrong, TOKEN[:12]))
@@ -283,6 +286,7 @@ _GRPC_TRACE = """
 import asyncio, sys
 from pathlib import Path
 from bbopd.config import ClientTlsConfig
+from bbopd.rpc.observe import JsonFormatter
 from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.remote import RemoteTeacher
 async def main():

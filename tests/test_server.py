@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 
 import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bbopd.errors import ConfigError
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
+from bbopd.rpc.clients import ClientLimits
 from bbopd.rpc.codec import decode_info, decode_tensor, encode_item, encode_prompt, encode_sampling, encode_tensor
 from bbopd.rpc.server import SERVICE, start_server
 from bbopd.teachers.fake import FakeBackend
@@ -71,7 +73,7 @@ async def test_info_and_health_are_served_and_reflection_is_not():
     async with running(backend) as (_, channel, stub):
         response = await stub.GetInfo(pb.GetInfoRequest(protocol_min=1, protocol_max=1))
         assert (response.protocol_min, response.protocol_max) == (1, 1)
-        assert decode_info(response.info) == backend.info
+        assert decode_info(response.info) == dataclasses.replace(backend.info, max_request_tokens=262_144)
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -261,12 +263,13 @@ async def test_answers_that_nobody_takes_stop_the_model():
 
 async def test_requests_are_held_back_by_credit_too():
     item = Rollout("r", Prompt("p", (1,)), (2,) * 50_000)  # 200 kB
-    async with running(FakeBackend(4, max_sequence_tokens=10**6, delay=0.5)) as (_, _, stub):
+    limits = ClientLimits(tokens=10**8)
+    async with running(FakeBackend(4, max_sequence_tokens=10**6, delay=0.5), limits=limits) as (_, _, stub):
         call = await open_stream(stub)
         for number in range(44):  # 8.8 MB, where the window is 8 MiB
             await call.write(encode_item(number, item, SignalSpec("sampled")))
         assert await status_of(call) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "an item was sent without credit for it")
-    async with running(FakeBackend(4, max_sequence_tokens=10**6)) as (_, _, stub):
+    async with running(FakeBackend(4, max_sequence_tokens=10**6), limits=limits) as (_, _, stub):
         call = stub.Score()
         await call.write(pb.ScoreRequest(open=pb.StreamOpen(protocol_version=1, answer_credit_bytes=2**30)))
         balance, sent, rows = (await call.read()).accept.request_credit_bytes, 0, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
@@ -16,11 +15,9 @@ from bbopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from bbopd.config import ServeConfig
-    from bbopd.rpc.security import ServerAccess
 
 __all__ = ["add_arguments", "run"]
 
-_GRACE = 10.0  # seconds for answers under way when asked to stop
 _log = logging.getLogger("bbopd.serve")
 
 
@@ -39,22 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, then finish what is under way. Returns the exit code; raises `BbopdError`."""
     config = _configuration(args)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     if args.parent_pid is not None:
         threading.Thread(target=_follow_parent, args=(args.parent_pid,), daemon=True, name="bbopd-parent").start()
 
-    import asyncio
-
+    from bbopd.rpc.run_server import serve, set_up_logs
     from bbopd.rpc.security import ServerAccess
+
+    set_up_logs(config.log)
+    access = ServerAccess.from_config(config)
     from bbopd.teachers.hf import HFBackend
 
-    access = ServerAccess.from_config(config)
     _log.info("loading %s", config.model)
     started = time.monotonic()
     backend = HFBackend.from_config(config)
     offers = ", ".join(offer.level for offer in backend.info.offers)
     _log.info("loaded in %.1f s: %d entries of vocabulary, offers %s", time.monotonic() - started, backend.info.vocab_size, offers)
-    asyncio.run(_serve(backend, config, access, args.ready_file))
+    serve(backend, config, access, args.ready_file)
     return 0
 
 
@@ -67,48 +64,6 @@ def _configuration(args: argparse.Namespace) -> ServeConfig:
     if "model" not in given and not any(text.startswith("model=") for text in args.overrides):
         raise ConfigError("nothing to serve: give a teacher.yaml, or --model with a hub id, a folder or a GGUF file")
     return parse_config(given, args.overrides, ServeConfig, args.config or "bbopd serve")
-
-
-async def _serve(backend: Any, config: ServeConfig, access: ServerAccess, ready_file: Path | None) -> None:
-    import asyncio
-
-    from bbopd.rpc.server import start_server
-
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = await start_server(
-        backend,
-        host=config.host,
-        port=config.port,
-        access=access,
-        batch_tokens=config.batch_tokens,
-        max_inflight_bytes=config.max_inflight_bytes,
-    )
-    target = f"grpc://[{server.host}]:{server.port}" if ":" in server.host else f"grpc://{server.host}:{server.port}"
-    _log.info("serving %s at %s (Ctrl-C ends it)", config.model, target)
-    if ready_file is not None:
-        _write_whole(ready_file, target + "\n")
-    try:
-        await stopping.wait()
-        _log.info("stopping: finishing what is under way")
-    finally:
-        await server.stop(_GRACE)
-        if ready_file is not None:
-            with contextlib.suppress(OSError):
-                ready_file.unlink()
-        _log.info("stopped")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Whoever sees the file sees all of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write --ready-file {path}: {error.strerror or error}") from error
 
 
 def _follow_parent(pid: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
@@ -26,6 +26,7 @@ __all__ = [
     "decode_info",
     "decode_item",
     "decode_prompt",
+    "decode_replay_id",
     "decode_sampling",
     "decode_tensor",
     "encode_completion",
@@ -37,6 +38,7 @@ __all__ = [
     "encode_tensor",
     "fill_tensor",
     "input_sha256",
+    "peek_level",
     "tensor_bytes",
 ]
 
@@ -47,16 +49,14 @@ LEVEL_NUMBERS: dict[Level, pb.Level] = {level: pb.Level.Value(f"LEVEL_{level.upp
 _LEVELS: dict[int, Level] = {number: level for level, number in LEVEL_NUMBERS.items()}
 _TAILS = {pb.TAIL_EXACT: "exact", pb.TAIL_DERIVED: "derived", pb.TAIL_NONE: "none"}
 _FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
-_CODES: dict[Code, pb.FailureCode] = {
-    code: pb.FailureCode.Value(f"FAILURE_CODE_{code.upper()}")
-    for code in ("invalid", "too_long", "not_offered", "bad_signal", "internal", "unavailable")
-}
+_CODES: dict[Code, pb.FailureCode] = {code: pb.FailureCode.Value(f"FAILURE_CODE_{code.upper()}") for code in get_args(Code)}
 _DTYPES: dict[pb.Dtype, np.dtype[Any]] = {
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
     pb.DTYPE_INT32: np.dtype("<i4"),
     pb.DTYPE_UINT16: np.dtype("<u2"),
 }
+_LONGEST_LABEL = 200  # characters
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 _MOST_DIMENSIONS = 2
 _LONGEST_MESSAGE = 1000  # characters of a failure that are shown
@@ -108,6 +108,23 @@ def _decode_ids(message: pb.Tensor, name: str) -> tuple[int, ...]:
     if ids.dtype != np.int32 or ids.ndim != 1:
         raise ValueError(f"{name} is {ids.dtype} {list(ids.shape)}, expected int32 [tokens]")
     return tuple(ids.tolist())
+
+
+def decode_replay_id(text: str) -> str:
+    """The name that a client gave a question; empty where it gave none."""
+    return _decode_label(text, "replay_id")
+
+
+def peek_level(number: int) -> str:
+    """How a level that came is called, before anything else of its message is looked at."""
+    return _LEVELS.get(number, "unknown")
+
+
+def _decode_label(text: str, name: str) -> str:
+    """A name that goes into messages and logs as it is."""
+    if len(text) > _LONGEST_LABEL or not text.isprintable():
+        raise ValueError(f"{name} {text[:_LONGEST_LABEL]!r} is no name: at most {_LONGEST_LABEL} printable characters")
+    return text
 
 
 def _lookup(table: dict[Key, Value], key: Key, name: str) -> Value:
@@ -195,6 +212,7 @@ def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from
 
 def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
     """The rollout, what is wanted of it, and the first row wanted. Values are for `limits` to check."""
+    rollout_id = _decode_label(item.rollout_id, "rollout_id")
     ids = _decode_ids(item.token_ids, "token_ids")
     if item.prompt_tokens > len(ids):
         raise ValueError(f"prompt_tokens {item.prompt_tokens} is more than the {len(ids)} token_ids")
@@ -206,11 +224,11 @@ def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
     if level != "candidates":
         if item.HasField("candidate_ids"):
             raise ValueError(f"candidate_ids come with level {level!r}: they belong to 'candidates' alone")
-        return Rollout(item.rollout_id, prompt, answer), want, item.resume_from
+        return Rollout(rollout_id, prompt, answer), want, item.resume_from
     candidates = decode_tensor(item.candidate_ids, "candidate_ids")
     if candidates.dtype != np.int32:
         raise ValueError(f"candidate_ids are {candidates.dtype}, expected int32")
-    return CandidateRollout(item.rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
+    return CandidateRollout(rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
 
 
 def input_sha256(rollout: Rollout, want: SignalSpec) -> bytes:
@@ -280,7 +298,7 @@ def encode_prompt(request_id: int, prompt: Prompt) -> pb.GeneratePrompt:
 
 
 def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
-    return Prompt(message.prompt_id, _decode_ids(message.token_ids, "token_ids"))
+    return Prompt(_decode_label(message.prompt_id, "prompt_id"), _decode_ids(message.token_ids, "token_ids"))
 
 
 def encode_completion(request_id: int, completion: Completion, weights_version: int = 0) -> pb.GeneratedText:

@@ -16,7 +16,7 @@ from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 
 __all__ = ["Code", "RefusedError", "check_prompt", "check_rollout", "check_sampling", "check_want"]
 
-Code = Literal["invalid", "too_long", "not_offered", "bad_signal", "internal", "unavailable"]
+Code = Literal["invalid", "too_long", "not_offered", "bad_signal", "internal", "unavailable", "over_limit", "mismatch"]
 
 
 class RefusedError(TeacherError):

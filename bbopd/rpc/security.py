@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import logging
 import os
 import re
 import ssl
@@ -26,7 +25,6 @@ from bbopd.errors import ConfigError
 __all__ = ["ClientAccess", "ServerAccess", "Token", "TokenCheck", "is_loopback", "read_tokens"]
 
 _SHORTEST_TOKEN = 16
-_log = logging.getLogger("bbopd.serve")
 _OPEN_METHODS = ("/grpc.health.v1.Health/",)  # probes carry no token, and learn only whether the service is up
 
 
@@ -157,10 +155,14 @@ class ServerAccess:
         return found
 
     def client_name(self, context: grpc.aio.ServicerContext) -> str:
-        """Whom a call counts for: the host it comes from, with its token and its certificate."""
+        """Whom a call counts for: its owner, on the host it comes from."""
+        return f"{self.owner_name(context)} at {peer_host(context.peer())}"
+
+    def owner_name(self, context: grpc.aio.ServicerContext) -> str:
+        """Whose answers a call may ask for again: the holders of its token and certificate, wherever they are."""
         number = self.token_number(context.invocation_metadata() or ())
         certificate = b",".join(context.auth_context().get("x509_common_name", ())).decode(errors="replace")
-        return f"{peer_host(context.peer())} token {number} certificate {certificate or '-'}"
+        return f"token {number} certificate {certificate or '-'}"
 
 
 def peer_host(peer: str) -> str:
@@ -171,8 +173,9 @@ def peer_host(peer: str) -> str:
 class TokenCheck(grpc.aio.ServerInterceptor):
     """Turns away, before a single message is read, whoever brings no token that is known; only health may be asked without."""
 
-    def __init__(self, access: ServerAccess) -> None:
+    def __init__(self, access: ServerAccess, on_refused: Callable[[grpc.aio.ServicerContext], None]) -> None:
         self._access = access
+        self._on_refused = on_refused
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails) -> Any:
         if details.method.startswith(_OPEN_METHODS) or self._access.token_number(details.invocation_metadata or ()) is not None:
@@ -180,7 +183,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def _refuse(self, requests: Any, context: grpc.aio.ServicerContext) -> None:
-        _log.warning("a call from %s without a valid token was turned away", peer_host(context.peer()))
+        self._on_refused(context)
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this teacher needs a valid token (authorization: Bearer …)")
 
 

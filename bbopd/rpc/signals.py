@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from bbopd.types import SignalSpec, TeacherSignal
+from bbopd.rpc.backend import CandidateRollout
+from bbopd.types import Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_temperature"]
+__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_from_logits", "signal_temperature"]
 
 MASS_TOLERANCE = 2e-3
 """Largest |sum p + tail - 1|: float16 logprobs leave that much, a wrong temperature or a lost tail far more."""
@@ -61,6 +62,44 @@ def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray
     mass = np.exp(logprobs).sum(axis=1) + np.exp(log_tail)
     _reject(np.abs(mass - 1.0) > MASS_TOLERANCE, mass, "total probability is not 1:", first_row)
     _check_own_token(ids, logprobs, sampled, target_ids, first_row)
+
+
+def signal_from_logits(logits: np.ndarray, rollout: Rollout, want: SignalSpec) -> TeacherSignal:
+    """What ``want`` asks of a rollout, in float64, for a backend that has all its logits at hand.
+
+    Parameters
+    ----------
+    logits : [L, V], any float dtype; row i is raw and predicts response token i.
+    rollout : a `CandidateRollout` at level ``candidates``.
+    """
+    if want.level == "full":
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return TeacherSignal("full", logits=shifted.astype(np.float16))
+    scaled = logits.astype(np.float64) / want.temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    logprobs = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    sampled = np.take_along_axis(logprobs, np.array(rollout.token_ids)[:, None], axis=1)[:, 0].astype(np.float32)
+    if want.level == "sampled":
+        return TeacherSignal("sampled", want.temperature, sampled=sampled)
+    if want.level == "topk":
+        ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : want.top_k]
+    else:
+        assert isinstance(rollout, CandidateRollout)
+        assert rollout.candidate_ids is not None, "check_rollout comes first"
+        ids = rollout.candidate_ids
+    chosen = np.where(ids >= 0, np.take_along_axis(logprobs, np.maximum(ids, 0), axis=1), -np.inf)
+    row, column = np.nonzero(ids >= 0)
+    logprobs[row, ids[row, column]] = -np.inf  # what is left is the tail: a sum, never 1 minus the rest
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(np.exp(logprobs).sum(axis=1))
+    return TeacherSignal(
+        want.level,
+        want.temperature,
+        ids=ids.astype(np.int32),
+        logprobs=chosen.astype(np.float32),
+        log_tail=log_tail.astype(np.float32),
+        sampled=sampled,
+    )
 
 
 def has_nan_or_inf(values: np.ndarray) -> bool:

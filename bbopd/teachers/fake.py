@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from bbopd.errors import TeacherError
-from bbopd.rpc.backend import CandidateRollout
+from bbopd.rpc.signals import signal_from_logits
 from bbopd.teachers.local import LocalTeacher
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
@@ -104,32 +104,7 @@ class FakeBackend:
         logits = self.logits(rollout)
         if rollout.rollout_id in self._nan_ids:
             logits[-1, -1] = np.nan
-        if want.level == "full":
-            return TeacherSignal("full", logits=(logits - logits.max(axis=1, keepdims=True)).astype(np.float16))
-        logprobs = _log_softmax(logits.astype(np.float64) / want.temperature)
-        sampled = _pick(logprobs, np.array(rollout.token_ids)[:, None])[:, 0].astype(np.float32)
-        if want.level == "sampled":
-            return TeacherSignal("sampled", want.temperature, sampled=sampled)
-        if want.level == "topk":
-            ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : want.top_k]
-        else:
-            assert isinstance(rollout, CandidateRollout)
-            assert rollout.candidate_ids is not None
-            ids = rollout.candidate_ids
-        chosen = np.where(ids >= 0, _pick(logprobs, np.maximum(ids, 0)), -np.inf)
-        outside = logprobs.copy()
-        row, column = np.nonzero(ids >= 0)
-        outside[row, ids[row, column]] = -np.inf
-        with np.errstate(divide="ignore"):
-            log_tail = np.log(np.exp(outside).sum(axis=1))
-        return TeacherSignal(
-            want.level,
-            want.temperature,
-            ids=ids.astype(np.int32),
-            logprobs=chosen.astype(np.float32),
-            log_tail=log_tail.astype(np.float32),
-            sampled=sampled,
-        )
+        return signal_from_logits(logits, rollout, want)
 
     def _write(self, prompt: Prompt, sampling: Sampling) -> Completion:
         """Sample from the table; seeded by the prompt too, so that the batch does not matter."""
@@ -159,7 +134,3 @@ class FakeTeacher(LocalTeacher):
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def _pick(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values, ids, axis=1)
