@@ -1,4 +1,4 @@
-"""The command line: ``bbopd demo | distill | serve | eval``. Nothing heavy is imported before a command is chosen."""
+"""The command line: ``bbopd demo | distill | serve | check-teacher | eval``. Nothing heavy is imported before a command is chosen."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import demo, distill, eval, serve
+from bbopd.cli import check_teacher, demo, distill, eval, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
     "distill": (distill, "run a distillation from a YAML file"),
     "serve": (serve, "host a teacher over gRPC"),
+    "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),
 }
 
