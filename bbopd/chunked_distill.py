@@ -103,10 +103,12 @@ class _Chunk:
         teacher_3n[1:].log_()
         if case.check:
             op_checks.check_teacher_rows(teacher_3n[0] / case.temperature + teacher_3n[1], rows.start)
+        # a divergence reads NaN as a masked token; nobody shall take its row for a good one
+        broken_n = 0.0 * (statistics_3n[1] + teacher_3n[1])
         mix = case.beta if case.divergence == "jsd" else case.skew
         full = FullTeacherRows(teacher, teacher_3n, signal, case.divergence, mix)
-        kd_n, floored_n = self.kernels.divergence(self._rows(statistics_3n, case.kd_grad[rows], teacher=full))
-        case.kd[rows] = torch.where(case.signal[rows], kd_n, 0.0)
+        kd_n, floored_n = self.kernels.divergence(self._rows(statistics_3n, case.kd_grad[rows] + broken_n[:, None], teacher=full))
+        case.kd[rows] = torch.where(case.signal[rows], kd_n + broken_n, 0.0)
         case.floored[rows] = torch.where(case.signal[rows], floored_n.long(), 0)
 
     def on_support(self) -> None:
