@@ -137,6 +137,26 @@ BBOPD_HOST_DEVICE Term<F> term(F p, F q, F d, F beta, F skew) {
   }
 }
 
+// A class as `term` takes it, from log-probabilities of which -inf is a class without mass.
+template <class F>
+struct Class {
+  F p, q, d;
+  int floored;  // whether (of a vector how many) log p is read as its floor, as reverse KL does
+};
+
+template <Divergence kind, class M, class F = typename M::F>
+BBOPD_HOST_DEVICE Class<F> class_of(F log_p, F log_q) {
+  using Number = typename M::Number;
+  const F lp = M::maximum(log_p, F{} + Number(kLowest)), lq = M::maximum(log_q, F{} + Number(kLowest));
+  F d = lp - lq;
+  int count = 0;
+  if constexpr (kind == Divergence::reverse_kl) {
+    count = M::count((log_p < Number(kLogPFloor)) & (log_q > Number(-INFINITY)));
+    d = floored<M>(d, lq);
+  }
+  return {M::exp(lp), M::exp(lq), d, count};
+}
+
 // Of the divergences, forward KL alone has sum(qh) = 0 by itself.
 constexpr bool has_mean(Divergence kind) { return kind != Divergence::forward_kl; }
 
@@ -175,14 +195,9 @@ BBOPD_HOST_DEVICE BucketedRow<Number> bucketed(const Number* log_p, const Number
   BucketedRow<Number> row;
   F kd{}, mean{};
   for (int c = 0; c < classes; c += M::kWidth) {
-    const F raw_p = M::load(log_p + c), raw_q = M::load(log_q + c);
-    const F lp = M::maximum(raw_p, F{} + Number(kLowest)), lq = M::maximum(raw_q, F{} + Number(kLowest));
-    F d = lp - lq;
-    if constexpr (kind == Divergence::reverse_kl) {
-      row.floored += M::count((raw_p < Number(kLogPFloor)) & (raw_q > Number(-INFINITY)));
-      d = floored<M>(d, lq);
-    }
-    const Term<F> t = term<kind, M>(M::exp(lp), M::exp(lq), d, F{} + beta, F{} + skew);
+    const Class<F> both = class_of<kind, M>(M::load(log_p + c), M::load(log_q + c));
+    const Term<F> t = term<kind, M>(both.p, both.q, both.d, F{} + beta, F{} + skew);
+    row.floored += both.floored;
     kd += t.kd;
     mean += t.qh;
     M::store(grad + c, t.qh);
