@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGED := $(VENV)/.packaged
 DEVELOPED := $(VENV)/.developed
 BENCHED := $(VENV)/.benched
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto kernels/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto kernels/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
@@ -59,12 +59,12 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 format: $(DEVELOPED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 wheel: $(DEVELOPED)
 	rm -rf dist
@@ -83,7 +83,7 @@ SANITIZED := tests/test_cpu_distill.py tests/test_cpu_logprobs.py
 sanitize: $(DEVELOPED)
 	rm -rf build/sanitize && $(PYTHON) -m venv build/sanitize
 	build/sanitize/bin/pip install -q -c constraints.txt torch==2.13.0
-	build/sanitize/bin/pip install -q -c constraints.txt -C cmake.define.BBOPD_SANITIZE=ON '.[dev]'
+	build/sanitize/bin/pip install -q -c constraints.txt -C cmake.define.BBOPD_SANITIZE=ON -C cmake.define.BBOPD_CUDA=OFF '.[dev]'
 	cp -r tests build/sanitize/tests
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ENGINES = ("reference", "cpu")
-"""What ``impl`` may name, beside ``auto``; where Triton can run also ``triton``."""
+"""What ``impl`` may name, beside ``auto``; where they can run also the `GPU_ENGINES`."""
+
+GPU_ENGINES = {"triton": ("bbopd.kernels.distill", "bbopd.kernels.logprobs"), "cuda": ("bbopd.cuda_engine",) * 2}
+"""Engines for a GPU, the first found being ``auto``'s, and the modules of `linear_distill` and `linear_logprobs`."""
 
 
 def linear_distill(
@@ -91,9 +94,10 @@ def linear_distill(
     check : bool, optional
         Check values on a GPU as well, which waits for it. On a CPU they always are.
     impl : str
-        ``reference`` (plain PyTorch, any device and float dtype), ``cpu`` (C++; float32, bfloat16 and float16 on a CPU), ``auto``, which
-        takes ``cpu`` wherever it fits, or ``triton`` (float32, bfloat16 and float16), where Triton is installed and has a GPU (or
-        ``TRITON_INTERPRET=1``); ``auto`` never picks that, as it has been proven in the interpreter only.
+        ``reference`` (plain PyTorch, any device and float dtype), ``cpu`` (C++; float32, bfloat16 and float16 on a CPU), ``triton`` and
+        ``cuda`` (the same dtypes on a GPU, where Triton is installed, or bbopd was built with nvcc). ``auto`` takes the first that fits of
+        ``cpu``, ``triton``, ``cuda``, ``reference``. The GPU engines have been proven in Triton's interpreter, in an emulation on the
+        host, and by compiling them; no GPU has run or timed them yet.
 
     Returns
     -------
@@ -112,8 +116,8 @@ def linear_distill(
     if group is not None:
         op_checks.check_process_group(group)
     try:
-        kernel = _triton_engine("distill") if impl == "triton" else None
-        op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
+        engine = _gpu_engine(impl, 0)
+        op_checks.check_engine(impl, ENGINES if engine is None else (*ENGINES, impl))
         op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
         op_checks.check_temperature(temperature)
         op_checks.check_numbers(ce_weight, kd_weight, divergence, beta, skew)
@@ -135,8 +139,10 @@ def linear_distill(
             reference.refuse(group, error)  # the other ranks would wait for this one
         raise
     of_teacher = (teacher.logits, teacher.hidden, teacher.weight, teacher.bias) if isinstance(teacher, FullTeacher) else ()
-    on_cpu = group is None and _takes_cpu(impl, hidden, weight, bias, *of_teacher)
-    engine = kernel or (cpu_distill if on_cpu else reference)
+    if group is not None:
+        engine = reference
+    elif engine is None:
+        engine = _choose(impl, 0, cpu_distill, hidden, weight, bias, *of_teacher)
     return engine.linear_distill(
         hidden,
         weight,
@@ -193,7 +199,7 @@ def linear_logprobs(
     bias, logit_scale, logit_softcap, vocab_size
         As in `linear_distill`.
     impl : str
-        ``reference``, ``cpu``, ``triton`` or ``auto``, as in `linear_distill`.
+        ``reference``, ``cpu``, ``triton``, ``cuda`` or ``auto``, as in `linear_distill`.
 
     Returns
     -------
@@ -206,8 +212,8 @@ def linear_logprobs(
     ValueError
         Shapes, dtypes, devices, names or values that do not fit.
     """
-    kernel = _triton_engine("logprobs") if impl == "triton" else None
-    op_checks.check_engine(impl, ENGINES if kernel is None else (*ENGINES, "triton"))
+    engine = _gpu_engine(impl, 1)
+    op_checks.check_engine(impl, ENGINES if engine is None else (*ENGINES, impl))
     op_checks.check_head(hidden, weight, bias, logit_scale, logit_softcap)
     available = op_checks.check_vocab_size(vocab_size, weight.shape[0])
     op_checks.check_temperature(temperature)
@@ -219,7 +225,7 @@ def linear_logprobs(
             raise ValueError(f"candidate_ids has shape {tuple(candidate_ids.shape)}: at least one id a token is needed")
     if not 0 <= top_k <= available:
         raise ValueError(f"top_k is {top_k}: it must be from 0 to the vocabulary's {available}")
-    engine = kernel or (cpu_logprobs if _takes_cpu(impl, hidden, weight, bias) else reference)
+    engine = engine or _choose(impl, 1, cpu_logprobs, hidden, weight, bias)
     return engine.linear_logprobs(
         hidden,
         weight,
@@ -234,20 +240,28 @@ def linear_logprobs(
     )
 
 
-def _takes_cpu(impl: str, *tensors: Tensor | None) -> bool:
-    """Whether C++ computes the op: wherever it can, unless the reference was asked for."""
+def _choose(impl: str, op: int, cpu: Any, *tensors: Tensor | None) -> Any:
+    """The engine of an op on ``tensors``, where ``impl`` does not settle it: C++ or a GPU's wherever that fits, else the reference."""
     fits = cpu_tensors.takes(*tensors)
     if impl == "cpu" and not fits:
         kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors if tensor is not None}))
         raise ValueError(f"impl='cpu' takes float32, bfloat16 and float16 tensors on a CPU, not {kinds}: use impl='reference'")
-    return fits and impl != "reference"
+    if impl == "reference":
+        return reference
+    if fits:
+        return cpu
+    if all(tensor is None or (tensor.is_cuda and tensor.dtype in cpu_tensors.TYPES) for tensor in tensors):
+        return next(filter(None, (_gpu_engine(name, op) for name in GPU_ENGINES)), reference)
+    return reference
 
 
-def _triton_engine(name: str) -> Any:
-    """The module of ``bbopd.kernels`` that computes an op, where it can run; looked for only when asked for, as importing Triton takes
-    seconds."""
+def _gpu_engine(impl: str, op: int) -> Any:
+    """The module of a GPU engine that computes an op (0 or 1, as in `GPU_ENGINES`), where there is one and it can run; looked for only
+    when asked for, as importing Triton takes seconds."""
+    if impl not in GPU_ENGINES:
+        return None
     try:
-        kernel = importlib.import_module(f"bbopd.kernels.{name}")
+        engine = importlib.import_module(GPU_ENGINES[impl][op])
     except ModuleNotFoundError:
         return None
-    return kernel if kernel.INTERPRETED or torch.cuda.is_available() else None
+    return engine if engine.INTERPRETED or torch.cuda.is_available() else None

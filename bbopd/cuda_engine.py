@@ -1,0 +1,56 @@
+"""Both ops with the CUDA kernels of csrc/cuda. Importing this needs ``bbopd._cuda``, which a build with nvcc has."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from bbopd import chunked_distill, chunked_logprobs
+from bbopd.chunked_logits import check_tensors
+from bbopd.cuda_rows import CudaRows
+from bbopd.reference import linear_distill_with, register
+from bbopd.reference_logprobs import linear_logprobs_with
+from bbopd.types import DistillLoss, TokenLogprobs
+
+__all__ = ["INTERPRETED", "linear_distill", "linear_logprobs"]
+
+INTERPRETED = False
+"""Whether the kernels run without a GPU."""
+
+
+def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> DistillLoss:
+    """`bbopd.ops.linear_distill`, on arguments of the right shapes.
+
+    Raises
+    ------
+    ValueError
+        float64 inputs, tensors that are not on a GPU.
+    RuntimeError
+        A kernel could not be launched; with CUDA's own words.
+    """
+    check_tensors(_rows, hidden, weight)
+    return linear_distill_with(_linear_distill, 0, hidden, weight, *arguments, **options)
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, **options: Any) -> TokenLogprobs:
+    """`bbopd.ops.linear_logprobs`, on arguments of the right shapes; an id outside the vocabulary gets NaN.
+
+    Raises
+    ------
+    ValueError
+        float64 inputs, tensors that are not on a GPU.
+    RuntimeError
+        A kernel could not be launched; with CUDA's own words.
+    """
+    check_tensors(_rows, hidden, weight)
+    return linear_logprobs_with(_linear_logprobs, hidden, weight, **options)
+
+
+_rows = CudaRows(importlib.import_module("bbopd._cuda"))
+_linear_distill = register(
+    "bbopd::linear_distill_cuda", partial(chunked_distill.run, _rows), lambda dtype, _: chunked_distill.gradient_dtype(dtype)
+)
+_linear_logprobs = chunked_logprobs.register("bbopd::linear_logprobs_cuda", _rows)
