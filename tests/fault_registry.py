@@ -27,10 +27,11 @@ class Fault:
 
 
 FAULTS: list[Fault] = []
+_OF_THE_SERVER = ["test_security", "test_server_limits"]  # what clients may do to it
 
 
 def fault(name: str, outcome: str) -> Callable[[Test], Test]:
-    """Say of a test which fault it brings about and what the client does; give it a time limit, for none of them may hang."""
+    """Say of a test which fault it brings about and what becomes of it; give it a time limit, for none of them may hang."""
 
     def register(test: Test) -> Test:
         FAULTS.append(Fault(name, outcome, f"{test.__module__.removeprefix('tests.')}.py::{test.__name__}"))
@@ -41,10 +42,11 @@ def fault(name: str, outcome: str) -> Callable[[Test], Test]:
 
 def table() -> str:
     """The table of all faults, in the order of the modules and of their tests."""
-    for path in sorted(Path(__file__).parent.glob("test_faults_*.py")):
-        importlib.import_module(f"tests.{path.stem}")
-    rows = dict.fromkeys((entry.name, entry.outcome, entry.test) for entry in FAULTS)
-    lines = ["| fault | what the client does | test |", "|---|---|---|"]
+    for name in [path.stem for path in Path(__file__).parent.glob("test_faults_*.py")] + _OF_THE_SERVER:
+        importlib.import_module(f"tests.{name}")
+    in_order = sorted(FAULTS, key=lambda entry: entry.test.partition("::")[0])  # of the modules, whichever was imported first
+    rows = dict.fromkeys((entry.name, entry.outcome, entry.test) for entry in in_order)
+    lines = ["| fault | what becomes of it | test |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {outcome} | `{test}` |" for name, outcome, test in rows)])
 
 

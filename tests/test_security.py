@@ -23,6 +23,7 @@ from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from tests.certificates import make_certificates
+from tests.fault_registry import fault
 
 VOCAB = 50
 TOKEN = "correct-horse-battery-staple-7f3a"
@@ -91,6 +92,7 @@ async def test_tls_and_the_right_token_get_everything(pem, token_file, tmp_path,
         assert len(await ask(server, client(pem, token, tmp_path, ca="ca.pem"))) == 3
 
 
+@fault("token missing, or wrong", "the server turns the call away before it reads a message; the client ends, naming `teacher.token_file`")
 @pytest.mark.parametrize("token", [None, TOKEN[:-1] + "b", TOKEN + "x", TOKEN.upper(), "Bearer" * 4], ids=str)
 async def test_no_token_and_wrong_ones_get_nothing(pem, token_file, tmp_path, token):
     async with serving(pem, token_file) as server:
@@ -127,18 +129,21 @@ async def test_health_is_asked_without_a_token_and_says_nothing_else(pem, token_
         assert answer == health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
+@fault("plain client against TLS", "the client ends after the time to connect, naming `teacher.tls`")
 async def test_a_plain_client_and_a_tls_server_do_not_meet(pem, token_file):
     async with serving(pem, token_file) as server:
         with pytest.raises(TeacherError, match=rf"cannot reach a teacher at grpc://localhost:{server.port}.*teacher.tls"):
             await ask(server, ClientAccess(), timeout=0.5)
 
 
+@fault("TLS client against a plain server", "the client ends after the time to connect, naming `teacher.tls`")
 async def test_a_tls_client_and_a_plain_server_do_not_meet(pem):
     async with serving(pem, tls=False) as server:
         with pytest.raises(TeacherError, match=r"cannot reach a teacher.*teacher.tls"):
             await ask(server, client(pem, ca="ca.pem"), timeout=0.5)
 
 
+@fault("a server that shows another certificate", "the client does not talk to it")
 async def test_a_server_that_the_authority_does_not_vouch_for_is_not_believed(pem, token_file, tmp_path):
     async with serving(pem, token_file) as server:
         for access in (client(pem, TOKEN, tmp_path, ca="stranger.pem"), client(pem, TOKEN, tmp_path)):
@@ -153,6 +158,7 @@ async def test_the_name_in_the_certificate_counts_and_can_be_given(pem, token_fi
         assert len(await ask(server, client(pem, TOKEN, tmp_path, ca="ca.pem", server_name="teacher.example"))) == 3
 
 
+@fault("no client certificate where one is wanted", "the server does not talk to it")
 async def test_mutual_tls(pem, token_file, tmp_path):
     async with serving(pem, token_file, client_ca=True) as server:
         own = {"certificate": "client.pem", "key": "client.key"}
@@ -172,6 +178,7 @@ async def test_a_wildcard_address_with_both_is_served(pem, token_file, tmp_path)
 # ---------------------------------------------------------------- what is refused before anything is served
 
 
+@fault("non-loopback bind without TLS or token", "the server does not start, and says what to set")
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "example.org", "::", "127.0.0.1.example.org", ""])
 async def test_beyond_loopback_without_tls_or_token_nothing_is_served(host, pem):
     certificate, key = (pem / "server.pem").read_bytes(), (pem / "server.key").read_bytes()

@@ -15,6 +15,7 @@ from bbopd.rpc.clients import ClientLimits
 from bbopd.rpc.codec import encode_item, encode_prompt, encode_sampling
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
+from tests.fault_registry import fault
 from tests.test_server import VOCAB, WANT, next_answer, open_stream, rollout, running, status_of
 
 
@@ -31,6 +32,7 @@ def prompts(count, **sampling):
     )
 
 
+@fault("more in flight than a client may have", "the item fails, with the time to ask again; the model never hears of it")
 async def test_tokens_in_flight_are_counted_over_all_streams_of_a_client_and_given_back():
     backend = FakeBackend(VOCAB, delay=0.2)
     async with running(backend, limits=ClientLimits(tokens=27), batch_tokens=18) as (_, _, stub):
@@ -115,6 +117,7 @@ async def test_calls_beyond_a_clients_share_are_refused_with_the_time_to_ask_aga
             call.cancel()
 
 
+@fault("a request too large", "its call ends; the others go on")
 async def test_a_message_beyond_the_limit_ends_its_call_alone():
     async with running(FakeBackend(VOCAB)) as (_, channel, stub):
         other = await open_stream(stub)
@@ -128,6 +131,7 @@ async def test_a_message_beyond_the_limit_ends_its_call_alone():
         other.cancel()
 
 
+@fault("a client that sends nonsense and reads nothing", "its stream ends once 65,536 answers wait")
 async def test_who_sends_nonsense_and_reads_nothing_is_stopped():
     backend = FakeBackend(VOCAB)
     small_windows = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
@@ -185,6 +189,7 @@ async def test_names_that_would_spoil_a_log_are_refused(bad):
 # ---------------------------------------------------------------- clients that are slow, or gone
 
 
+@fault("client gone", "what it waited for leaves the queue; the batch that runs is the last")
 async def test_a_client_that_has_gone_is_not_worked_for_any_more():
     backend = FakeBackend(VOCAB, delay=0.1)
     async with running(backend, batch_tokens=18) as (server, _, stub):
@@ -205,6 +210,7 @@ async def test_a_client_that_has_gone_is_not_worked_for_any_more():
         here.cancel()
 
 
+@fault("a client that takes no answers", "it is passed over at `max_inflight_bytes`; nobody else waits")
 @pytest.mark.parametrize("reads", [False, True], ids=["no credit", "credit, but nothing is read"])
 async def test_a_slow_client_costs_a_bounded_amount_of_memory(reads):
     backend = FakeBackend(20_000)
@@ -239,6 +245,9 @@ async def ask(stub, item, want, replay_id, number=1, resume_from=0):
     return answer
 
 
+@fault(
+    "duplicate id with another body", "the item fails: a replay_id stands for one question; with the same body the same answer comes again"
+)
 async def test_a_question_asked_again_by_name_is_answered_from_memory_and_another_one_refused():
     backend = FakeBackend(VOCAB)
     async with running(backend) as (server, _, stub):
