@@ -1,4 +1,4 @@
-"""`linear_distill` in Triton: in the interpreter (and on a GPU where there is one) against float64, and compiled for three GPUs.
+"""`linear_distill` in Triton against float64, in the interpreter, and on a GPU where there is one.
 
 Whether Triton interprets is settled as it is imported, so that a process of its own answers all the cases at once.
 """
@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from bbopd.types import DIVERGENCES
+from tests.devices import ON_CPU, ON_GPU
 from tests.distill_cases import AGAIN, ANSWERED, NEAR, OPCHECK, REFUSED, REFUSED_ON_CPU, SAME, assert_exact, assert_exact_near
 
-triton = pytest.importorskip("triton", minversion="3.7")  # the interpreter of 3.6 stumbles over numpy 2.4
+pytest.importorskip("triton")
 
 CHILD = """
 import sys, torch
 from bbopd import linear_distill, reference
 from bbopd.kernels import distill
+from tests.devices import ON_CPU, ON_GPU
 from tests.distill_cases import answer, moved
 
 device, questions, answers = sys.argv[1:]
@@ -50,10 +51,8 @@ for name, question in torch.load(questions, weights_only=False).items():
 torch.save(answered, answers)
 """
 
-ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
-
-@pytest.fixture(scope="module", params=["cpu", ON_GPU])
+@pytest.fixture(scope="module", params=[ON_CPU, ON_GPU])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the engine makes of every case, or its error; interpreted where the device is a CPU."""
     folder = tmp_path_factory.mktemp("kernels_distill")
@@ -102,52 +101,3 @@ def test_what_is_refused(name: str, answers: dict[str, Any]) -> None:
     if name not in answers:
         pytest.skip("not checked on a GPU")
     assert re.search((REFUSED | REFUSED_ON_CPU)[name][1], answers[name])
-
-
-# ---------------------------------------------------------------- compiled
-
-TYPES = {"gradient": "*bf16", "teacher": "*bf16", "signal": "*i1", "labels": "*i64", "ids": "*i64"}
-TYPES |= dict.fromkeys(("V", "stride", "width", "teacher_stride", "teacher_width"), "i32")
-TYPES |= dict.fromkeys(("inner", "outer", "inverse_temperature", "inverse_cap", "mix"), "fp32")
-ALIGNED = ("logits", "bias", "teacher", "gradient", "stride", "width", "teacher_stride", "teacher_width")
-WITHOUT_TEACHER = dict.fromkeys(("teacher", "signal", "teacher_statistics", "mean"))
-COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
-    "finish": ("finish_logits", {}),
-    "statistics": ("row_statistics", {"AT_ONE": True, "IS_TEACHER": False, "signal": None}),
-    "statistics of a teacher": ("row_statistics", {"AT_ONE": False, "IS_TEACHER": True}),
-    **{f"divergence {divergence}": ("row_divergence", {"DIVERGENCE": divergence}) for divergence in DIVERGENCES},
-    **{f"gradient {divergence}": ("row_gradient", {"DIVERGENCE": divergence, "ids": None}) for divergence in DIVERGENCES},
-    "gradient of a sampled token": ("row_gradient", {"DIVERGENCE": "forward_kl"} | WITHOUT_TEACHER),
-    "gradient of cross-entropy": (
-        "row_gradient",
-        {"DIVERGENCE": "forward_kl", "kd_grad": None, "ids": None, "inverse_temperature": None, "inverse_cap": None} | WITHOUT_TEACHER,
-    ),
-}
-
-
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_it_compiles_without_spilling(capability: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from bbopd.kernels import distill_rows, logits
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(distill_rows, COMPILED[name][0], None) or getattr(logits, COMPILED[name][0])
-    constants = COMPILED[name][1] | {"BLOCK": logits.BLOCK}
-    signature = {argument: "constexpr" if argument in constants else TYPES.get(argument, "*fp32") for argument in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in ALIGNED}
-    aligned = {(i,): divisor for (i,), divisor in aligned.items() if kernel.arg_names[i] not in constants}
-    options = {"num_warps": logits.WARPS, "enable_fp_fusion": False}
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
-    assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", compiled.asm["ptx"])  # 16 bytes at a time
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    report = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report.split(f"Function {kernel.__name__}", 1)[1])}
-    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), report
-    assert usage["REG"] * 32 * logits.WARPS * 2 <= 65536, report  # at least two rows at a time on a multiprocessor

@@ -1,0 +1,45 @@
+"""Every Triton kernel, compiled: no spills, 16 bytes read at a time, registers as in docs/kernel_resources.csv."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from tests import kernel_resources  # noqa: E402
+from tests.kernel_resources import CAPABILITIES, LARGEST_SHARE, REGISTER_FILE, VARIANTS, Usage  # noqa: E402
+
+OTHER_VERSION = 16  # registers by which another Triton's allocation may differ
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Usage, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        return {(usage.variant, usage.capability): (usage, ptx) for usage, ptx in kernel_resources.compile_all()}
+
+
+def test_the_table_names_every_kernel_and_variant() -> None:
+    table = kernel_resources.read()
+    assert {usage.kernel for usage in table} == kernel_resources.kernels().keys()
+    assert [(usage.variant, usage.capability) for usage in table] == [(name, one) for name in VARIANTS for one in CAPABILITIES]
+    assert all(usage.kernel == VARIANTS[usage.variant].kernel for usage in table)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_kernel_keeps_to_its_resources(name: str, capability: int, compiled: dict[Any, tuple[Usage, str]]) -> None:
+    usage, ptx = compiled[name, capability]
+    known = next(line for line in kernel_resources.read() if (line.variant, line.capability) == (name, capability))
+    assert (usage.stack, usage.spilled) == (0, 0)
+    assert usage.registers * usage.threads * LARGEST_SHARE <= REGISTER_FILE
+    assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx)  # 16 bytes at a time
+    if usage.triton == known.triton:
+        assert usage == known
+    else:
+        assert usage.registers <= known.registers + OTHER_VERSION
