@@ -12,14 +12,16 @@ export TOKENIZERS_PARALLELISM := false
 SEED ?= 0
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+GPU_FLAGS ?=
 
-.PHONY: demo test fuzz bench lint format wheel package sanitize clean help
+.PHONY: demo test fuzz bench gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
 	@echo "make fuzz    over a hundred thousand random messages against every decoder (minutes)"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
@@ -53,6 +55,13 @@ $(BENCHED): $(DEVELOPED)
 # Use BENCH_FLAGS=--quick for the smaller sizes.
 bench: $(BENCHED)
 	$(BIN)/python -m pytest -q $(wildcard benchmarks/bench_*.py) $(BENCH_FLAGS)
+
+# With the first Python whose torch sees a GPU; nothing is installed. PYTHON=... names one, GPU_FLAGS=... is for `python -m benchmarks.gpu`.
+gpu gpu-full:
+	@for python in $(PYTHON) python3 python $(BIN)/python; do \
+	    if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	        exec $$python -m benchmarks.on_gpu $(if $(filter gpu-full,$@),--full) $(GPU_FLAGS); fi; done; \
+	echo "no GPU for the torch of $(PYTHON), python3, python or $(BIN)/python: name a Python with a CUDA torch, make $@ PYTHON=..."; exit 1
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .

@@ -6,9 +6,10 @@ Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import product
+from typing import Any, Literal
 
-TeacherKind = Literal["topk", "full", "none"]
+TeacherKind = Literal["topk", "full", "full_hidden", "sampled", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Case:
     K: int = 64
     teacher_noise: float = 1.0  # standard deviation of teacher logits minus student logits, in nats
     is_sweep: bool = False  # a point of a plot: no peer beyond PyTorch, no errors
+    is_head_frozen: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -82,3 +85,39 @@ def logprobs_cases(is_quick: bool) -> list[Case]:
 def training_cases() -> list[Case]:
     """One step of a whole model, 2 sequences of 1,024 tokens."""
     return [replace(SMOLLM2, objective="training_step")]
+
+
+# ---------------------------------------------------------------- on a GPU
+
+ANCHOR = (8192, 128256, 4096)  # N, V, D
+SIX_SHAPES = (ANCHOR, (1024, 128256, 4096), (8192, 151936, 2048), (8192, 262144, 2048), (32768, 32768, 2048), (1024, 32768, 4096))
+ALL_SHAPES = tuple(product((1024, 8192, 32768), (32768, 128256, 151936, 262144), (2048, 4096)))
+
+GPU_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "full_forward": {"teacher": "full"},
+    "hidden_forward": {"teacher": "full_hidden"},
+    "sampled": {"teacher": "sampled", "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0},
+    "ce": {"teacher": "none", "ce_weight": 1.0, "kd_weight": 0.0, "temperature": 1.0},
+    "topk_frozen": {"is_head_frozen": True},
+    "full_reverse": {"teacher": "full", "divergence": "reverse_kl", "temperature": 1.0},
+    "full_jsd": {"teacher": "full", "divergence": "jsd", "temperature": 1.0},
+}
+
+
+Shape = tuple[int, int, int]
+
+
+def gpu_distill_cases(shape: Shape, device: str, dtype: str, *, every_divergence: bool) -> list[Case]:
+    """Every kind of teacher on one shape (N, V, D)."""
+    N, V, D = shape
+    return [
+        Case("head", N, D, V, objective, dtype=dtype, device=device, K=min(64, V // 2), **options)
+        for objective, options in GPU_OBJECTIVES.items()
+        if every_divergence or options.get("divergence") is None
+    ]
+
+
+def gpu_logprobs_case(shape: Shape, device: str, dtype: str) -> Case:
+    N, V, D = shape
+    return Case("head", N, D, V, "logprobs", dtype, "none", 1.0, K=min(64, V // 2), is_head_frozen=True, device=device)

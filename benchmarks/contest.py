@@ -7,15 +7,17 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from benchmarks import clock
 from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,10 @@ class Resettable(Protocol):
     def leaves(self) -> tuple[Tensor, ...]: ...
 
     def drop_gradients(self) -> None: ...
+
+
+class DeviceLostError(RuntimeError):
+    """A contestant's error left the device unusable to this process; its name and the error."""
 
 
 def never(case: Case) -> str:
@@ -81,6 +87,8 @@ class Entry:
     contestant: Contestant
     step: Step | None = None
     skipped: str = ""
+    may_fail: bool = False
+    has_failed: bool = False  # by an error that is not want of memory
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -88,21 +96,26 @@ class Entry:
         return statistics.median(self.seconds) if self.seconds else None
 
 
-def enter(contestants: Iterable[Contestant], inputs: Resettable, case: Case) -> list[Entry]:
-    """Prepare and warm up each contestant; one that cannot run is kept, with the reason."""
+def enter(
+    contestants: Iterable[Contestant],
+    inputs: Resettable,
+    case: Case,
+    *,
+    any_may_fail: bool = False,
+    entering: Callable[[str], None] = lambda name: None,
+) -> list[Entry]:
+    """Prepare and warm up each contestant; one that cannot run is kept, with the reason. ``entering`` is told of each."""
     entries = []
     torch.compiler.reset()  # else a few cases on, the limit of recompilations would turn compiled peers into eager ones
     for contestant in contestants:
         entry = Entry(contestant, skipped=contestant.missing(case) or _lacks_memory(contestant, case))
+        entry.may_fail = contestant.is_peer or any_may_fail
         if not entry.skipped:
-            try:
+            entering(contestant.name)
+            with failing_alone(entry, inputs):
                 entry.step = contestant.prepare(inputs)
                 entry.step()
-            except Exception as error:  # what another library may raise is not ours to list
-                if not contestant.is_peer:
-                    raise
-                first_line, _, _ = str(error).strip().partition("\n")
-                entry.step, entry.skipped = None, f"{type(error).__name__}: {first_line}"
+                clock.wait(case.device)
             inputs.drop_gradients()
         entries.append(entry)
     run_round(entries, inputs, 0)  # preparing one may have made another's compiled code stale
@@ -114,16 +127,40 @@ def enter(contestants: Iterable[Contestant], inputs: Resettable, case: Case) -> 
 def run_round(entries: list[Entry], inputs: Resettable, number: int) -> None:
     """One step of each contestant, timed; the order turns by one place every round."""
     able = [entry for entry in entries if entry.step is not None]
-    for entry in able[number % len(able) :] + able[: number % len(able)]:
-        assert entry.step is not None
-        start = time.perf_counter()
-        entry.step()
+    for entry in able[number % len(able) :] + able[: number % len(able)] if able else []:
+        with failing_alone(entry, inputs):
+            entry.seconds.append(clock.seconds_of(partial(_step_and_drop, entry.step, inputs), inputs.leaves[0].device.type))
+
+
+def _step_and_drop(step: Step, inputs: Resettable) -> None:
+    step()
+    inputs.drop_gradients()
+
+
+@contextmanager
+def failing_alone(entry: Entry, inputs: Resettable) -> Iterator[None]:
+    """An error puts the contestant out of the contest, with the reason, where it may fail."""
+    try:
+        yield
+    except Exception as error:  # what another library may raise is not ours to list
+        if not entry.may_fail:
+            raise
+        first_line, _, _ = str(error).strip().partition("\n")
+        entry.step, entry.skipped = None, f"{type(error).__name__}: {first_line}"
+        entry.has_failed = not isinstance(error, torch.OutOfMemoryError)
+        entry.seconds.clear()
+    if entry.skipped:  # outside the handler, which holds the frames and their tensors
         inputs.drop_gradients()
-        entry.seconds.append(time.perf_counter() - start)
+        try:
+            clock.recover(inputs.leaves[0].device.type)
+        except RuntimeError as error:
+            raise DeviceLostError(entry.contestant.name, entry.skipped) from error
 
 
-def free_bytes() -> int | None:
+def free_bytes(device: str = "cpu") -> int | None:
     """Memory that new allocations can have without swapping, where the system tells."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -132,7 +169,7 @@ def free_bytes() -> int | None:
 
 
 def _lacks_memory(contestant: Contestant, case: Case) -> str:
-    needed, free = contestant.bytes_per_logit * case.N * case.V, free_bytes()
+    needed, free = contestant.bytes_per_logit * case.N * case.V, free_bytes(case.device)
     if free is None or needed <= free:
         return ""
     return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

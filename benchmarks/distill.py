@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbopd import FullTeacher, TopKTeacher, linear_distill
+from bbopd import FullTeacher, SampledTeacher, TopKTeacher, linear_distill
+from bbopd.types import OpTeacher
 from benchmarks.cases import Case
 from benchmarks.contest import Contestant, Step
 from benchmarks.inputs import Inputs, draw
@@ -24,7 +26,7 @@ from benchmarks.inputs import Inputs, draw
 __all__ = ["CONTESTANTS", "FLOOR", "RESIZES", "draw", "eager_loss"]
 
 RESIZES = True  # a smaller case is as good a warm-up
-BETA_OF = {"forward_kl": 0.0, "reverse_kl": 1.0}  # as Liger and TRL name the two ends of their JSD
+BETA_OF = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # as Liger and TRL name the two ends of their JSD
 HEAD_TEACHER = "takes the teacher's hidden states and head, and so computes its logits as well"
 
 # ---------------------------------------------------------------- the floor
@@ -54,7 +56,7 @@ def _loss_of(inputs: Inputs, impl: str) -> Tensor:
         inputs.hidden,
         inputs.weight,
         inputs.teacher,
-        inputs.labels,
+        inputs.labels if case.ce_weight else None,
         temperature=case.temperature,
         ce_weight=case.ce_weight,
         kd_weight=case.kd_weight,
@@ -64,7 +66,7 @@ def _loss_of(inputs: Inputs, impl: str) -> Tensor:
 
 
 def ours(inputs: Inputs, impl: str) -> Step:
-    return _backward_of(partial(_loss_of, inputs, impl))
+    return backward_of(partial(_loss_of, inputs, impl))
 
 
 def ours_cpu(inputs: Inputs, keeps_logits: bool) -> Step:
@@ -92,7 +94,7 @@ def cpu_engine_missing(case: Case) -> str:
 # ---------------------------------------------------------------- PyTorch
 
 
-def eager_loss(hidden: Tensor, weight: Tensor, teacher: TopKTeacher | FullTeacher | None, labels: Tensor, case: Case) -> Tensor:
+def eager_loss(hidden: Tensor, weight: Tensor, teacher: OpTeacher | None, labels: Tensor, case: Case) -> Tensor:
     """The loss as one writes it in PyTorch: whole logits, autograd. In float64 it is the truth that errors are taken against."""
     z_NV = hidden @ weight.T
     z_NV = z_NV if z_NV.dtype == torch.float64 else z_NV.float()
@@ -100,44 +102,62 @@ def eager_loss(hidden: Tensor, weight: Tensor, teacher: TopKTeacher | FullTeache
     if teacher is None:
         return loss
     log_q_NV = (z_NV / case.temperature).log_softmax(1)
+    if isinstance(teacher, SampledTeacher):
+        log_q_N = log_q_NV.gather(1, teacher.token_ids[:, None])[:, 0]
+        log_p_N, log_old_N = teacher.logprobs.to(z_NV.dtype), teacher.behavior_logprobs.to(z_NV.dtype)
+        return loss - case.kd_weight * case.temperature**2 * ((log_q_N - log_old_N).exp() * (log_p_N - log_old_N)).mean()
     if isinstance(teacher, TopKTeacher):
         log_tail_N = log_q_NV.scatter(1, teacher.ids, -torch.inf).logsumexp(1)
         log_q_NC = torch.cat([log_q_NV.gather(1, teacher.ids), log_tail_N[:, None]], dim=1)
         log_p_NC = torch.cat([teacher.logprobs, teacher.log_tail[:, None]], dim=1).to(z_NV.dtype).log_softmax(1)
     else:
-        assert teacher.logits is not None
-        log_q_NC, log_p_NC = log_q_NV, (teacher.logits.to(z_NV.dtype) / case.temperature).log_softmax(1)
-    first, second = (log_p_NC, log_q_NC) if case.divergence == "forward_kl" else (log_q_NC, log_p_NC)
-    kd = (first.exp() * (first - second)).sum(1).mean()
-    return loss + case.kd_weight * case.temperature**2 * kd
+        log_q_NC, log_p_NC = log_q_NV, (_teacher_logits(teacher, z_NV.dtype) / case.temperature).log_softmax(1)
+    if case.divergence == "jsd":  # with beta = 1/2
+        log_m_NC = torch.logaddexp(log_p_NC, log_q_NC) - math.log(2)
+        kd_N = 0.5 * (_kl(log_p_NC, log_m_NC) + _kl(log_q_NC, log_m_NC))
+    else:
+        kd_N = _kl(log_p_NC, log_q_NC) if case.divergence == "forward_kl" else _kl(log_q_NC, log_p_NC)
+    return loss + case.kd_weight * case.temperature**2 * kd_N.mean()
+
+
+def _kl(log_a_NC: Tensor, log_b_NC: Tensor) -> Tensor:
+    return (log_a_NC.exp() * (log_a_NC - log_b_NC)).sum(1)
+
+
+def _teacher_logits(teacher: OpTeacher, dtype: torch.dtype) -> Tensor:
+    """As they were sent, or made of hidden states and head: in float64 exactly, else as PyTorch multiplies them."""
+    assert isinstance(teacher, FullTeacher)
+    if teacher.logits is not None:
+        return teacher.logits.to(dtype)
+    assert teacher.hidden is not None
+    assert teacher.weight is not None
+    if dtype == torch.float64:
+        return teacher.hidden.double() @ teacher.weight.double().T
+    return (teacher.hidden @ teacher.weight.T).to(dtype)
 
 
 def eager(inputs: Inputs) -> Step:
-    return _backward_of(lambda: eager_loss(inputs.hidden, inputs.weight, inputs.teacher, inputs.labels, inputs.case))
+    return backward_of(lambda: eager_loss(inputs.hidden, inputs.weight, inputs.teacher, inputs.labels, inputs.case))
 
 
 def compiled(inputs: Inputs) -> Step:
     """Tensors as arguments, so that the teacher's dataclass is rebuilt inside the graph."""
     case, teacher = inputs.case, inputs.teacher
-    signals = (
-        ()
-        if teacher is None
-        else (teacher.logits,)
-        if isinstance(teacher, FullTeacher)
-        else (teacher.ids, teacher.logprobs, teacher.log_tail)
-    )
+    names = [] if teacher is None else [one.name for one in fields(teacher) if isinstance(getattr(teacher, one.name), Tensor)]
+    signals = [getattr(teacher, name) for name in names]
+    kind: Any = type(teacher)
 
     def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, *signals: Tensor) -> Tensor:
-        known = None if not signals else FullTeacher(*signals) if len(signals) == 1 else TopKTeacher(*signals)
+        known = kind(**dict(zip(names, signals, strict=True))) if signals else None
         return eager_loss(hidden, weight, known, labels, case)
 
     function = torch.compile(loss_of, dynamic=False)
-    return _backward_of(lambda: function(inputs.hidden, inputs.weight, inputs.labels, *signals))
+    return backward_of(lambda: function(inputs.hidden, inputs.weight, inputs.labels, *signals))
 
 
 def torch_linear_cross_entropy(inputs: Inputs) -> Step:
     options = torch.nn.LinearCrossEntropyOptions()
-    return _backward_of(lambda: F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, options=options))
+    return backward_of(lambda: F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, options=options))
 
 
 def torch_too_old(case: Case) -> str:
@@ -154,17 +174,17 @@ def liger(inputs: Inputs) -> Step:
     loss = module.LigerFusedLinearJSDLoss(
         weight_hard_loss=case.ce_weight,
         weight_soft_loss=case.kd_weight * case.temperature**2,
-        beta=BETA_OF[case.divergence] if case.teacher == "full" else 0.5,
+        beta=BETA_OF[case.divergence] if case.teacher.startswith("full") else 0.5,
         temperature=case.temperature,
     )
     teacher_hidden = inputs.hidden.detach()
-    return _backward_of(lambda: loss(inputs.hidden, inputs.weight, teacher_hidden, inputs.teacher_weight, inputs.labels))
+    return backward_of(lambda: loss(inputs.hidden, inputs.weight, teacher_hidden, inputs.teacher_weight, inputs.labels))
 
 
 def trl(inputs: Inputs) -> Step:
     case = inputs.case
     module: Any = importlib.import_module("trl.kernels.chunked_divergence")
-    beta = BETA_OF[case.divergence] if case.teacher == "full" else 0.5
+    beta = BETA_OF[case.divergence] if case.teacher.startswith("full") else 0.5
     teacher_hidden, factor = inputs.hidden.detach(), case.kd_weight * case.temperature**2
 
     def loss_of() -> Tensor:
@@ -173,14 +193,14 @@ def trl(inputs: Inputs) -> Step:
         )
         return factor * divergence_N.mean()
 
-    return _backward_of(loss_of)
+    return backward_of(loss_of)
 
 
 def not_installed(package: str, distribution: str, case: Case) -> str:
     return "" if importlib.util.find_spec(package) is not None else f"{distribution} is not installed"
 
 
-def _backward_of(loss_of: Callable[[], Tensor]) -> Step:
+def backward_of(loss_of: Callable[[], Tensor]) -> Step:
     def step() -> Tensor:
         loss = loss_of()
         loss.backward()
@@ -230,6 +250,6 @@ def contestants_of(case: Case) -> tuple[Contestant, ...]:
 
 def claims_loss(contestant: Contestant, case: Case) -> bool:
     """Whether the contestant's loss is that of the case, rather than that of its own nearest objective."""
-    if contestant.takes_head and case.teacher == "topk":
+    if contestant.takes_head and not case.teacher.startswith("full"):
         return False
     return contestant.has_loss or (contestant.takes_head and case.ce_weight == 0)

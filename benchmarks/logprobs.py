@@ -23,7 +23,7 @@ RESIZES = True
 
 def floor(inputs: Inputs) -> Step:
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    logits_NV = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype)
+    logits_NV = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
 
     def step() -> None:
         torch.mm(hidden, weight.T, out=logits_NV)
@@ -71,11 +71,14 @@ def cpu_engine_missing(case: Case) -> str:
     return ""
 
 
+PYTORCH = (
+    Contestant("PyTorch eager", partial(scores_of, torch_scores), bytes_per_logit=16, note="matmul, log_softmax, topk"),
+    Contestant("torch.compile", compiled, bytes_per_logit=16, is_compiled=True, is_peer=True, note="matmul, log_softmax, topk"),
+)
 FLOOR = Contestant("floor: one torch.mm(out=)", floor, bytes_per_logit=4, has_loss=False, note="logits alone")
 CONTESTANTS = (
     FLOOR,
     Contestant("bbopd cpu", partial(scores_of, partial(our_scores, impl="cpu")), cpu_engine_missing),
     Contestant("bbopd reference", partial(scores_of, partial(our_scores, impl="reference"))),
-    Contestant("PyTorch eager", partial(scores_of, torch_scores), bytes_per_logit=16, note="matmul, log_softmax, topk"),
-    Contestant("torch.compile", compiled, bytes_per_logit=16, is_compiled=True, is_peer=True, note="matmul, log_softmax, topk"),
+    *PYTORCH,
 )

@@ -41,6 +41,9 @@ class Record:
     date: str
     command: str
     machine: str
+    driver: str = ""  # of a GPU, as are the next two
+    triton: str = ""
+    row_gigabytes_per_second: float | None = None
 
     @property
     def case(self) -> tuple[str, str, int, int, int, str]:
@@ -56,6 +59,7 @@ def make_record(
     error: float | None,
     near_error: float | None,
     machine: dict[str, str],
+    row_gigabytes_per_second: float | None = None,
 ) -> Record:
     contestant: Contestant = entry.contestant
     median = entry.median
@@ -76,6 +80,7 @@ def make_record(
         near_error=near_error,
         note=contestant.note,
         skipped=entry.skipped,
+        row_gigabytes_per_second=row_gigabytes_per_second,
         **machine,
     )
 
@@ -96,6 +101,6 @@ def read(path: Path) -> list[Record]:
 def _parsed(name: str, value: str) -> Any:
     if name in ("N", "D", "V", "rounds"):
         return int(value)
-    if name in ("median_ms", "fastest_ms", "ratio", "memory_mib", "error", "near_error"):
+    if name in ("median_ms", "fastest_ms", "ratio", "memory_mib", "error", "near_error", "row_gigabytes_per_second"):
         return float(value) if value else None
     return value

@@ -13,12 +13,17 @@ from benchmarks.records import Record, read, write
 RESULTS = ROOT / "benchmarks" / "results"
 
 TITLES = {"distill": "linear_distill", "logprobs": "linear_logprobs", "training_step": "One training step"}
+TITLES |= {f"gpu_{script}": f"{TITLES[script]} on a GPU" for script in ("distill", "logprobs")}
 OBJECTIVES = {
     "topk": "Forward KL to a top-64 teacher with its tail at T = 2, and cross-entropy",
     "topk_float32": "Forward KL to a top-64 teacher with its tail at T = 2, and cross-entropy, with float32 inputs",
     "ce": "Cross-entropy alone",
     "full_forward": "Forward KL to full float16 teacher logits at T = 2, and cross-entropy",
     "full_reverse": "Reverse KL to full float16 teacher logits at T = 1, and cross-entropy",
+    "hidden_forward": "Forward KL at T = 2 to a teacher given as hidden states and head, and cross-entropy; the floor makes its logits too",
+    "sampled": "Reverse KL by policy gradient, one token of the teacher's at each place, T = 1",
+    "topk_frozen": "The top-64 teacher with the head frozen: no dW, in the floor either",
+    "full_jsd": "JSD to full float16 teacher logits at T = 1, and cross-entropy",
     "sweep_V": "Top-64 teacher, against the vocabulary",
     "sweep_N": "Top-64 teacher, against the tokens",
     "logprobs": "Top 64, tail and sampled token",
@@ -29,6 +34,16 @@ ERROR_HEADINGS = {
     "logprobs": ("largest error, nats", ""),
     "training_step": ("", ""),
 }
+ERROR_HEADINGS |= {f"gpu_{script}": ERROR_HEADINGS[script] for script in ("distill", "logprobs")}
+HOW_ON_CPU = (
+    "Medians of interleaved rounds; ratios to the floor of the same rounds. Memory is the peak beyond inputs and gradients, in a fresh "
+    "process. Errors are against float64, on at most 256 tokens and 8,192 entries."
+)
+HOW_ON_GPU = (
+    "Medians of interleaved rounds, by the device's events, with L2 flushed before each step; ratios to the floor of the same rounds. "
+    "Memory is the allocator's peak beyond inputs and gradients. GB/s: the least bytes that the passes over the logits must move, by the "
+    "time of the row kernels alone. Errors are against float64, on 256 tokens and the whole vocabulary."
+)
 
 
 def publish(script: str, records: list[Record], results: Path = RESULTS) -> None:
@@ -54,29 +69,41 @@ def remake(path: Path) -> None:
 
 def markdown(script: str, records: list[Record]) -> str:
     """Tables of one script: one for each objective and size, in the order measured."""
-    first = records[0]
+    first, is_gpu = records[0], script.startswith("gpu_")
     lines = [
         f"# {TITLES[script]}",
         "",
-        f"{first.processor}, {first.cores} cores, {first.threads} threads; instruction sets: {first.instruction_sets}. "
-        f"PyTorch {first.torch}, Python {first.python}.",
+        _machine(first),
         "",
-        "Medians of interleaved rounds; ratios to the floor of the same rounds. Memory is the peak beyond inputs and gradients, in a fresh "
-        "process. Errors are against float64, on at most 256 tokens and 8,192 entries.",
+        HOW_ON_GPU if is_gpu else HOW_ON_CPU,
     ]
     for _, group in groupby(records, lambda record: record.case):
         rows = list(group)
         one = rows[0]
         lines += ["", f"## {one.model}: N = {one.N:,}, D = {one.D:,}, V = {one.V:,}, {one.dtype}", "", f"{OBJECTIVES[one.objective]}.", ""]
-        lines += [*_table(rows, *ERROR_HEADINGS[script]), "", f"{one.rounds} rounds, {one.date}: `{one.command}`"]
+        lines += [*_table(rows, *ERROR_HEADINGS[script], is_gpu), "", f"{one.rounds} rounds, {one.date}: `{one.command}`"]
     return "\n".join(lines) + "\n"
 
 
-def _table(records: Iterable[Record], error: str, near_error: str) -> list[str]:
-    headings = ["", "median, ms", "ratio", "memory, MiB", *filter(None, (error, near_error)), "note"]
+def _machine(record: Record) -> str:
+    versions = f"PyTorch {record.torch}, Python {record.python}."
+    if record.driver:
+        return (
+            f"{record.processor}, {record.instruction_sets}, {record.cores} multiprocessors; driver {record.driver}. "
+            f"Triton {record.triton}, {versions}"
+        )
+    return f"{record.processor}, {record.cores} cores, {record.threads} threads; instruction sets: {record.instruction_sets}. {versions}"
+
+
+def _table(records: Iterable[Record], error: str, near_error: str, is_gpu: bool) -> list[str]:
+    headings = ["", "median, ms", "ratio", *(("of the floor's speed", "GB/s") if is_gpu else ()), "memory, MiB"]
+    headings += [*filter(None, (error, near_error)), "note"]
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 2) + "---|"]
     for record in records:
-        cells = [record.contestant, _number(record.median_ms, ",.1f"), _number(record.ratio, ".2f"), _number(record.memory_mib, ",.0f")]
+        cells = [record.contestant, _number(record.median_ms, ",.2f" if is_gpu else ",.1f"), _number(record.ratio, ".2f")]
+        if is_gpu:
+            cells += [_number(1 / record.ratio if record.ratio else None, ".0%"), _number(record.row_gigabytes_per_second, ",.0f")]
+        cells.append(_number(record.memory_mib, ",.0f"))
         for heading, value in ((error, record.error), (near_error, record.near_error)):
             if heading:
                 cells.append(_number(value, ".2e" if "nats" in heading else ".2%"))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import accuracy, cases, distill, logprobs, training_step
+from benchmarks import accuracy, cases, distill, gpu, gpu_contestants, logprobs, on_gpu, training_step
 from benchmarks.cases import Case
 from benchmarks.contest import Contestant, Entry, enter, peak_megabytes, run_round
 from benchmarks.inputs import draw
@@ -19,17 +24,18 @@ from tests.distill_oracle import oracle
 
 TINY = Case("tiny", 6, 8, 40, dtype="float32", K=4)
 TASKS = [replace(case, N=6, D=8, V=40, K=4, dtype="float32") for case in cases.distill_cases(is_quick=True)[2:]] + [TINY]
+GPU_TASKS = cases.gpu_distill_cases((6, 40, 8), "cpu", "float32", every_divergence=True)
 MACHINE = dict.fromkeys(("processor", "instruction_sets", "cores", "threads", "torch", "python", "date", "command", "machine"), "here")
 
 
-@pytest.mark.parametrize("case", TASKS, ids=lambda case: case.objective)
+@pytest.mark.parametrize("case", [*TASKS, *GPU_TASKS], ids=lambda case: case.objective)
 def test_float64_truth_is_the_formula(case: Case) -> None:
     inputs = draw(case)
-    found, _, _ = accuracy.exact_gradients(inputs)
+    found, *_ = accuracy.exact_gradients(inputs)
     z_NV = inputs.hidden.double() @ inputs.weight.double().T
     settings = {name: getattr(case, name) for name in ("temperature", "ce_weight", "kd_weight", "divergence")}
     expected, _, _ = oracle(z_NV, inputs.teacher, inputs.labels, **settings)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-7)
 
 
 @pytest.mark.parametrize("contestant", [one for one in distill.CONTESTANTS if not one.is_compiled], ids=lambda one: one.name)
@@ -113,6 +119,98 @@ def test_rounds_are_interleaved_and_skips_are_told() -> None:
     assert entries[2].skipped == "it is not installed"
     assert "GiB" in entries[3].skipped
     assert [len(entry.seconds) for entry in entries] == [3, 3, 0, 0]
+
+
+def test_an_error_becomes_a_row_that_says_so() -> None:
+    def raising(error: Exception) -> Contestant:
+        def step() -> None:
+            raise error
+
+        return Contestant("raising", lambda inputs: step)
+
+    errors = (torch.OutOfMemoryError("too large"), ZeroDivisionError("by zero\nand more"))
+    able = Contestant("able", lambda inputs: lambda: None)
+    entries = enter([*map(raising, errors), able], draw(TINY), TINY, any_may_fail=True)
+    assert [entry.skipped for entry in entries] == ["OutOfMemoryError: too large", "ZeroDivisionError: by zero", ""]
+    assert [entry.has_failed for entry in entries] == [False, True, False]
+    with pytest.raises(ZeroDivisionError):
+        enter([raising(errors[1])], draw(TINY), TINY)
+
+
+@pytest.mark.parametrize("case", GPU_TASKS, ids=lambda case: case.objective)
+def test_contestants_on_a_gpu_compute_the_loss_they_claim(case: Case) -> None:
+    taking_part = gpu_contestants.distill_contestants(case, compiles=False)
+    able = [one for one in taking_part if not one.missing(case) and not one.name.startswith("Liger")]  # which needs a GPU
+    errors = accuracy.gradient_errors(able, case)
+    assert "PyTorch eager" in errors
+    assert max(errors.values()) < 1e-4
+
+
+def test_the_floor_on_a_gpu_has_the_products_that_are_needed() -> None:
+    products = {}
+    for case in GPU_TASKS:
+        with FlopCounterMode(display=False) as counter:
+            step = gpu_contestants.DISTILL_FLOOR.prepare(draw(case))
+            before = counter.get_total_flops()
+            step()
+        products[case.objective] = (counter.get_total_flops() - before) / (2 * case.N * case.D * case.V)
+    assert products.pop("topk_frozen") == 2
+    assert products.pop("hidden_forward") == 4
+    assert set(products.values()) == {3}
+
+
+def test_the_gpu_suite_measures_every_kind_of_teacher_on_every_shape() -> None:
+    quick, full = (gpu.jobs_of(gpu.parse(arguments)) for arguments in ([], ["--full"]))
+    assert {(job.case.N, job.case.V, job.case.D) for job in quick} == set(cases.SIX_SHAPES)
+    assert {(job.case.N, job.case.V, job.case.D) for job in full} == set(cases.ALL_SHAPES)
+    assert len(full) == len(cases.ALL_SHAPES) * (len(cases.GPU_OBJECTIVES) + 1)
+    for shape in cases.SIX_SHAPES:
+        kinds = {job.case.teacher for job in quick if shape == (job.case.N, job.case.V, job.case.D)}
+        assert kinds == {"none", "full", "full_hidden", "topk", "sampled"}
+
+
+def test_the_gpu_suite_runs_dry_and_outlives_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, where it is there; else a row says why not."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    asked = ["--device=cpu", "--dtype=float32", "--shapes=4x40x8", "--rounds=1", f"--results={tmp_path}"]
+    options = gpu.parse([*asked, "--objectives", "hidden_forward", "logprobs"])
+    first, last = gpu.jobs_of(options)
+    last.left_out["PyTorch eager"] = "the process ended with 1"
+    dying = gpu.Job(first.script, replace(first.case, dtype="no dtype"), compiles=False)
+    done, failures = gpu.run_jobs([dying, replace(first, compiles=False), replace(last, compiles=False)], options, asked)
+    assert done == 3
+    assert len(failures) == 1
+    assert "inputs: the process ended with 1" in failures[0]
+    (folder,) = tmp_path.iterdir()
+    records = {record.contestant: record for record in read(folder / "gpu_distill.csv")}
+    ours = records["bbopd triton"]
+    assert ours.skipped or (ours.median_ms is not None and ours.ratio is not None and ours.error is not None and ours.error < 1e-4)
+    assert records["PyTorch eager"].near_error is not None
+    assert ours.command == "python -m benchmarks.gpu " + " ".join(asked)
+    assert "GB/s" in (folder / "gpu_distill.md").read_text()
+    assert "skipped: the process ended with 1" in (folder / "gpu_logprobs.md").read_text()
+
+
+def test_the_tree_for_a_gpu_needs_no_build(tmp_path: Path) -> None:
+    on_gpu.lay_out(tmp_path / "tree")
+    packages = str(Path(torch.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "tree"), packages]), "TRITON_INTERPRET": "1"}
+    # -S: an editable installation would come first
+    program = (
+        "import bbopd.ops, benchmarks.gpu_worker, tests.devices; print(bbopd.__file__, bbopd.ops.importlib.import_module('{}').__file__)"
+    )
+    command = [
+        sys.executable,
+        "-S",
+        "-W",
+        "ignore",
+        "-c",
+        program.format("bbopd.kernels.distill" if find_spec("triton") else "bbopd.types"),
+    ]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.startswith(str(tmp_path)) for path in done.stdout.split())
 
 
 def test_memory_of_whole_logits_is_seen_in_a_fresh_process() -> None:
