@@ -138,6 +138,17 @@ class ServeConfig(_Section):
     trust_remote_code: bool = False
 
 
+class CacheConfig(_Section):
+    """Answers of the teacher that are kept, across runs too."""
+
+    path: str
+    """One file; runs on this machine may share it."""
+    max_bytes: Positive | None = None
+    """Size beyond which it does not grow; None: the disk's."""
+    on_full: Literal["continue", "stop"] = "continue"
+    """Where an answer cannot be kept: go on without keeping, after a warning, or stop."""
+
+
 class TeacherConfig(_Section):
     """The model that is asked."""
 
@@ -160,6 +171,7 @@ class TeacherConfig(_Section):
     """Seconds a teacher may take to load and answer for the first time."""
     inflight_tokens: Positive = 8192
     """Tokens of rollouts sent to one replica and not yet answered."""
+    cache: CacheConfig | None = None
     max_replica_difference: Fraction = 0.05
     """Share of the probability of a token by which replicas may differ (total variation), measured at the start of a run."""
 

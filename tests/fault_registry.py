@@ -27,7 +27,7 @@ class Fault:
 
 
 FAULTS: list[Fault] = []
-_OF_THE_SERVER = ["test_security", "test_server_limits"]  # what clients may do to it
+_OTHERS = ["test_cache", "test_security", "test_server_limits"]  # faults of files, and what clients may do to a server
 
 
 def fault(name: str, outcome: str) -> Callable[[Test], Test]:
@@ -42,7 +42,7 @@ def fault(name: str, outcome: str) -> Callable[[Test], Test]:
 
 def table() -> str:
     """The table of all faults, in the order of the modules and of their tests."""
-    for name in [path.stem for path in Path(__file__).parent.glob("test_faults_*.py")] + _OF_THE_SERVER:
+    for name in [path.stem for path in Path(__file__).parent.glob("test_faults_*.py")] + _OTHERS:
         importlib.import_module(f"tests.{name}")
     in_order = sorted(FAULTS, key=lambda entry: entry.test.partition("::")[0])  # of the modules, whichever was imported first
     rows = dict.fromkeys((entry.name, entry.outcome, entry.test) for entry in in_order)

@@ -1,4 +1,4 @@
-"""The command line: ``bbopd demo | distill | serve | check-teacher | eval``. Nothing heavy is imported before a command is chosen."""
+"""The command line: ``bbopd demo | distill | serve | check-teacher | eval | cache``. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import check_teacher, demo, distill, eval, serve
+from bbopd.cli import cache, check_teacher, demo, distill, eval, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
@@ -16,6 +16,7 @@ _COMMANDS = {
     "serve": (serve, "host a teacher over gRPC"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),
+    "cache": (cache, "look after the answers of teachers that were kept"),
 }
 
 

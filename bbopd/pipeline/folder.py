@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     "teacher.timeout",
     "teacher.start_timeout",
     "teacher.inflight_tokens",
+    "teacher.cache",
     "teacher.max_replica_difference",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from bbopd.config import RunConfig, StudentConfig, TeacherConfig
+from bbopd.config import CacheConfig, RunConfig, StudentConfig, TeacherConfig
 from bbopd.data.filters import RejectedLog, RolloutFilter
 from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
 from bbopd.errors import CheckpointError, ConfigError, DataError, TeacherError
@@ -30,11 +30,13 @@ from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.security import ClientAccess
+from bbopd.teachers.answer_store import AnswerStore
+from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, SignalSpec
+from bbopd.types import Prompt, Rollout, SignalSpec, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +55,7 @@ class Session:
     state: RunState
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    teacher: RemoteTeacher | None
+    teacher: Teacher | None
     prompts: PromptSet
     compute_dtype: torch.dtype
 
@@ -118,6 +120,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             if want is not None:
                 objective.check(teacher.info, want)
                 await _compare_replicas(teacher, config, prompts, want, progress)
+        asked = _remembering(teacher, config.teacher.cache, stack)
 
         trainer = Trainer(
             model,
@@ -171,14 +174,14 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 engine=engine,
                 prompts=PromptStream(prompts.train, config.train.seed),
                 gate=gate,
-                teacher=teacher,
+                teacher=asked,
                 want=want,
                 save=save,
             ),
             state=state,
             model=model,
             tokenizer=tokenizer,
-            teacher=teacher,
+            teacher=asked,
             prompts=prompts,
             compute_dtype=dtype,
         )
@@ -231,6 +234,15 @@ async def _start_teacher(
     )
     stack.push_async_callback(teacher.close)
     return teacher, process
+
+
+def _remembering(teacher: RemoteTeacher | None, cache: CacheConfig | None, stack: AsyncExitStack) -> Teacher | None:
+    """The teacher, behind the answers of it that are kept where there is a cache."""
+    if teacher is None or cache is None:
+        return teacher
+    cached = CachedTeacher(teacher, AnswerStore(cache.path, max_bytes=cache.max_bytes), on_full=cache.on_full)
+    stack.push_async_callback(cached.close)
+    return cached
 
 
 async def _compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress) -> None:

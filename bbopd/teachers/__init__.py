@@ -1,1 +1,4 @@
-"""Teachers: across gRPC (`remote`), in this process (`local`), as a process of its own (`process`), and a small one for tests (`fake`)."""
+"""Teachers: across gRPC (`remote`), in this process (`local`), as a process of its own (`process`); `cache` keeps their answers.
+
+`fake` is a small one for tests.
+"""
