@@ -457,3 +457,16 @@ async def test_a_teacher_that_writes_nothing_is_an_error_after_the_time_limit():
     async with served(FakeBackend(VOCAB, delay=1.5), timeout=0.3) as teacher:
         with pytest.raises(TeacherError, match=r"has not written an answer for 0.3 s"):
             await collect(teacher.complete(stream([Prompt("p", (1,))]), Sampling(7)))
+
+
+async def test_what_was_lost_on_its_way_is_given_again_without_running_the_model():
+    backend, want, rollouts = FakeBackend(VOCAB), SignalSpec("topk", 1.3, 8), make_rollouts(10)
+    async with served(backend) as teacher:
+        first = {item.rollout.rollout_id: item.signal for item in await collect(teacher.score(stream(rollouts), want))}
+        calls = sum(backend.calls)
+        again = await collect(teacher.score(stream(rollouts), want))
+        assert sum(backend.calls) == calls, "the same questions again"
+        for item in again:
+            np.testing.assert_array_equal(item.signal.logprobs, first[item.rollout.rollout_id].logprobs)
+        assert await teacher.compare_replicas(rollouts, want, limit=0.1, rounds=2) < 1e-6
+        assert sum(backend.calls) == calls + 20, "but replicas are compared by what they compute"

@@ -128,7 +128,7 @@ class RemoteTeacher:
         for endpoint in self._endpoints:
             await endpoint.close()
 
-    def _session(self, endpoints: Sequence[Endpoint], want: SignalSpec) -> ScoreSession:
+    def _session(self, endpoints: Sequence[Endpoint], want: SignalSpec, *, may_replay: bool = True) -> ScoreSession:
         return ScoreSession(
             endpoints,
             self.info,
@@ -138,6 +138,7 @@ class RemoteTeacher:
             counters=self.counters,
             budget=self._budget,
             is_alive=self._is_alive,
+            may_replay=may_replay,
         )
 
     async def _score_all(self, endpoint: Endpoint, rollouts: Sequence[Rollout], want: SignalSpec) -> dict[str, TeacherSignal]:
@@ -145,5 +146,5 @@ class RemoteTeacher:
             for rollout in rollouts:
                 yield rollout
 
-        async with aclosing(self._session([endpoint], want).run(source())) as answers:
+        async with aclosing(self._session([endpoint], want, may_replay=False).run(source())) as answers:
             return {scored.rollout.rollout_id: scored.signal async for scored in answers}

@@ -9,6 +9,7 @@ by the time limit.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from bisect import insort
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -19,6 +20,7 @@ from bbopd.errors import BadAnswerError, TeacherError
 from bbopd.rpc.answers import SignalAssembler
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.channel import MESSAGE_BYTES
+from bbopd.rpc.codec import input_sha256
 from bbopd.rpc.limits import RefusedError, check_rollout, check_want
 from bbopd.teachers.backoff import RetryBudget
 from bbopd.teachers.endpoint import Endpoint
@@ -55,6 +57,7 @@ class ScoreSession:
     inflight_tokens : tokens (prompts included) sent to one replica and not yet answered; a single longer rollout still goes, alone.
     counters : ``retries``, ``bad_answers``, ``reconnects`` and ``moved`` are counted here.
     is_alive : where False, there is no sense in waiting for it any more.
+    may_replay : whether a replica may give again the answer that it gave to the same question before.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class ScoreSession:
         counters: Counter[str],
         budget: RetryBudget,
         is_alive: Callable[[], bool] | None = None,
+        may_replay: bool = True,
     ) -> None:
         check_want(want, info)
+        self._may_replay = may_replay
         self.want = want
         self.counters = counters
         self._info = info
@@ -171,6 +176,13 @@ class ScoreSession:
     def new_request_id(self) -> int:
         self._last_id += 1
         return self._last_id
+
+    def replay_id(self, item: Item) -> str:
+        """A name for the question by its content, so that what was lost on its way need not be made again; none after a bad answer."""
+        if not self._may_replay or item.failures:
+            return ""
+        kind = f"{self.want.level} {self.want.temperature!r} {self.want.top_k} {self._info.weights_version} "
+        return hashlib.sha256(kind.encode() + input_sha256(item.rollout, self.want)).hexdigest()
 
     def was_made(self, request_id: int) -> bool:
         return 0 < request_id <= self._last_id
