@@ -19,7 +19,7 @@ GPU_FLAGS ?=
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
-	@echo "make fuzz    over a hundred thousand random messages against every decoder (minutes)"
+	@echo "make fuzz    over a hundred thousand random messages against every decoder, and a run of two replicas (minutes)"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
