@@ -47,3 +47,9 @@ class CheckpointError(BbopdError):
     """A checkpoint that cannot be written or read."""
 
     exit_code = 5
+
+
+class EngineError(BbopdError):
+    """A rollout engine that cannot be started, has died, or does not compute what the trainer does."""
+
+    exit_code = 6
