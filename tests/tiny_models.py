@@ -49,12 +49,12 @@ def tiny_llama(
     return _build(LlamaForCausalLM, config, seed)
 
 
-def tiny_qwen2(vocab_size: int = 320, seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_qwen2(vocab_size: int = 320, seed: int = 0, hidden: int = 32) -> Qwen2ForCausalLM:
     """A Qwen2: biases on queries, keys and values, an untied head."""
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

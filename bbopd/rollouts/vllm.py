@@ -1,0 +1,288 @@
+"""Rollouts by vLLM, in a process of its own beside the trainer; new weights are pushed into it in place, without a file.
+
+The engine's process (`vllm_worker`) never sees the student's files: it builds the architecture from the student's configuration and gets
+all weights, the first ones too, from the trainer. So a student that was read from GGUF, pruned, or just initialised needs no saving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import math
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bbopd.errors import DataError, EngineError, ModelError
+from bbopd.rollouts.vllm_client import EngineClient, Written
+from bbopd.rollouts.vllm_environment import engine_environment
+from bbopd.rollouts.vllm_process import EngineProcess
+from bbopd.rollouts.vllm_weights import WeightWindow
+from bbopd.types import Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MAX_BATCH = {"cpu": 64, "cuda": 256}
+_KV_BLOCK = 128  # tokens; vLLM's on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMOptions:
+    """How an engine is set up. ``max_batch`` 0 takes what suits the device; ``gpu_memory`` is its share of a GPU."""
+
+    max_sequence_tokens: int  # prompt and answer together
+    dtype: torch.dtype = torch.float32  # of weights, activations and the KV cache
+    max_batch: int = 0  # sequences written at a time
+    gpu_memory: float = 0.4
+    timeout: float = 600.0  # seconds without a sign of life, loading included, before it counts as dead
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One `VLLMEngine.generate` under way."""
+
+    room: asyncio.Semaphore  # for prompts whose answers have not been taken yet
+    written: Written = field(default_factory=asyncio.Queue)
+    prompts: dict[int, tuple[Prompt, int]] = field(default_factory=dict)  # request -> prompt and draw
+
+
+class VLLMEngine:
+    """A `RolloutEngine` over vLLM; made by `start`, ended by `close`. It belongs to the event loop that started it."""
+
+    def __init__(self, client: EngineClient, window: WeightWindow, options: VLLMOptions, eos_token_ids: Sequence[int]) -> None:
+        self.version: int | None = None
+        """Of the weights it has; None before the first."""
+        self.notes: tuple[str, ...] = ()
+        """What would make it quicker here, for a person to read."""
+        self._client, self._window, self._options = client, window, options
+        self._stop_ids = frozenset(eos_token_ids)
+        self._pushing = asyncio.Lock()
+
+    @classmethod
+    async def start(
+        cls, model: PreTrainedModel, options: VLLMOptions, *, eos_token_ids: Sequence[int], folder: str | os.PathLike[str]
+    ) -> VLLMEngine:
+        """Start an engine for ``model``'s architecture, on its device; it can write once `load_weights` has been called.
+
+        Parameters
+        ----------
+        model
+            The student. Its configuration and the sizes of its parameters are read, its weights are not.
+        eos_token_ids
+            Tokens that end an answer; the one that did is the answer's last token.
+        folder
+            Takes the configuration and ``vllm.log``.
+
+        Raises
+        ------
+        EngineError
+            vLLM is not installed, does not know the architecture, or was not ready in time.
+        """
+        require_vllm()
+        device = next(model.parameters()).device
+        place = Path(folder).absolute()
+        options = options if options.max_batch else replace(options, max_batch=_MAX_BATCH[device.type])
+        environment = engine_environment(device.type)
+        _write_configuration(model, place / "vllm-model")
+        window = WeightWindow((parameter.numel() for parameter in model.parameters()), options.dtype, device)
+        try:
+            shared = () if window.file is None else (window.file,)
+            process = await EngineProcess.start(environment.variables, place / "vllm.log", shared_files=shared)
+        except BaseException:
+            window.close()
+            raise
+        engine = cls(EngineClient(process, timeout=options.timeout), window, options, eos_token_ids)
+        engine.notes = environment.notes
+        try:
+            await engine._client.ask(
+                op="start",
+                model=str(place / "vllm-model"),
+                device=device.type,
+                dtype=str(options.dtype).removeprefix("torch."),
+                max_sequence_tokens=options.max_sequence_tokens,
+                max_batch=options.max_batch,
+                kv_cache_bytes=_kv_cache_bytes(model, options) if device.type == "cpu" else None,
+                gpu_memory=options.gpu_memory,
+                trust_remote_code=options.trust_remote_code,
+                window=window.describe(),
+            )
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @property
+    def pid(self) -> int:
+        """Of the engine's process."""
+        return self._client.process.pid
+
+    async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+        """Write one answer to every prompt; each is yielded as it ends, in any order.
+
+        ``draw`` is a prompt's place in the stream. An answer's random numbers come from (``sampling.seed``, draw) alone; as its
+        neighbours in the batch change the last bits of its logits, it repeats as far as those bits decide nothing. Closing or
+        cancelling the iterator aborts what is being written.
+
+        Raises
+        ------
+        DataError
+            For a prompt that leaves no room for ``sampling.max_new_tokens`` within ``max_sequence_tokens``.
+        ModelError
+            For logprobs that are not finite.
+        EngineError
+            The engine has died, failed, said nothing for ``timeout`` seconds, or has no weights yet.
+        """
+        if sampling.temperature <= 0 or sampling.max_new_tokens < 1:
+            raise ValueError(f"cannot sample {sampling}: temperature and max_new_tokens must be positive (top_k=1 always takes the best)")
+        self._client.check()
+        if self.version is None:
+            raise EngineError("vLLM's engine has no weights yet: call load_weights before generate")
+        # twice as many as are written at a time, so that a consumer that takes its time leaves none of the engine's places empty
+        stream = _Stream(asyncio.Semaphore(2 * self._options.max_batch))
+        feeding = asyncio.create_task(self._feed(prompts, sampling, stream))
+        is_fed = False
+        try:
+            while stream.prompts or not is_fed:
+                answer = await stream.written.get()
+                if answer is None:
+                    is_fed = True
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                prompt, draw = stream.prompts.pop(answer["request"])
+                stream.room.release()
+                yield _rollout(prompt, draw, answer, sampling)
+        finally:
+            feeding.cancel()
+            await asyncio.wait({feeding})
+            self._client.abort(stream.prompts)
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Put ``weights`` (names and shapes of the Hugging Face model, a tied one once) into the engine and call them ``version``.
+
+        Waits for the rollouts being written, so that each is of one version; forgets the prompts that were read with the old weights.
+
+        Raises
+        ------
+        ModelError
+            A name that the engine's model does not have, or a parameter that was left out.
+        EngineError
+            As `generate`; after a call that was cut off the engine is ended, since it would hold weights of two versions.
+        """
+        async with self._pushing:
+            self._client.check()
+            try:
+                await self._client.ask(op="drain")
+                fills = self._window.fill(weights)
+                while (tensors := await asyncio.to_thread(next, fills, None)) is not None:
+                    await self._client.ask(op="load", tensors=tensors)
+                await self._client.ask(op="finish", version=version)
+            except BaseException as error:
+                self._client.fail(EngineError(f"a push of weights to vLLM was cut off ({type(error).__name__}: {error})"))
+                raise
+            self.version = version
+
+    async def close(self) -> None:
+        """End the process and give its memory back. Harmless where it has ended."""
+        await self._client.close()
+        self._window.close()
+
+    async def _feed(self, prompts: AsyncIterator[Prompt], sampling: Sampling, stream: _Stream) -> None:
+        """Send prompts as fast as there is room for them, and tell ``stream`` when that was all."""
+        asked = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_ids": sorted(self._stop_ids | set(sampling.stop_token_ids)),
+        }
+        draw = 0
+        try:
+            async for prompt in prompts:
+                self._check_length(prompt, sampling)
+                await stream.room.acquire()
+                seed = _seed_of(sampling.seed, draw)
+                request = self._client.write(stream.written, prompt=prompt.token_ids, seed=seed, **asked)
+                stream.prompts[request] = (prompt, draw)
+                draw += 1
+        except Exception as error:
+            stream.written.put_nowait(error)
+        else:
+            stream.written.put_nowait(None)
+
+    def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
+        length, room, limit = len(prompt.token_ids), sampling.max_new_tokens, self._options.max_sequence_tokens
+        if not length:
+            raise DataError(f"prompt {prompt.prompt_id} is empty: a model needs at least one token to go on from")
+        if length + room > limit:
+            raise DataError(
+                f"prompt {prompt.prompt_id} has {length} tokens; with rollouts.max_new_tokens {room} that is more than the {limit} that "
+                "this engine was started for: shorten the prompt, lower max_new_tokens, or raise train.max_seq_len"
+            )
+
+
+def require_vllm() -> None:
+    """Raises `EngineError` where vLLM is not installed in this environment."""
+    with suppress(ValueError):
+        if importlib.util.find_spec("vllm") is not None:
+            return
+    raise EngineError(
+        "rollouts.engine is vllm, but vLLM is not installed here: pip install 'bbopd[vllm]' on a machine with a GPU; on a CPU, "
+        "`make vllm` sets up an environment with vLLM's CPU build; or set rollouts.engine=hf"
+    )
+
+
+def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
+    """The student's config.json as vLLM reads it: its class named, and nothing of how its weights were stored."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of a GGUF file; the weights that are pushed are plain
+    try:
+        config.save_pretrained(folder)
+    except OSError as error:
+        raise EngineError(f"cannot write vLLM's configuration to {folder}: {error.strerror or error}; set output=") from error
+
+
+def _kv_cache_bytes(model: PreTrainedModel, options: VLLMOptions) -> int:
+    """Memory for keys and values of a whole batch at its longest, as far as a quarter of what is free; what finds no room waits."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    of_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * options.dtype.itemsize
+    of_sequence = of_token * math.ceil(options.max_sequence_tokens / _KV_BLOCK) * _KV_BLOCK
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(2 * of_sequence, min(options.max_batch * of_sequence, free // 4))
+
+
+def _seed_of(seed: int, draw: int) -> int:
+    """A generator's seed in 63 bits for one rollout, a function of (seed, draw) alone."""
+    return int(np.random.SeedSequence([seed % 2**64, draw]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _rollout(prompt: Prompt, draw: int, answer: dict[str, Any], sampling: Sampling) -> Rollout:
+    logprobs = np.asarray(answer["logprobs"], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise ModelError(
+            "the student's logits are NaN or infinite: its weights have diverged; lower train.lr, or resume an older checkpoint"
+        )
+    return Rollout(
+        rollout_id=f"{prompt.prompt_id}#{draw}",
+        prompt=prompt,
+        token_ids=tuple(answer["token_ids"]),
+        finish_reason=answer["finish_reason"],
+        logprobs=logprobs,
+        temperature=sampling.temperature,
+        weights_version=answer["version"],
+        draw=draw,
+    )
