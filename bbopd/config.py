@@ -201,10 +201,25 @@ class TeacherConfig(_Section):
         return (self.target,) if isinstance(self.target, str) else self.target or ()
 
 
+class EngineAgreementConfig(_Section):
+    """Whether an engine with weights of its own computes what the trainer does: checked on the first rollouts after every push."""
+
+    tokens: Annotated[int, Field(ge=0)] = 256
+    """Sampled tokens that the trainer scores too, about; 0 checks nothing. Needs top_p 1 and top_k 0."""
+    limit: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean difference of a token's logprob, in nats; None: 0.001 where the student computes in float32, 0.1 in bfloat16."""
+
+
 class RolloutsConfig(_Section):
     """How the student writes."""
 
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
+    """``hf``: transformers, on the trainer's own weights. ``vllm``: a process beside the run, which gets new weights after every update."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without a sign of life, loading included, before vllm counts as dead."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the GPU's memory that vllm takes for weights and KV cache; the trainer has the rest."""
+    agreement: EngineAgreementConfig = EngineAgreementConfig()
     per_update: Positive = 16
     """Sequences of one update cycle, rollouts and labelled ones together."""
     samples_per_prompt: Positive = 2
@@ -215,8 +230,8 @@ class RolloutsConfig(_Section):
     on_policy_fraction: Fraction = 0.5
     """Share of a cycle's sequences that the student writes (GKD's lambda)."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
-    """Cycles a rollout may be old. The hf engine samples in turn with training, so its rollouts are always 0 old; there, 1 sends each
-    to the teacher as it ends, and 0 all together in the order of drawing, so that a resumed run repeats an uninterrupted one."""
+    """Cycles a rollout may be old. Sampling takes turns with training, so rollouts are always 0 old; 1 sends each to the teacher as it
+    ends, and 0 all together in the order of drawing, so that a resumed run repeats an uninterrupted one (with the hf engine)."""
 
 
 class ObjectiveConfig(_Section):

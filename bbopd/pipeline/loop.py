@@ -10,13 +10,14 @@ between cycles; a cycle whose training has begun is finished first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from bbopd.config import RunConfig
-from bbopd.data.assemble import assemble, split_into_steps
+from bbopd.data.assemble import assemble, rollout_of, split_into_steps
 from bbopd.errors import ModelError, TrainingError
 from bbopd.pipeline.cycle import CycleItems, collect_cycle
 from bbopd.pipeline.metrics import RunMetrics
@@ -60,6 +61,7 @@ class Parts:
     teacher: Teacher | None
     want: SignalSpec | None
     save: Callable[[RunState], None]
+    agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None  # of an engine with weights of its own
 
 
 class Loop:
@@ -86,6 +88,8 @@ class Loop:
         self._evaluate = evaluate
         self._stop = stop
         self._saved_step = state.step
+        self._pushed_step: int | None = None
+        self._engine_figures: dict[str, float] = {}
         self._fruitless_cycles = 0
         self._has_warned_of_tail = False
 
@@ -124,7 +128,6 @@ class Loop:
         except TrainingError:
             self._save()  # the bad update was not applied, and drawing has moved on: going on skips what made it
             raise
-        await self._parts.engine.load_weights(self._parts.trainer.weights(), self.state.step)
         train, every = self._config.train, self._config.eval.every
         if self.state.step - self._saved_step >= train.checkpoint_every:
             self._save()
@@ -146,6 +149,9 @@ class Loop:
     async def _collect(self, phase: str) -> CycleItems:
         config, state = self._config, self.state
         rollouts = config.rollouts_per_cycle if phase == "on_policy" else 0
+        self._engine_figures = {}
+        if rollouts:
+            await self._push_weights()
         labelled = config.rollouts.per_update - rollouts
         prompts = self._parts.prompts
         prompts.position = state.position or prompts.position  # a cycle that was dropped is drawn again
@@ -174,12 +180,25 @@ class Loop:
             )
         finally:
             switch.end()
+        if self._parts.agreement is not None:
+            with self._activity("sampling"):
+                self._engine_figures |= self._parts.agreement(map(rollout_of, cycle.items), state.step)
         state.position = prompts.position
         state.cycle += 1
         state.sampled_tokens += cycle.sampled_tokens
         state.scored_tokens += cycle.scored_tokens
         state.rejected = dict(self._parts.gate.counts)
         return cycle
+
+    async def _push_weights(self) -> None:
+        """Give the engine the weights as they are now, unless it has them: just before it writes, so that a cold start pushes none."""
+        if self._pushed_step == self.state.step:
+            return
+        with self._activity("sampling"):
+            started = time.perf_counter()
+            await self._parts.engine.load_weights(self._parts.trainer.weights(), self.state.step)
+            self._engine_figures["push_seconds"] = round(time.perf_counter() - started, 4)
+        self._pushed_step = self.state.step
 
     def _draw_rollout_prompts(self, rollouts: int) -> list[Prompt]:
         """``rollouts`` prompts to answer, each prompt ``samples_per_prompt`` times in a row (the last one fewer where it must)."""
@@ -223,6 +242,7 @@ class Loop:
                 "on_policy_tokens": state.on_policy_tokens,
                 "trained_tokens": state.trained_tokens,
                 "elapsed": round(self._timeline.elapsed, 3),
+                **self._engine_figures,
             }
             self._metrics.step(line)
             self._progress.advance(line, self._budget(phase))
@@ -283,6 +303,7 @@ class Loop:
     async def _evaluate_once(self, stage: str) -> None:
         if self._metrics.has_evaluation(stage, self.state.step):
             return
+        await self._push_weights()
         with self._activity("evaluation"):
             result = await self._until_stopped(lambda: self._evaluate(stage, self.state.step))
         self._metrics.evaluation(result)

@@ -28,6 +28,7 @@ from bbopd.pipeline.loop import Parts
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
+from bbopd.rollouts.agreement import AgreementCheck
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.answer_store import AnswerStore
@@ -36,7 +37,7 @@ from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, SignalSpec, Teacher
+from bbopd.types import Prompt, Rollout, RolloutEngine, SignalSpec, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,13 +141,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
 
         stop_token_ids = end_of_answer_ids(model, tokenizer)
-        engine = HFEngine(
-            model,
-            eos_token_ids=stop_token_ids,
-            pad_token_id=stop_token_ids[0],
-            compute_dtype=dtype,
-        )
-        await engine.load_weights((), state.step)
+        engine = await _open_engine(config, model, dtype, stop_token_ids, prompts, folder, stack, progress)
         folder.rewind("rejected.jsonl", state.step - 1, key="weights_version")  # those of later cycles will be made again
         log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode))
         gate = RolloutGate(RolloutFilter(config.data.filters, stop_token_ids), log, state.rejected)
@@ -177,6 +172,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 teacher=asked,
                 want=want,
                 save=save,
+                agreement=_agreement(config, model, dtype),
             ),
             state=state,
             model=model,
@@ -193,6 +189,46 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             raise TeacherError(
                 f"{error}; its process has ended, and the last it wrote to {folder.teacher_log} is:\n{process.last_lines()}"
             ) from error
+
+
+async def _open_engine(
+    config: RunConfig,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    stop_token_ids: Sequence[int],
+    prompts: PromptSet,
+    folder: RunFolder,
+    stack: AsyncExitStack,
+    progress: Progress,
+) -> RolloutEngine:
+    """The engine that ``rollouts.engine`` names; its weights come from the loop. One that was started here is stopped with the run."""
+    if config.rollouts.engine == "hf":
+        return HFEngine(model, eos_token_ids=stop_token_ids, pad_token_id=stop_token_ids[0], compute_dtype=dtype)
+    from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
+
+    progress.activity("loading", "vLLM, in its own process")
+    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
+    options = VLLMOptions(
+        max_sequence_tokens=min(wanted, max_positions(model) or wanted),
+        dtype=dtype,
+        gpu_memory=config.rollouts.gpu_memory,
+        timeout=config.rollouts.timeout,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root)
+    stack.push_async_callback(engine.close)
+    for note in engine.notes:
+        progress.note(note)
+    return engine
+
+
+def _agreement(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> AgreementCheck | None:
+    """The check of an engine that has weights of its own; it compares whole distributions, not what top-k and top-p leave of them."""
+    rollouts = config.rollouts
+    if rollouts.engine == "hf" or not rollouts.agreement.tokens or rollouts.top_k or rollouts.top_p < 1.0:
+        return None
+    return AgreementCheck(model, compute_dtype=dtype, tokens=rollouts.agreement.tokens, limit=rollouts.agreement.limit)
 
 
 def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

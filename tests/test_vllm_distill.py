@@ -1,0 +1,58 @@
+"""A whole run from the command line whose student writes in vLLM, and what is said where vLLM is not there."""
+
+import importlib.util
+import json
+
+import pytest
+
+from bbopd.errors import EngineError
+from bbopd.rollouts.vllm import require_vllm
+from tests.test_cli import WORDS, bbopd, steps, write_config
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    save_folder(place / "model", tiny_llama(vocab_size=262, layers=4, hidden=128), tiny_tokenizer())
+    texts = [" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)]
+    (place / "corpus.txt").write_text("\n\n\n".join(texts))
+    return place
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
+def test_a_run_with_vllm_end_to_end(folder):
+    rollouts = {"engine": "vllm", "agreement": {"tokens": 64}}
+    path = write_config(folder, folder / "model", folder / "corpus.txt", rollouts=rollouts, student={"dtype": "float32"})
+    result = bbopd("distill", str(path))
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in steps(folder / "run") if line["phase"] == "on_policy"]
+    assert sum(line["rollout_tokens"] for line in lines) >= 400
+    measured = [line for line in lines if "engine_difference_mean" in line]
+    assert measured
+    assert max(line["engine_difference_max"] for line in measured) < 1e-3
+    assert len({line["cycle"] for line in lines if "push_seconds" in line}) > 2
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["tokens"]["sampled"] > 0
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
+def test_an_engine_that_disagrees_stops_the_run(folder):
+    rollouts = {"engine": "vllm", "agreement": {"tokens": 64, "limit": 1e-12}}
+    (folder / "other").mkdir()
+    path = write_config(folder / "other", folder / "model", folder / "corpus.txt", rollouts=rollouts)
+    result = bbopd("distill", str(path))
+    assert result.returncode == EngineError.exit_code
+    assert "nats on average and" in result.stderr
+    assert "rollouts.agreement.limit" in result.stderr
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_without_vllm_the_way_to_it_is_named():
+    with pytest.raises(EngineError, match=r"pip install 'bbopd\[vllm\]'"):
+        require_vllm()
