@@ -18,15 +18,18 @@ import grpc
 import pytest
 
 from bbopd.cli.main import main
+from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError
 from bbopd.rpc.codec import encode_item
 from bbopd.rpc.conformance import check_teacher
 from bbopd.rpc.observe import JsonFormatter, Observer
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
+from bbopd.teachers.hf import HFBackend
 from bbopd.types import Offer, Prompt, Rollout, SignalSpec, TeacherSignal
 from tests.test_server import VOCAB, WANT, next_answer, open_stream, rollout, running
 from tests.test_server_limits import next_answer_or_status, prompts
+from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,6 +210,10 @@ async def test_sigterm_finishes_what_was_taken_and_refuses_what_is_new(tmp_path,
             assert any("requests unanswered after 0.5 s" in event["message"] for event in events)
 
 
+async def test_a_hugging_face_model_passes_the_conformance_test():
+    assert await failed_checks(HFBackend(tiny_llama(vocab_size=322), tiny_tokenizer()), timeout=60) == {}
+
+
 # ---------------------------------------------------------------- teachers that do not conform
 
 
@@ -237,10 +244,10 @@ def _at(signal, want):
     return want.level, temperature, signal.logits, signal.ids, signal.logprobs, signal.log_tail, signal.sampled
 
 
-async def failed_checks(backend):
+async def failed_checks(backend, timeout=5.0):
     server = await start_server(backend)
     try:
-        return {result.name: result.detail async for result in check_teacher(server.target, timeout=5) if result.status == "fail"}
+        return {result.name: result.detail async for result in check_teacher(server.target, timeout=timeout) if result.status == "fail"}
     finally:
         await server.stop(0.2)
 
@@ -260,6 +267,14 @@ async def test_a_teacher_that_says_nonsense_of_itself_is_found_out():
     object.__setattr__(backend.info, "offers", (twice, twice))
     failed = await failed_checks(backend)
     assert failed["info"] == "a level is offered twice: sampled, sampled"
+
+
+def test_the_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    missing = [name for name in ServeConfig.model_fields if name not in shown]
+    assert missing == ["trust_remote_code"], "which is not for everyone"
 
 
 def test_nobody_there_and_something_else_there_are_said(capsys):

@@ -21,7 +21,24 @@ __all__ = ["add_arguments", "run"]
 _log = logging.getLogger("bbopd.serve")
 
 
+_SETTINGS = """settings, in teacher.yaml or by --set (all of them: docs/teachers.md):
+  model, revision, dtype, device       what is loaded, and how
+  levels, max_top_k                    what is offered
+  max_sequence_tokens, batch_tokens    tokens of one sequence, and of one forward pass
+  host, port                           where; any host but loopback needs tls and a token:
+  tls.certificate, tls.key             PEM files; tls.client_ca asks clients for a certificate too
+  token_file, token_env                where the tokens are, one a line; never the token itself
+  max_client_tokens, max_client_streams, max_client_calls, max_inflight_bytes
+                                       what one client may have in flight, open, and not yet taken
+  replay_bytes                         answers kept for clients that ask again
+  metrics_port, metrics_host           Prometheus metrics over HTTP
+  log                                  text, or json: one object a line
+  drain_seconds                        for answers under way, on SIGTERM
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _SETTINGS
     parser.add_argument("config", nargs="?", metavar="teacher.yaml", help="its configuration; --model alone will do")
     parser.add_argument("--model", help="hub id, folder, or GGUF file")
     parser.add_argument("--host", help="address to serve on (127.0.0.1); any but loopback needs tls and a token in the configuration")
