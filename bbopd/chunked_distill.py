@@ -6,6 +6,10 @@ support, ``C = K + 1`` classes with the tail bucket.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,7 @@ from bbopd import op_checks
 from bbopd.chunked_logits import CHUNK_LOGITS, FullTeacherRows, Logits, RowKernels, Rows, multiply
 from bbopd.reference_distill import Distillation, Head
 from bbopd.reference_math import Support, support_log_probs, take_ids
+from bbopd.reference_vocabulary import Whole
 
 _CHUNK_TOKENS = 2048  # at least: with fewer tokens adding up dW costs as much as its product
 _SLAB = 2**24  # 64 MB of float32: a chunk's share of dW, a few rows of the vocabulary at a time
@@ -25,11 +30,13 @@ def run(
 
     Logits of ``chunk_tokens`` tokens exist at a time; 0 takes as many as make 512 MB, but 2,048 or more.
     """
-    student, device = case.student, case.ce.device
+    student, device, widest = case.student, case.ce.device, case.vocabulary.widest
     N, V = student.hidden.shape[0], student.weight.shape[0]
-    chunk = min(chunk_tokens or max(_CHUNK_TOKENS, CHUNK_LOGITS // V), max(N, 1))
+    chunk = min(chunk_tokens or max(_CHUNK_TOKENS, CHUNK_LOGITS // (widest or V)), max(N, 1))
     hidden_dtype, weight_dtype = (gradient_dtype(tensor.dtype) for tensor in (student.hidden, student.weight))
-    dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=hidden_dtype, device=device)
+    # the ranks' parts are added up before they are rounded
+    dH_dtype = hidden_dtype if widest is None else torch.float32
+    dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=dH_dtype, device=device)
     dW_VD = torch.zeros(student.weight.shape if needs_weight else (0,), dtype=torch.float32, device=device)
     db_V = torch.zeros((V,) if needs_bias else (0,), dtype=torch.float32, device=device)
     needs_grad = needs_hidden or needs_weight or needs_bias
@@ -46,9 +53,9 @@ def run(
             if teacher_logits is not None:
                 teacher = teacher_logits.write(rows)
             elif isinstance(case.teacher, Tensor):
-                teacher = case.teacher[rows]
+                teacher = case.teacher[rows] if V else torch.full((n, 1), -torch.inf, device=device)
                 teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
-            part = _Chunk(kernels, case, rows, logits.write(rows), V, grad_nS[:n] if needs_grad else None)
+            part = _Chunk(kernels, case, rows, logits.write(rows), max(V, 1), grad_nS[:n] if needs_grad else None)
             if case.ids is not None and not case.is_sampled:
                 part.on_support()
             else:
@@ -60,7 +67,9 @@ def run(
                 _accumulate(dW_VD, grad_nV, student.hidden[rows])
             if needs_bias:
                 db_V += grad_nV.sum(0, dtype=torch.float32)
-    return dH_ND, dW_VD.to(weight_dtype), db_V
+    if needs_hidden:
+        case.vocabulary.sum_in_place(dH_ND)
+    return dH_ND.to(hidden_dtype), dW_VD.to(weight_dtype), db_V
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,39 +84,49 @@ class _Chunk:
         self.kernels, self.case, self.rows, self.z_nS, self.V, self.grad_nS = kernels, case, rows, z_nS, V, grad_nS
         self.z_nV = z_nS[:, :V]
         self.label_n1 = case.label_ids(rows)
-        self.label_z_n1 = self.z_nV.gather(1, self.label_n1)
+        self.label_z_n1 = case.vocabulary.gather(self.z_nV, self.label_n1)
 
     def dense(self, teacher: Tensor | None) -> None:
         """A teacher of all logits, [n, V or more]; without one a sampled token, or cross-entropy alone."""
-        case, rows = self.case, self.rows
-        statistics_3n = self.kernels.statistics(self.z_nS, self.V, case.temperature, at_one=case.labels is not None)
-        statistics_3n[1:].log_()
+        case, rows, vocabulary = self.case, self.rows, self.case.vocabulary
+        signal = case.signal[rows].contiguous() if case.mask_rows else None
+        statistics = [self.kernels.statistics(self.z_nS, self.V, case.temperature, at_one=case.labels is not None)]
+        if teacher is not None:
+            statistics.append(self.kernels.statistics(teacher, self.V, case.temperature, signal=signal, is_teacher=True))
+        ids_n1 = case.ids[rows] if case.ids is not None else None
+        id_z_n1 = None if ids_n1 is None else vocabulary.gather(self.z_nV, ids_n1)
+        statistics, (label_z_n1, id_z_n1) = _of_whole_rows(vocabulary, case.temperature, statistics, self.label_z_n1, id_z_n1)
+        for part_3n in statistics:
+            part_3n[1:].log_()
+        statistics_3n = statistics[0]
         max_n1, log_sum_n1, log_sum_1_n1 = statistics_3n[:, :, None]
         case.check_student(max_n1 / case.temperature + log_sum_n1, rows)
         if case.labels is not None:
-            case.fill_ce(max_n1 + log_sum_1_n1 - self.label_z_n1, rows)
+            case.fill_ce(max_n1 + log_sum_1_n1 - label_z_n1, rows)
         if teacher is not None:
-            self._full(teacher, statistics_3n)
-        elif case.is_sampled:
-            assert case.ids is not None
-            ids_n1 = case.ids[rows]
-            log_q_n1 = (self.z_nV.gather(1, ids_n1) - max_n1) / case.temperature - log_sum_n1
-            self._gradient(statistics_3n, -case.sampled_kd(log_q_n1, rows) * case.kd_grad[rows], ids_n1.contiguous())
+            self._full(teacher, signal, *statistics)
+        elif ids_n1 is not None:
+            log_q_n1 = (id_z_n1 - max_n1) / case.temperature - log_sum_n1
+            kd_n1 = case.sampled_kd(log_q_n1, rows)
+            self._gradient(statistics_3n, -kd_n1 * case.kd_grad[rows], vocabulary.columns_of(ids_n1).contiguous())
         else:
             self._gradient(statistics_3n)
 
-    def _full(self, teacher: Tensor, statistics_3n: Tensor) -> None:
+    def _full(self, teacher: Tensor, signal: Tensor | None, statistics_3n: Tensor, teacher_3n: Tensor) -> None:
         case, rows = self.case, self.rows
-        signal = case.signal[rows].contiguous() if case.mask_rows else None
-        teacher_3n = self.kernels.statistics(teacher, self.V, case.temperature, signal=signal, is_teacher=True)
-        teacher_3n[1:].log_()
         if case.check:
             op_checks.check_teacher_rows(teacher_3n[0] / case.temperature + teacher_3n[1], rows.start)
         # a divergence reads NaN as a masked token; nobody shall take its row for a good one
         broken_n = 0.0 * (statistics_3n[1] + teacher_3n[1])
         mix = case.beta if case.divergence == "jsd" else case.skew
         full = FullTeacherRows(teacher, teacher_3n, signal, case.divergence, mix)
-        kd_n, floored_n = self.kernels.divergence(self._rows(statistics_3n, case.kd_grad[rows] + broken_n[:, None], teacher=full))
+        given = self._rows(statistics_3n, case.kd_grad[rows] + broken_n[:, None], teacher=full)
+        # where the gradient has a mean, it waits for what the other ranks add to it
+        waits = case.vocabulary.widest is not None and case.divergence != "forward_kl" and given.gradient is not None
+        shares_3n = self.kernels.divergence(replace(given, gradient=None) if waits else given)
+        kd_n, mean_n, floored_n = case.vocabulary.sum(*shares_3n)
+        if waits:
+            self.kernels.gradient(replace(given, mean=mean_n.contiguous()))
         case.kd[rows] = torch.where(case.signal[rows], kd_n + broken_n, 0.0)
         case.floored[rows] = torch.where(case.signal[rows], floored_n.long(), 0)
 
@@ -115,10 +134,13 @@ class _Chunk:
         """A teacher of some ids: they leave the row, so that the tail is a sum of what is left, and come back as gradients."""
         case, rows = self.case, self.rows
         assert case.ids is not None
-        taken = take_ids(self.z_nV, case.ids[rows])
+        ids_nK, live_nK, values_nK, twin_n1 = take_ids(self.z_nV, case.ids[rows], case.vocabulary)
         statistics_3n = self.kernels.statistics(self.z_nS, self.V, case.temperature, at_one=case.labels is not None)
+        (statistics_3n,), (label_z_n1, values_nK) = _of_whole_rows(
+            case.vocabulary, case.temperature, [statistics_3n], self.label_z_n1, values_nK
+        )
         off_max_n1, sum_n1, sum_1_n1 = statistics_3n[:, :, None]
-        support = Support(*taken, off_max_n1)
+        support = Support(ids_nK, live_nK, values_nK, twin_n1, off_max_n1, case.vocabulary)
         log_q_nC, lse_n1 = support_log_probs(support, sum_n1, case.temperature)
         case.check_student(lse_n1, rows)
         grad_nC = case.support_kd(log_q_nC, rows)
@@ -127,7 +149,7 @@ class _Chunk:
         statistics_3n = torch.stack([off_max_n1, sum_n1.clamp(min=0.5).log(), sum_1_n1])[:, :, 0]
         if case.labels is not None:
             log_q1_nC, lse_1_n1 = support_log_probs(support, sum_1_n1, 1.0)
-            case.fill_ce(lse_1_n1 - self.label_z_n1, rows)
+            case.fill_ce(lse_1_n1 - label_z_n1, rows)
             statistics_3n[2] = (lse_1_n1 - off_max_n1)[:, 0]
             grad_nK = grad_nK + case.ce_grad[rows] * (log_q1_nC[:, :-1].exp() - (support.ids == self.label_n1).float())
         self._gradient(statistics_3n, grad_nC[:, -1:].contiguous())
@@ -150,13 +172,33 @@ class _Chunk:
             temperature=case.temperature,
             statistics=statistics_3n,
             gradient=self.grad_nS,
-            labels=self.label_n1 if has_labels else None,
+            labels=case.vocabulary.columns_of(self.label_n1) if has_labels else None,
             ce_grad=case.ce_grad[self.rows] if has_labels else None,
             kd_grad=kd_grad,
             ids=ids,
             softcap=case.student.softcap,
             teacher=teacher,
         )
+
+
+def _of_whole_rows(
+    vocabulary: Whole, temperature: float, statistics: list[Tensor], *values: Tensor | None
+) -> tuple[list[Tensor], Sequence[Any]]:
+    """The statistics, [3, n] each, of rows of all ranks from those of the columns here; beside them ``values``, added up."""
+    if vocabulary.widest is None:
+        return statistics, values
+    # columns of nothing but -inf have a maximum of 0 and sums of 0
+    tops = [local_3n[0, :, None].masked_fill(local_3n[1, :, None] == 0.0, -torch.inf) for local_3n in statistics]
+    maxima = [max_n1.masked_fill(max_n1 == -torch.inf, 0.0) for max_n1 in vocabulary.max(*tops)]
+    drops = [top_n1 - max_n1 for top_n1, max_n1 in zip(tops, maxima, strict=True)]
+    sums = [
+        local_3n[1:].t() * torch.cat([(drop_n1 / temperature).exp(), drop_n1.exp()], 1)
+        for local_3n, drop_n1 in zip(statistics, drops, strict=True)
+    ]
+    added = vocabulary.sum(*sums, *values)
+    count = len(statistics)
+    whole = [torch.cat([max_n1, sums_n2], 1).t().contiguous() for max_n1, sums_n2 in zip(maxima, added[:count], strict=True)]
+    return whole, added[count:]
 
 
 def _accumulate(dW_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:

@@ -7,13 +7,17 @@ What stands beyond V in a row is any number.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from bbopd.reference_distill import Head
+from bbopd.reference_vocabulary import refuse
 from bbopd.types import Divergence
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK_LOGITS = 2**27  # 512 MB of float32, enough rows to fill a GPU
 ROW_ALIGNMENT = 16  # rows begin at multiples of 64 bytes, so that they are read 16 bytes at a time whatever the vocabulary
@@ -41,12 +45,13 @@ class Rows:
     temperature: float
     statistics: Tensor  # [3, n] each row's maximum m, the logarithms of the sums of exp((z - m) / T) and of exp(z - m)
     gradient: Tensor | None  # [n, S] written, float32 or bfloat16; it may be the logits themselves
-    labels: Tensor | None  # [n, 1] int64
+    labels: Tensor | None  # [n, 1] int64, -1 for one that is not among these columns
     ce_grad: Tensor | None  # [n, 1] the factor of q - onehot(label), q at temperature 1
     kd_grad: Tensor | None = None  # [n, 1] the factor of the divergence's gradient; without a teacher that of q - onehot(id), q at T
-    ids: Tensor | None = None  # [n, 1] int64, or None for q without onehot(id)
+    ids: Tensor | None = None  # [n, 1] int64 as labels, or None for q without onehot(id)
     softcap: float | None = None
     teacher: FullTeacherRows | None = None
+    mean: Tensor | None = None  # [n] with a teacher, what `RowKernels.gradient` takes for the sum of qh over the vocabulary
 
 
 class RowKernels(Protocol):
@@ -68,13 +73,14 @@ class RowKernels(Protocol):
         """
 
     def divergence(self, rows: Rows) -> Tensor:
-        """The divergence from a full teacher, and how many of its log-probabilities reverse KL read as the floor, [2, n] float32.
+        """The divergence from a full teacher, its sum of qh (docs/objective.md; any number for forward KL), and how many log-probabilities
+        reverse KL read as the floor, [3, n] float32: sums over these columns.
 
-        The gradient is written too, where there is one.
+        The gradient is written too, where there is one, as of rows that have no other columns.
         """
 
     def gradient(self, rows: Rows) -> None:
-        """Write the gradient of rows without a full teacher."""
+        """Write the gradient of rows without a full teacher, or of those with a ``mean``."""
 
     def logprobs(
         self, logits: Logits, rows: slice, temperature: float, token_ids: Tensor | None, logsumexp: Tensor, sampled: Tensor
@@ -89,13 +95,17 @@ class RowKernels(Protocol):
         """The memory that `top_k` takes for a row."""
 
 
-def check_tensors(kernels: RowKernels, hidden: Tensor, weight: Tensor) -> None:
-    """Refuse what no kernel takes."""
-    name = kernels.name
+def check_tensors(kernels: RowKernels, hidden: Tensor, weight: Tensor, group: ProcessGroup | None = None) -> None:
+    """Refuse what no kernel takes; on every rank of ``group`` what one has."""
+    name, error = kernels.name, None
     if torch.float64 in (hidden.dtype, weight.dtype):
-        raise ValueError(f"impl={name!r} computes in float32, hidden is {hidden.dtype} and weight {weight.dtype}: use impl='reference'")
-    if hidden.device.type != "cuda" and not kernels.emulated:
-        raise ValueError(f"impl={name!r} runs on a GPU, hidden is on {hidden.device}: move it to 'cuda', or use impl='reference'")
+        error = f"impl={name!r} computes in float32, hidden is {hidden.dtype} and weight {weight.dtype}: use impl='reference'"
+    elif hidden.device.type != "cuda" and not kernels.emulated:
+        error = f"impl={name!r} runs on a GPU, hidden is on {hidden.device}: move it to 'cuda', or use impl='reference'"
+    if error is not None:
+        if group is not None:
+            refuse(group, ValueError(error))  # the other ranks would wait for this one
+        raise ValueError(error)
 
 
 class Logits:
@@ -103,7 +113,7 @@ class Logits:
 
     def __init__(self, kernels: RowKernels, head: Head, chunk: int) -> None:
         self.kernels, self.head, self.V = kernels, head, head.weight.shape[0]
-        stride = -(-self.V // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        stride = max(-(-self.V // ROW_ALIGNMENT), 1) * ROW_ALIGNMENT
         self.buffer = torch.empty(chunk, stride, dtype=torch.float32, device=head.weight.device)
         self.bias_S = None if head.bias is None else torch.nn.functional.pad(head.bias.float(), (0, stride - self.V))
         # softcap(scale * z) is outer * tanh(inner * z), or without a cap outer * z
@@ -118,6 +128,8 @@ class Logits:
 
     def write(self, rows: slice) -> Tensor:
         """The logits of ``rows``, [n, S]."""
+        if self.V == 0:  # a rank without a token of its own: one that has no probability stands in
+            return self.buffer[: rows.stop - rows.start].fill_(-torch.inf)
         z_nS = self.multiply(rows)
         if self.bias_S is not None or self.inner is not None or self.outer != 1.0:
             self.kernels.finish(z_nS, self.bias_S, self.inner, self.outer)
@@ -126,6 +138,8 @@ class Logits:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``a @ b`` into ``out``, summed in float32: on a GPU from bfloat16 or float16 as they are, where both are the same."""
+    if a.shape[1] == 0:
+        return out.zero_()
     if a.dtype == b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda and a.dtype == b.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,13 +15,16 @@ from bbopd.reference import linear_distill_with, register
 from bbopd.reference_logprobs import linear_logprobs_with
 from bbopd.types import DistillLoss, TokenLogprobs
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["INTERPRETED", "linear_distill", "linear_logprobs"]
 
 INTERPRETED = False
 """Whether the kernels run without a GPU."""
 
 
-def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> DistillLoss:
+def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, group: ProcessGroup | None = None, **options: Any) -> DistillLoss:
     """`bbopd.ops.linear_distill`, on arguments of the right shapes.
 
     Raises
@@ -31,8 +34,8 @@ def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, **options: A
     RuntimeError
         A kernel could not be launched; with CUDA's own words.
     """
-    check_tensors(_rows, hidden, weight)
-    return linear_distill_with(_linear_distill, 0, hidden, weight, *arguments, **options)
+    check_tensors(_rows, hidden, weight, group)
+    return linear_distill_with(_linear_distill, 0, hidden, weight, *arguments, group=group, **options)
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, **options: Any) -> TokenLogprobs:

@@ -51,14 +51,14 @@ class CudaRows:
         return statistics_3n
 
     def divergence(self, rows: Rows) -> Tensor:
-        shares_2n = torch.empty(2, rows.logits.shape[0], dtype=torch.float32, device=rows.logits.device)
-        self._distill(rows, shares_2n)
-        return shares_2n
+        shares_3n = torch.empty(3, rows.logits.shape[0], dtype=torch.float32, device=rows.logits.device)
+        self._distill(rows, shares_3n)
+        return shares_3n
 
     def gradient(self, rows: Rows) -> None:
         self._distill(rows, None)
 
-    def _distill(self, rows: Rows, shares_2n: Tensor | None) -> None:
+    def _distill(self, rows: Rows, shares_3n: Tensor | None) -> None:
         full, n = rows.teacher, rows.logits.shape[0]
         statistics_3n = rows.statistics.contiguous()
         self.kernels.distill(
@@ -79,7 +79,8 @@ class CudaRows:
             divergence=0 if full is None else DIVERGENCES.index(full.divergence),
             beta=0.0 if full is None else full.mix,
             skew=0.0 if full is None else full.mix,
-            shares=_address(shares_2n),
+            mean=_address(rows.mean),
+            shares=_address(shares_3n),
             place=_place(rows.logits),
         )
 

@@ -50,8 +50,8 @@ def check_process_group(group: object) -> None:
 
 def check_group(impl: str, vocab_size: int | None) -> None:
     """Refuse what a vocabulary split over a group cannot have; the ranks' sizes are compared once they are exchanged."""
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl is {impl!r}: a vocabulary that is split over a group has impl='reference', which 'auto' takes")
+    if impl == "cpu":
+        raise ValueError("impl is 'cpu': a vocabulary that is split over a group has impl='reference', or on a GPU 'triton' or 'cuda'")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size is {vocab_size}: give the number of logits in use over all ranks, 1 or more")
 

@@ -89,8 +89,9 @@ def linear_distill(
         the same on every rank: the tokens, ids and labels of the whole vocabulary, ``vocab_size`` counted over all. So are the results and
         the gradient of ``hidden``, which is complete: do not add it up again. The gradients of weight and bias are the rank's own. What
         one rank refuses raises on every one. The sizes are exchanged in every call, so a GPU is waited for unless the group has a CPU
-        backend as well. ``impl`` is ``reference`` then, which ``auto`` takes. Ranks with different tokens (data parallel) are not this:
-        they pass ``group=None``, and as ``normalizer`` the counts of all ranks together, so that their gradients add up to the mean.
+        backend as well. ``impl`` may be any but ``cpu``, and all ranks have the same; on CPU tensors ``auto`` takes ``reference``. Ranks
+        with different tokens (data parallel) are not this: they pass ``group=None``, and as ``normalizer`` the counts of all ranks
+        together, so that their gradients add up to the mean.
     check : bool, optional
         Check values on a GPU as well, which waits for it. On a CPU they always are.
     impl : str
@@ -139,10 +140,9 @@ def linear_distill(
             reference.refuse(group, error)  # the other ranks would wait for this one
         raise
     of_teacher = (teacher.logits, teacher.hidden, teacher.weight, teacher.bias) if isinstance(teacher, FullTeacher) else ()
-    if group is not None:
-        engine = reference
-    elif engine is None:
-        engine = _choose(impl, 0, cpu_distill, hidden, weight, bias, *of_teacher)
+    if engine is None:
+        on_cpu = cpu_distill if group is None else reference
+        engine = _choose(impl, 0, on_cpu, hidden, weight, bias, *of_teacher)
     return engine.linear_distill(
         hidden,
         weight,

@@ -247,6 +247,7 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
                 "check": check,
                 "hidden.requires_grad": needs_hidden,
                 "chunk_tokens": memory,
+                "the engine": name,
             }
             rows = weight.shape[0], op_checks.vocabulary_of(teacher_logits, teacher_weight)
             shard = Shard.agree(group, *rows, vocab_size, options | describe(shared, own))

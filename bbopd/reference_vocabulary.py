@@ -44,6 +44,10 @@ class Whole:
         """Values at ``ids_nK``, to be added up: 0 where another rank has the id."""
         return z_nV.gather(1, ids_nK)
 
+    def columns_of(self, ids_nK: Tensor) -> Tensor:
+        """Where ids are among the columns here; -1 for one of another rank."""
+        return ids_nK
+
     def put(self, z_nV: Tensor, ids_nK: Tensor, values: Tensor | float) -> None:
         """Write ``values`` [n, K] at those of ``ids_nK`` that are here; an id that is there twice has equal ones."""
         z_nV.scatter_(1, ids_nK, values)
@@ -120,11 +124,15 @@ class Shard(Whole):
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.SUM, self.group)
 
     def gather(self, z_nV: Tensor, ids_nK: Tensor) -> Tensor:
-        column_nK, here_nK = self._columns_of(ids_nK)
+        column_nK, here_nK = self._places_of(ids_nK)
         return z_nV.gather(1, column_nK).masked_fill(~here_nK, 0.0)
 
+    def columns_of(self, ids_nK: Tensor) -> Tensor:
+        column_nK, here_nK = self._places_of(ids_nK)
+        return column_nK.masked_fill(~here_nK, -1)
+
     def put(self, z_nV: Tensor, ids_nK: Tensor, values: Tensor | float) -> None:
-        column_nK, here_nK = self._columns_of(ids_nK)
+        column_nK, here_nK = self._places_of(ids_nK)
         # an id of another rank writes what one of this rank's does; in a row without any, what column 0 holds
         twin_n1 = here_nK.to(torch.uint8).argmax(1, keepdim=True)
         column_nK = torch.where(here_nK, column_nK, column_nK.gather(1, twin_n1))
@@ -133,10 +141,10 @@ class Shard(Whole):
         z_nV.scatter_(1, column_nK, torch.where(here_nK.gather(1, twin_n1), values, z_nV[:, :1]).expand_as(column_nK))
 
     def add(self, z_nV: Tensor, ids_n1: Tensor, values_n1: Tensor) -> None:
-        column_n1, here_n1 = self._columns_of(ids_n1)
+        column_n1, here_n1 = self._places_of(ids_n1)
         z_nV.scatter_(1, column_n1, z_nV.gather(1, column_n1) + values_n1.masked_fill(~here_n1, 0.0))
 
-    def _columns_of(self, ids_nK: Tensor) -> tuple[Tensor, Tensor]:
+    def _places_of(self, ids_nK: Tensor) -> tuple[Tensor, Tensor]:
         """Where ids are here, and whether they are; column 0 where not."""
         column_nK = ids_nK - self.first
         here_nK = (column_nK >= 0) & (column_nK < self.columns)

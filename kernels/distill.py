@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,10 +13,15 @@ from bbopd.kernels.rows import INTERPRETED, TritonRows
 from bbopd.reference import linear_distill_with, register
 from bbopd.types import DistillLoss
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["INTERPRETED", "linear_distill"]
 
 
-def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, chunk_tokens: int = 0, **options: Any) -> DistillLoss:
+def linear_distill(
+    hidden: Tensor, weight: Tensor, *arguments: Any, chunk_tokens: int = 0, group: ProcessGroup | None = None, **options: Any
+) -> DistillLoss:
     """`bbopd.ops.linear_distill`, on arguments of the right shapes.
 
     Parameters
@@ -29,8 +34,8 @@ def linear_distill(hidden: Tensor, weight: Tensor, *arguments: Any, chunk_tokens
     ValueError
         float64 inputs, tensors that are not on a GPU; on a CPU, in the interpreter, also values that do not fit.
     """
-    check_tensors(_rows, hidden, weight)
-    return linear_distill_with(_linear_distill, chunk_tokens, hidden, weight, *arguments, **options)
+    check_tensors(_rows, hidden, weight, group)
+    return linear_distill_with(_linear_distill, chunk_tokens, hidden, weight, *arguments, group=group, **options)
 
 
 _rows = TritonRows()

@@ -67,10 +67,10 @@ class TritonRows:
         )
         if rows.gradient is not None:
             self._gradient(rows, None if full.divergence == "forward_kl" else shares_3n[1])
-        return shares_3n[::2]
+        return shares_3n
 
     def gradient(self, rows: Rows) -> None:
-        self._gradient(rows, None)
+        self._gradient(rows, rows.mean)
 
     def _gradient(self, rows: Rows, mean: Tensor | None) -> None:
         full = rows.teacher

@@ -68,17 +68,24 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
+EMULATION = f"cuda_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def build_emulation(folder: Path) -> Any:
     """The extension ``bbopd._cuda`` as it would be, over a block whose threads take turns on the host (tests/cuda_emulation.cpp)."""
-    name, compiler = "cuda_emulation", shutil.which("g++") or shutil.which("c++")
+    compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler is not None, "the extension was built, so there is a compiler"
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     headers = [ROOT / "csrc", sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include"]  # pybind11 is among torch's
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     sources = [ROOT / "tests" / "cuda_emulation.cpp", ROOT / "csrc" / "cuda" / "bindings.cpp"]
-    command = [compiler, *options, f"-DBBOPD_CUDA_MODULE={name}", f"-I{headers[0]}", *(f"-isystem{path}" for path in headers[1:])]
-    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True, timeout=240)
-    found = importlib.util.spec_from_file_location(name, library)
+    command = [compiler, *options, "-DBBOPD_CUDA_MODULE=cuda_emulation", f"-I{headers[0]}", *(f"-isystem{path}" for path in headers[1:])]
+    subprocess.run([*command, *map(str, sources), "-o", str(folder / EMULATION)], check=True, timeout=240)
+    return load_emulation(folder)
+
+
+def load_emulation(folder: Path) -> Any:
+    """What `build_emulation` left in ``folder``."""
+    found = importlib.util.spec_from_file_location("cuda_emulation", folder / EMULATION)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)

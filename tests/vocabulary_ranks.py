@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from bbopd import FullTeacher, TopKTeacher, linear_distill, reference
+from bbopd import FullTeacher, TopKTeacher, chunked_distill, linear_distill, reference
+from bbopd.cuda_rows import CudaRows
 from bbopd.types import DIVERGENCES, DistillLoss, OpTeacher
+from tests.cuda_build import load_emulation
+from tests.devices import INTERPRETS
 from tests.distill_oracle import cut_rows, draw, make_teacher
 
 N, V = 5, 19
@@ -47,6 +52,7 @@ class Case:
     K: int = 4
     tokens: int = N
     options: dict[str, Any] = field(default_factory=dict)
+    engine: str = "reference"
 
     def whole(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The tensors and options of one process."""
@@ -101,9 +107,34 @@ CASES["labels alone"] = Case("none")
 CASES["labels alone, of float32"] = Case("none", torch.float32, used=18, bias=True, options={"logit_softcap": 3.0})
 CASES["all ids"] = Case("topk", K=V, labels=False, options={"divergence": "jsd"})
 
+ENGINES = ("cuda", "triton") if INTERPRETS else ("cuda",)
+"""Beside the reference: the CUDA sources in their emulation, and Triton in its interpreter."""
+_OF_ENGINES = (
+    *(f"full {_divergence} T={_T}" for _divergence, _T in zip(DIVERGENCES, (2.0, 0.7, 2.0, 1.0, 0.7), strict=True)),
+    *(f"topk {_divergence} T={_T}" for _divergence, _T in zip(DIVERGENCES, (0.7, 2.0, 1.0, 0.7, 2.0), strict=True)),
+    *("full_hidden jsd T=0.7", "full jsd T=2.0 plain", "full reverse_kl T=1.0 plain", "full_hidden forward_kl T=1.0 plain"),
+    *("candidates jsd T=2.0", "topk skew_forward_kl T=2.0 plain", "sampled T=2.0", "sampled T=1.0 plain"),
+    *("full chunks", "full of two ids", "topk of two ids", "full sharp", "full bfloat16", "full weight only", "topk chunks", "topk sharp"),
+    *("topk hidden only", "full without tokens", "labels alone, of float32", "all ids"),
+)
+_WITH_AN_EMPTY_ONE = (
+    "full jsd T=2.0 plain",
+    "full bfloat16",
+    "topk skew_forward_kl T=2.0 plain",
+    "sampled T=2.0",
+    "labels alone, of float32",
+)
+for _engine in ENGINES:
+    for _question in _OF_ENGINES:
+        _case = CASES[_question]
+        _dtype = torch.float32 if _case.dtype == torch.float64 else _case.dtype
+        CASES[f"{_engine}: {_question}"] = replace(_case, dtype=_dtype, engine=_engine)
+
 
 def is_asked(part: str, question: str) -> bool:
-    """All of two and of four ranks; with an empty one each divergence once."""
+    """All of two and of four ranks; with an empty one each divergence once. Of another engine two ranks, and a few with an empty one."""
+    if ":" in question:
+        return part == "two" or (part == "one is empty" and question.split(": ")[1] in _WITH_AN_EMPTY_ONE)
     return part != "one is empty" or ("T=1.0" not in question and "T=0.7" not in question)
 
 
@@ -111,14 +142,31 @@ def repeats(question: str) -> bool:
     return question.endswith("T=2.0 plain")
 
 
-def call(case: Case, tensors: dict[str, Any], options: dict[str, Any], group: Any = None) -> dict[str, Any]:
-    """The results and gradients of a call."""
+def call(case: Case, tensors: dict[str, Any], options: dict[str, Any], group: Any = None, cuda: Any = None) -> dict[str, Any]:
+    """The results and gradients of a call; ``cuda`` is the op of that engine."""
     inputs = {name: tensors[name].clone().requires_grad_() for name in case.trained if tensors[name] is not None}
-    if case.chunk_tokens:
-        out = reference.linear_distill(**(tensors | inputs), **options, group=group, chunk_tokens=case.chunk_tokens)
-    else:
-        out = linear_distill(**(tensors | inputs), **options, group=group, impl="reference")
+    arguments = tensors | inputs | options
+    with warnings.catch_warnings():
+        if case.engine == "cuda":
+            out = reference.linear_distill_with(cuda, case.chunk_tokens, **arguments, group=group)
+        elif not case.chunk_tokens:
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the infinities that Triton's interpreter meets
+            out = linear_distill(**arguments, group=group, impl=case.engine)
+        elif case.engine == "triton":
+            from bbopd.kernels import distill
+
+            out = distill.linear_distill(**arguments, group=group, chunk_tokens=case.chunk_tokens)
+        else:
+            out = reference.linear_distill(**arguments, group=group, chunk_tokens=case.chunk_tokens)
     return results(out, inputs)
+
+
+def emulated_cuda(folder: Path) -> Any:
+    """The op over the emulation, registered as `bbopd.cuda_engine` does."""
+    rows = CudaRows(load_emulation(folder), emulated=True)
+    return reference.register(
+        "bbopd_tests::linear_distill_ranks", partial(chunked_distill.run, rows), lambda dtype, _: chunked_distill.gradient_dtype(dtype)
+    )
 
 
 def results(out: DistillLoss, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -188,6 +236,13 @@ MISTAKES: dict[str, tuple[str, Spoil, str]] = {
     "engine": ("topk", _put("impl", "cpu"), "impl is 'cpu': a vocabulary that is split over a group has impl='reference'"),
 }
 """The teacher's kind, the mistake, and parts of what every rank then says."""
+if INTERPRETS:
+    MISTAKES["another engine"] = ("topk", _put("impl", "triton"), "the engine is | on rank {bad}")
+    MISTAKES["an engine without float64"] = (
+        "topk",
+        lambda a: a.update(impl="triton", hidden=a["hidden"].double()),
+        "impl='triton' computes in float32, hidden is torch.float64",
+    )
 EVERYWHERE: dict[str, tuple[str, Spoil, str]] = {
     "vocab_size beyond": (
         "topk",
@@ -244,6 +299,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), WORLD)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    cuda = emulated_cuda(folder)
     groups = {name: torch.distributed.new_group(list(ranks)) for name, (_, ranks) in PARTS.items()}
     answers: dict[Any, Any] = {}
     for name, (sizes, ranks) in PARTS.items():
@@ -255,7 +311,7 @@ def main(rank: int, folder: Path) -> None:
                 continue
             tensors, options = case.whole()
             part = own_part(tensors, sizes, group.rank())
-            answers[name, question] = [call(case, part, options, group) for _ in range(2 if repeats(question) else 1)]
+            answers[name, question] = [call(case, part, options, group, cuda) for _ in range(2 if repeats(question) else 1)]
         if name == "two":
             for bad in range(2):
                 for mistake, (kind, spoil, _) in MISTAKES.items():

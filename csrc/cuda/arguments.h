@@ -54,8 +54,10 @@ struct DistillArguments {
   const std::uint8_t* signal;       // [n] rows of the teacher to read, or null for all
   rows::Divergence divergence;
   float beta, skew;
-  float*
-      shares;  // [2, n] written where there is a teacher: the divergence, how many log p reverse KL read as its floor
+  const float* mean;  // [n] the sum of q h over columns of which these are a part; or null where these are all
+  // [3, n] written where there is a teacher and no mean: the divergence, the sum of q h, how many log p reverse KL read
+  // as its floor
+  float* shares;
 };
 
 struct LogprobsArguments {

@@ -91,6 +91,7 @@ void distill_with(const py::kwargs& kwargs) {
   a.divergence = static_cast<bbopd::rows::Divergence>(given.value<int>("divergence"));
   a.beta = given.value<float>("beta");
   a.skew = given.value<float>("skew");
+  a.mean = given.address<const float>("mean");
   a.shares = given.address<float>("shares");
   distill(a, given.place());
 }

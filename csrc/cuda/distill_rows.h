@@ -92,7 +92,7 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
   const DistillRow of(a, row, has_signal);
   const float teacher_max = a.teacher_statistics[row], teacher_log_sum = a.teacher_statistics[a.n + row];
   typename Block::template PerThread<Shares> part;
-  Shares shares{0.0F, 0.0F, 0};
+  float mean = 0.0F;
 
   const auto read_log_p = [&](int column, float (&log_p)[4]) {
     read(a.teacher, aligned.teacher, row, column, a.V, log_p);
@@ -105,10 +105,22 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
     return rows::term<kind, rows::Scalar<float>>(both.p, both.q, both.d, a.beta, a.skew);
   };
 
-  if (has_signal && (has_mean || !has_gradient)) {
+  // at once, as what is kept meanwhile is a register that the gradient lacks
+  const auto write_shares = [&](const Shares& shares) {
+    block.lanes([&](int thread) {
+      if (thread != 0) return;
+      a.shares[row] = shares.kd;
+      a.shares[a.n + row] = shares.mean;
+      a.shares[2 * a.n + row] = static_cast<float>(shares.floored);
+    });
+  };
+
+  if (a.mean != nullptr) {
+    mean = a.mean[row];
+  } else if (has_mean || !has_gradient) {
     block.lanes([&](int thread) {
       Shares sums{0.0F, 0.0F, 0};
-      for (int column = 4 * thread; column < a.V; column += kStep) {
+      for (int column = 4 * thread; has_signal && column < a.V; column += kStep) {
         float z[4], log_p[4];
         read(a.logits, aligned.logits, row, column, a.V, z);
         read_log_p(column, log_p);
@@ -119,7 +131,9 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
       }
       part[thread] = sums;
     });
-    shares = reduce(block, part, room);
+    const Shares shares = reduce(block, part, room);
+    write_shares(shares);
+    mean = shares.mean;
   }
   if (has_gradient) {
     block.lanes([&](int thread) {
@@ -134,7 +148,7 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
             const auto both = rows::class_of<kind, rows::Scalar<float>>(log_p[i], of.log_q(z[i]));
             const auto term = term_of(both);
             if constexpr (has_mean) {
-              of_divergence = term.qh - both.q * shares.mean;
+              of_divergence = term.qh - both.q * mean;
             } else {
               of_divergence = term.qh;
               sums.add(term, both.floored);
@@ -146,13 +160,8 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
       }
       part[thread] = sums;
     });
-    if constexpr (!has_mean) shares = reduce(block, part, room);
+    if constexpr (!has_mean) write_shares(reduce(block, part, room));
   }
-  block.lanes([&](int thread) {
-    if (thread != 0) return;
-    a.shares[row] = shares.kd;
-    a.shares[a.n + row] = static_cast<float>(shares.floored);
-  });
 }
 
 }  // namespace bbopd::cuda
