@@ -39,10 +39,29 @@ def run(
     dH_ND = torch.empty(student.hidden.shape if needs_hidden else (0,), dtype=dH_dtype, device=device)
     dW_VD = torch.zeros(student.weight.shape if needs_weight else (0,), dtype=torch.float32, device=device)
     db_V = torch.zeros((V,) if needs_bias else (0,), dtype=torch.float32, device=device)
-    needs_grad = needs_hidden or needs_weight or needs_bias
+    grad_dtype = torch.bfloat16 if hidden_dtype == weight_dtype == torch.bfloat16 else torch.float32
+    gradients = (dH_ND if needs_hidden else None, dW_VD if needs_weight else None, db_V if needs_bias else None)
+    _run_chunks(kernels, case, chunk, grad_dtype, *gradients)  # whose logits are gone before the gradients are rounded
+    if needs_hidden:
+        case.vocabulary.sum_in_place(dH_ND)
+    return dH_ND.to(hidden_dtype), dW_VD.to(weight_dtype), db_V
+
+
+def _run_chunks(
+    kernels: RowKernels,
+    case: Distillation,
+    chunk: int,
+    grad_dtype: torch.dtype,
+    dH_ND: Tensor | None,
+    dW_VD: Tensor | None,
+    db_V: Tensor | None,
+) -> None:
+    """Fill in the losses of ``case`` and the gradients that are there, ``chunk`` tokens at a time."""
+    student, device = case.student, case.ce.device
+    N, V = student.hidden.shape[0], student.weight.shape[0]
+    needs_grad = any(gradient is not None for gradient in (dH_ND, dW_VD, db_V))
     logits = Logits(kernels, student, chunk)
     teacher_logits = Logits(kernels, case.teacher, chunk) if isinstance(case.teacher, Head) else None
-    grad_dtype = torch.bfloat16 if hidden_dtype == weight_dtype == torch.bfloat16 else torch.float32
     in_place = grad_dtype == torch.float32 or not kernels.rounds or not needs_grad
     grad_nS = logits.buffer if in_place else torch.empty_like(logits.buffer, dtype=grad_dtype)
     with torch.accelerator.device_index(device.index):
@@ -61,15 +80,12 @@ def run(
             else:
                 part.dense(teacher)
             grad_nV = grad_nS[:n, :V].to(grad_dtype)
-            if needs_hidden:
+            if dH_ND is not None:
                 multiply(grad_nV, student.weight, dH_ND[rows])
-            if needs_weight:
+            if dW_VD is not None:
                 _accumulate(dW_VD, grad_nV, student.hidden[rows])
-            if needs_bias:
+            if db_V is not None:
                 db_V += grad_nV.sum(0, dtype=torch.float32)
-    if needs_hidden:
-        case.vocabulary.sum_in_place(dH_ND)
-    return dH_ND.to(hidden_dtype), dW_VD.to(weight_dtype), db_V
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
