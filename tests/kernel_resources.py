@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -141,8 +140,8 @@ def compile_variant(name: str, capability: int) -> tuple[Usage, str]:
 
 def compile_all() -> list[tuple[Usage, str]]:
     """Every variant on every GPU, in the table's order."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda task: compile_variant(*task), product(VARIANTS, CAPABILITIES)))
+    # one after another: Triton parses source, which Python 3.11 cannot do in two threads at once
+    return [compile_variant(name, capability) for name, capability in product(VARIANTS, CAPABILITIES)]
 
 
 def read() -> list[Usage]:
