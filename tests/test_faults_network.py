@@ -280,11 +280,13 @@ async def test_memory_is_bounded_by_the_credits():
 async def test_work_is_spread_over_the_replicas(replica_ports):
     rollouts = make_rollouts(300, VOCAB)
     async with proxies(replica_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
+        for proxy in through:
+            proxy.delay = 0.05  # longer than what the machine's other work makes of an answer: they are equally fast
         scored = await score_all(teacher, rollouts, WANT)
         assert not any(teacher.counters.values())
         passed = [proxy.to_client for proxy in through]
     assert_nothing_lost(BACKEND, rollouts, scored, WANT)
-    assert min(passed) > 0.2 * max(passed)  # each takes as much as it answers, and processes beside it can slow one down
+    assert min(passed) > 0.5 * max(passed)
 
 
 @fault("one replica much slower than the others", "gives it less to do")
