@@ -91,24 +91,24 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             tokenizer,
             seed=config.train.seed,
             max_seq_len=config.train.max_seq_len,
-            eos_token_id=_end_of_text(tokenizer),
+            eos_token_id=end_of_text(tokenizer),
             max_new_tokens=config.rollouts.max_new_tokens,
         )
-        _check_labels(config, prompts)
+        check_labels(config, prompts)
         folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
         stack.enter_context(folder.lock())
         for change in changes:
             progress.note(f"going on with another configuration: {change}")
-        starting = asyncio.create_task(_start_teacher(config.teacher, folder, stack, progress))
+        starting = asyncio.create_task(start_teacher(config.teacher, folder, stack, progress))
         try:
-            model = await asyncio.to_thread(_load_student, student, config.train.seed, config.train.deterministic)
+            model = await asyncio.to_thread(load_student, student, config.train.seed, config.train.deterministic)
         except BaseException:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             raise
         teacher, process = await starting
         dtype = compute_dtype(student.dtype, model.device)
-        _check_positions(config, model)
+        check_positions(config, model)
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
 
         objective = make_objective(config.objective)
@@ -120,7 +120,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
             if want is not None:
                 objective.check(teacher.info, want)
-                await _compare_replicas(teacher, config, prompts, want, progress)
+                await compare_replicas(teacher, config, prompts, want, progress)
         asked = _remembering(teacher, config.teacher.cache, stack)
 
         trainer = Trainer(
@@ -235,16 +235,16 @@ def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Tokens that end an answer: the tokenizer's end of sequence, and what the model's generation settings add to it."""
     declared: Sequence[int] | int | None = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or ())
-    return tuple(dict.fromkeys([_end_of_text(tokenizer), *ids]))
+    return tuple(dict.fromkeys([end_of_text(tokenizer), *ids]))
 
 
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ConfigError("the student's tokenizer names no token that ends a text (eos_token): its rollouts would never end")
     return int(tokenizer.eos_token_id)
 
 
-async def _start_teacher(
+async def start_teacher(
     config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress
 ) -> tuple[RemoteTeacher | None, TeacherProcess | None]:
     """The teacher, where the run has one, and its process, where that was started here."""
@@ -281,22 +281,28 @@ def _remembering(teacher: RemoteTeacher | None, cache: CacheConfig | None, stack
     return cached
 
 
-async def _compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress) -> None:
+async def compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress) -> None:
     """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
     if len(config.teacher.targets) < 2:
         return
-    rollouts = []
-    for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
-        ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:_COMPARED_TOKENS]
-        if len(ids) > 1:
-            rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
+    rollouts = texts_to_compare(prompts)
     progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
     limit = config.teacher.max_replica_difference
     difference = await teacher.compare_replicas(rollouts, want, limit=limit)
     progress.note(f"replicas of the teacher differ by at most {difference:.2g} of a token's probability ({limit:g} allowed)")
 
 
-def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
+def texts_to_compare(prompts: PromptSet) -> list[Rollout]:
+    """A few short texts of the run's own, each cut in half, for a teacher to score."""
+    rollouts = []
+    for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
+        ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:_COMPARED_TOKENS]
+        if len(ids) > 1:
+            rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
+    return rollouts
+
+
+def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -311,7 +317,7 @@ def _load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreT
     )
 
 
-def _check_labels(config: RunConfig, prompts: PromptSet) -> None:
+def check_labels(config: RunConfig, prompts: PromptSet) -> None:
     labelled = config.rollouts.per_update - config.rollouts_per_cycle
     if (labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
         raise DataError(
@@ -321,7 +327,7 @@ def _check_labels(config: RunConfig, prompts: PromptSet) -> None:
         )
 
 
-def _check_positions(config: RunConfig, model: PreTrainedModel) -> None:
+def check_positions(config: RunConfig, model: PreTrainedModel) -> None:
     positions = max_positions(model)
     if positions is not None and config.train.max_seq_len > positions:
         raise ConfigError(
