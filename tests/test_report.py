@@ -47,6 +47,7 @@ SUMMARY = {
     "status": "finished",
     "model_path": "runs/demo/model",
     "seconds": {"setup": 20.25, "sampling": 120.0, "scoring": 60.0, "training": 200.0},
+    "busy_seconds": {"sampling": 120.0, "scoring": 60.0, "training": 200.0},
     "tokens": {"sampled": 31_416, "scored": 62_832, "trained": 60_000},
     "tokens_per_second": {"sampling": 261.8, "scoring": 1047.2, "training": 300.0},
     "rejected": {"too_short": 3, "repetition": 12},
@@ -260,11 +261,11 @@ def test_terminal_table_and_plain_lines_have_the_same_figures(run_dir: Path) -> 
         for figure in (*row.values, row.change):
             assert figure in shown
             assert figure in lines
-    note = "scoring: its tokens over the seconds in which only the teacher was waited for"
+    note = "scoring's are those in which only the teacher was waited for. Busy: those in which it was under way"
     assert note in " ".join(shown.split())
     assert note in lines
     for speed in speed_rows(data):
-        for figure in (speed.seconds, speed.speed, speed.share):
+        for figure in (speed.seconds, speed.busy, speed.speed, speed.share):
             assert figure in shown
             assert figure in lines
 

@@ -70,8 +70,7 @@ async def _turn(
     session: Session, display: LiveDisplay | PlainDisplay, timeline: Timeline, stop: asyncio.Event, sample_prompts: Sequence[str]
 ) -> str:
     config, folder, state = session.config, session.folder, session.state
-    for name, seconds in state.seconds.items():
-        timeline.add(name, seconds)
+    timeline.carry_on(state.seconds, state.busy_seconds)
     metrics = RunMetrics(folder, from_step=state.step)
     suite = EvalSuite(
         session.prompts.held_out,
@@ -101,6 +100,7 @@ async def _turn(
         status, error = "failed", str(caught)
         raise
     finally:
+        metrics.trace(timeline.to_json())
         metrics.close()
         folder.write_json("summary.json", _summary(session, loop, timeline, status, error, model_path))
     return status
@@ -109,6 +109,7 @@ async def _turn(
 def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, error: str, model_path: Path | None) -> dict[str, Any]:
     state, folder = loop.state, session.folder
     seconds = {name: round(value, 2) for name, value in timeline.seconds().items()}
+    busy = {name: round(value, 2) for name, value in timeline.busy_seconds().items()}
     known = folder.read_json("run.json")
     tokens = {"sampling": state.sampled_tokens, "scoring": state.scored_tokens, "training": state.trained_tokens}
     return {
@@ -116,8 +117,9 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "error": error,
         "model_path": None if model_path is None else str(model_path),
         "seconds": seconds,
+        "busy_seconds": busy,
         "tokens": {"sampled": state.sampled_tokens, "scored": state.scored_tokens, "trained": state.trained_tokens},
-        "tokens_per_second": {name: round(count / seconds[name], 1) for name, count in tokens.items() if count and seconds.get(name)},
+        "tokens_per_second": {name: round(count / busy[name], 1) for name, count in tokens.items() if count and busy.get(name)},
         "rejected": state.rejected,
         "teacher_retries": state.teacher_retries,
         "samples": _samples(folder),

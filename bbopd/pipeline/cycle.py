@@ -7,6 +7,7 @@ the order of drawing, so that the same cycle gives the same batches whatever ord
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 from bbopd.data.assemble import Item, rollout_of
 from bbopd.data.streams import each
+from bbopd.pipeline.timing import Timeline
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
 Answer = TypeVar("Answer")
@@ -43,24 +45,40 @@ async def collect_cycle(
     sampling: Sampling,
     accept: Callable[[Rollout], bool],
     stream: bool,
+    timeline: Timeline,
     on_activity: Callable[[str], None],
 ) -> CycleItems:
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
     rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``on_activity``
-    hears "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the teacher
+    hears "sampling" while the student writes and "scoring" once only the teacher is waited for; ``timeline`` gets a span for every sequence
+    that is written or scored. Raises what the engine or the teacher
     raises; both are then closed.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
+    sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
     labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
+
+    async def asked() -> AsyncGenerator[Prompt, None]:
+        for draw, prompt in enumerate(rollout_prompts):
+            sampling_items.enter(draw)
+            yield prompt
+            await asyncio.sleep(0)  # others get a turn
+
+    async def given() -> AsyncGenerator[Rollout, None]:
+        async with aclosing(to_score()) as rollouts:
+            async for rollout in rollouts:
+                scoring_items.enter(rollout.draw)
+                yield rollout
 
     async def written() -> AsyncGenerator[Rollout, None]:
         if not rollout_prompts:
             return
         on_activity("sampling")
-        async with aclosing(_as_generator(engine.generate(each(rollout_prompts), sampling))) as rollouts:
+        async with aclosing(as_generator(engine.generate(asked(), sampling))) as rollouts:
             async for rollout in rollouts:
+                sampling_items.leave(rollout.draw, rollout.rollout_id, tokens=len(rollout), version=rollout.weights_version)
                 result.sampled_tokens += len(rollout)
                 yield rollout
 
@@ -69,7 +87,7 @@ async def collect_cycle(
         if not stream:
             finished = each(sorted([rollout async for rollout in finished], key=lambda rollout: rollout.draw))
             on_activity("scoring")
-        async with aclosing(_as_generator(finished)) as rollouts:
+        async with aclosing(as_generator(finished)) as rollouts:
             async for rollout in rollouts:
                 if accept(rollout):
                     result.accepted += 1
@@ -78,14 +96,20 @@ async def collect_cycle(
         for rollout in labelled:
             yield rollout
 
-    if teacher is None or want is None:
-        result.items = [item async for item in to_score()]
-    else:
-        source = to_score()
-        async with aclosing(source), aclosing(_as_generator(teacher.score(source, want))) as answers:
-            async for scored in answers:
-                result.scored_tokens += len(scored.rollout)
-                result.items.append(scored)
+    try:
+        if teacher is None or want is None:
+            result.items = [item async for item in to_score()]
+        else:
+            source = given()
+            async with aclosing(source), aclosing(as_generator(teacher.score(source, want))) as answers:
+                async for scored in answers:
+                    rollout = scored.rollout
+                    scoring_items.leave(rollout.draw, rollout.rollout_id, tokens=len(rollout))
+                    result.scored_tokens += len(rollout)
+                    result.items.append(scored)
+    finally:
+        sampling_items.close()
+        scoring_items.close()
     result.items.sort(key=lambda item: rollout_of(item).draw)
     return result
 
@@ -103,7 +127,7 @@ def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
     )
 
 
-async def _as_generator(source: AsyncIterator[Answer]) -> AsyncGenerator[Answer, None]:
+async def as_generator(source: AsyncIterator[Answer]) -> AsyncGenerator[Answer, None]:
     """Wrap any async iterator so that it can be closed early, closing what stands behind it where that can be closed."""
     try:
         async for item in source:

@@ -1,7 +1,7 @@
 """The folder of one run: what was asked, what happened, and what is needed to go on.
 
-``run.json`` says what was run, on what; ``metrics.jsonl`` and ``evals.jsonl`` grow by a line; ``checkpoints/`` holds the
-state; ``summary.json`` is written when the run ends. Every whole-file write is atomic.
+``run.json`` says what was run, on what; ``metrics.jsonl`` and ``evals.jsonl`` grow by a line; ``trace.json`` says what
+this session did when; ``checkpoints/`` holds the state; ``summary.json`` is written when the run ends. Every whole-file write is atomic.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class RunFolder:
         """Write what is run, and remove what an attempt that never reached a checkpoint has left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "summary.json"):
+            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "summary.json", "trace.json"):
                 (self.root / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot create the run's folder {self.root}: {error.strerror or error}; set output=") from error
@@ -134,12 +134,12 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}; delete the folder to start anew") from error
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: Any, *, indent: int | None = 1) -> None:
         path = self.root / name
         temporary = path.with_suffix(".tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, ensure_ascii=False)
+                json.dump(content, file, indent=indent, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -10,20 +10,19 @@ between cycles; a cycle whose training has begun is finished first.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from bbopd.config import RunConfig
-from bbopd.data.assemble import assemble, rollout_of, split_into_steps
+from bbopd.data.assemble import Item, assemble, rollout_of, split_into_steps
 from bbopd.errors import ModelError, TrainingError
 from bbopd.pipeline.cycle import CycleItems, collect_cycle
 from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.progress import Budget, Progress
 from bbopd.pipeline.state import RunState
-from bbopd.pipeline.timing import Timeline
+from bbopd.pipeline.timing import Activity, Timeline
 from bbopd.trainer.step import Trainer
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
@@ -176,12 +175,13 @@ class Loop:
                 sampling=sampling,
                 accept=self._parts.gate.accepts,
                 stream=config.rollouts.max_staleness > 0,
+                timeline=self._timeline,
                 on_activity=switch.to,
             )
         finally:
             switch.end()
         if self._parts.agreement is not None:
-            with self._activity("sampling"):
+            with self._activity("sampling", span="agreement"):
                 self._engine_figures |= self._parts.agreement(map(rollout_of, cycle.items), state.step)
         state.position = prompts.position
         state.cycle += 1
@@ -194,10 +194,10 @@ class Loop:
         """Give the engine the weights as they are now, unless it has them: just before it writes, so that a cold start pushes none."""
         if self._pushed_step == self.state.step:
             return
-        with self._activity("sampling"):
-            started = time.perf_counter()
+        with self._activity("sampling", span="push of weights", version=self.state.step):
+            started = self._timeline.clock()
             await self._parts.engine.load_weights(self._parts.trainer.weights(), self.state.step)
-            self._engine_figures["push_seconds"] = round(time.perf_counter() - started, 4)
+            self._engine_figures["push_seconds"] = round(self._timeline.clock() - started, 4)
         self._pushed_step = self.state.step
 
     def _draw_rollout_prompts(self, rollouts: int) -> list[Prompt]:
@@ -224,7 +224,7 @@ class Loop:
         train = self._config.train
         steps = split_into_steps(cycle.items, train.batch_tokens, train.micro_batch_tokens, train.max_seq_len)
         for micro_items in steps:
-            with self._activity("training"):
+            with self._activity("training", step=self.state.step + 1, cycle=self.state.cycle, tokens=_response_tokens(micro_items)):
                 metrics = self._parts.trainer.train_step([assemble(items, self._parts.want) for items in micro_items])
             state = self.state
             state.step = metrics.step
@@ -297,7 +297,9 @@ class Loop:
             return
         with self._activity("saving"):
             self.state.seconds = self._timeline.seconds()
+            self.state.busy_seconds = self._timeline.busy_seconds()
             self._parts.save(self.state)
+        self._metrics.trace(self._timeline.to_json())
         self._saved_step = self.state.step
 
     async def _evaluate_once(self, stage: str) -> None:
@@ -328,9 +330,9 @@ class Loop:
                 task.cancel()
 
     @contextmanager
-    def _activity(self, name: str) -> Iterator[None]:
+    def _activity(self, name: str, **about: Any) -> Iterator[None]:
         self._progress.activity(name)
-        with self._timeline.activity(name):
+        with self._timeline.activity(name, **about):
             yield
 
 
@@ -339,18 +341,21 @@ class _Switch:
 
     def __init__(self, timeline: Timeline, progress: Progress) -> None:
         self._timeline, self._progress = timeline, progress
-        self._current: Any = None
+        self._current: Activity | None = None
 
     def to(self, name: str) -> None:
         self.end()
         self._progress.activity(name)
-        self._current = self._timeline.activity(name)
-        self._current.__enter__()
+        self._current = self._timeline.begin(name)
 
     def end(self) -> None:
         if self._current is not None:
-            self._current.__exit__(None, None, None)
+            self._timeline.end(self._current)
             self._current = None
+
+
+def _response_tokens(micro_items: Sequence[Sequence[Item]]) -> int:
+    return sum(len(rollout_of(item)) for items in micro_items for item in items)
 
 
 class _StopRequestedError(Exception):

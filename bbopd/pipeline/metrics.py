@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from bbopd.errors import CheckpointError
 from bbopd.pipeline.folder import RunFolder
 
 
 class RunMetrics:
-    """Writes metrics.jsonl, evals.jsonl and TensorBoard events. Opening it at a step drops what came after that step."""
+    """Writes metrics.jsonl, evals.jsonl, trace.json and TensorBoard events. Opening it at a step drops what came after that step."""
 
     def __init__(self, folder: RunFolder, *, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         folder.rewind("metrics.jsonl", from_step)
         folder.rewind("evals.jsonl", from_step)
         self._evaluated = {_name(line["stage"], line["step"]) for line in folder.read_lines("evals.jsonl")}
@@ -32,6 +34,10 @@ class RunMetrics:
         self._evals.write(line)
         self._evaluated.add(_name(line["stage"], line["step"]))
         self._draw("eval", line)
+
+    def trace(self, content: Mapping[str, Any]) -> None:
+        with suppress(CheckpointError):  # it tells of the run, and must not end it
+            self._folder.write_json("trace.json", content, indent=None)
 
     def has_evaluation(self, stage: str, step: int) -> bool:
         """Whether ``stage`` has been evaluated; "step" evaluations come again at every step they are due."""

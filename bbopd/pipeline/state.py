@@ -25,7 +25,8 @@ class RunState:
     trained_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)  # rollouts, by the filter's reason
     teacher_retries: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by activity
+    seconds: dict[str, float] = field(default_factory=dict)  # by activity; they add up to the run's own
+    busy_seconds: dict[str, float] = field(default_factory=dict)  # by activity, each for itself
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -114,10 +114,10 @@ def _drawings(data: RunData) -> str:
 
 
 def _speeds(data: RunData) -> str:
-    rows = [(row.title, row.tokens, row.seconds, row.speed, row.share) for row in speed_rows(data)]
+    rows = [(row.title, row.tokens, row.seconds, row.busy, row.speed, row.share) for row in speed_rows(data)]
     if not rows:
         return ""
-    return _table(("Activity", "tokens", "seconds", "tokens/s", "share"), rows) + f'<p class="quiet">{escape(SPEED_NOTE)}.</p>'
+    return _table(("Activity", "tokens", "seconds", "busy", "tokens/s", "share"), rows) + f'<p class="quiet">{escape(SPEED_NOTE)}.</p>'
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,10 @@ from rich.table import Table
 from bbopd.report.load import RunData, load_run
 
 STAGE_TITLES = {"start": "start", "cold_start": "cold start", "end": "end"}
-SPEED_NOTE = "scoring: its tokens over the seconds in which only the teacher was waited for"
+SPEED_NOTE = (
+    "seconds: those that belong to this activity alone, so that they add up; scoring's are those in which only the teacher was waited for. "
+    "Busy: those in which it was under way, whatever else was; tokens/s are over these"
+)
 KL_NOTE = "KL in nats per response token at temperature 1; forward: KL(teacher‖student), reverse: KL(student‖teacher)"
 
 
@@ -51,11 +54,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """One activity: tokens that went through it, seconds, tokens per second, share of the run's time."""
+    """One activity: tokens that went through it, seconds of its own, those under way, tokens per second of these, share of the run."""
 
     title: str
     tokens: str
     seconds: str
+    busy: str
     speed: str
     share: str
 
@@ -82,6 +86,7 @@ def result_rows(data: RunData) -> list[Row]:
 def speed_rows(data: RunData) -> list[SpeedRow]:
     """Where the time went, longest first."""
     seconds = _numbers(data.summary.get("seconds"))
+    busy = _numbers(data.summary.get("busy_seconds"))
     speeds = _numbers(data.summary.get("tokens_per_second"))
     tokens = _numbers(data.summary.get("tokens"))
     # the summary counts tokens by what was done to them, seconds by the doing
@@ -93,6 +98,7 @@ def speed_rows(data: RunData) -> list[SpeedRow]:
             name.replace("_", " "),
             "" if tokens_of.get(name) is None else f"{tokens_of[name]:,.0f}",
             f"{seconds[name]:,.1f}" if name in seconds else "",
+            f"{busy[name]:,.1f}" if name in busy else "",
             f"{speeds[name]:,.0f}" if name in speeds else "",
             f"{seconds[name] / total:.0%}" if name in seconds and total > 0 else "",
         )
@@ -131,7 +137,7 @@ def speed_table(run: RunData | str | Path) -> Table:
     data = run if isinstance(run, RunData) else load_run(run)
     table = Table(title="Where the time went", title_justify="left", caption=SPEED_NOTE, caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("Activity")
-    for title in ("tokens", "seconds", "tokens/s", "share"):
+    for title in ("tokens", "seconds", "busy", "tokens/s", "share"):
         table.add_column(title, justify="right")
     for row in speed_rows(data):
         table.add_row(row.title, row.tokens, row.seconds, row.speed, row.share)
@@ -148,7 +154,12 @@ def plain_lines(run: RunData | str | Path) -> list[str]:
         )
     speeds = speed_rows(data)
     for speed in speeds:
-        parts = [f"{speed.seconds} s" if speed.seconds else "", speed.share, f"{speed.speed} tokens/s" if speed.speed else ""]
+        parts = [
+            f"{speed.seconds} s" if speed.seconds else "",
+            speed.share,
+            f"busy {speed.busy} s" if speed.busy else "",
+            f"{speed.speed} tokens/s" if speed.speed else "",
+        ]
         lines.append(f"{speed.title}: {', '.join(part for part in parts if part)}")
     return [*lines, f"({SPEED_NOTE})"] if speeds else lines
 
