@@ -1,4 +1,4 @@
-"""The command line: ``bbopd demo | distill | serve | check-teacher | eval | cache``. Nothing heavy is imported before it is needed."""
+"""The command line, ``bbopd demo | distill | doctor | serve | check-teacher | eval | cache``: nothing heavy is imported before its time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, demo, distill, eval, serve
+from bbopd.cli import cache, check_teacher, demo, distill, doctor, eval, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
     "distill": (distill, "run a distillation from a YAML file"),
+    "doctor": (doctor, "check a run before it spends anything, and say what it will take"),
     "serve": (serve, "host a teacher over gRPC"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -30,16 +30,24 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> st
     from its printable stand-ins, a SentencePiece token has its ``▁`` as a space and ``<0x0A>`` as that byte, an added token is the
     UTF-8 of its content. Ids without a token are left out, so rows that only pad an embedding matrix change nothing.
     """
-    added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
-    to_bytes = token_bytes(tokenizer)
     digest = hashlib.sha256()
-    for index, token in sorted((index, token) for token, index in tokenizer.get_vocab().items()):
-        if index >= vocab_size:
-            break
-        raw = added[index] if index in added else to_bytes(token)
+    for index, raw in token_table(tokenizer, vocab_size).items():
         digest.update(struct.pack("<II", index, len(raw)))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def token_table(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, bytes]:
+    """What each id below ``vocab_size`` that the tokenizer knows puts into a text, in rising order of ids."""
+    added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
+    to_bytes = token_bytes(tokenizer)
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < vocab_size)
+    return {index: added[index] if index in added else to_bytes(token) for index, token in pairs}
+
+
+def differing_ids(first: Mapping[int, bytes], other: Mapping[int, bytes]) -> list[int]:
+    """The ids, rising, for which two `token_table`s hold other bytes, or which only one of them holds."""
+    return [index for index in sorted(first.keys() | other.keys()) if first.get(index) != other.get(index)]
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

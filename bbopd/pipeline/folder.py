@@ -67,8 +67,7 @@ class RunFolder:
         """
         folder = cls(Path(config.output))
         known = folder.read_json("run.json")
-        if folder.is_finished:
-            raise ConfigError(f"{folder.root} holds a finished run: set output= to another folder, or delete it")
+        folder.refuse_finished()
         record = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": command,
@@ -119,6 +118,11 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"another process runs in {self.root}: wait for it, or set output= to another folder") from error
             yield
+
+    def refuse_finished(self) -> None:
+        """Raises `ConfigError` where the folder holds a run that has ended."""
+        if self.is_finished:
+            raise ConfigError(f"{self.root} holds a finished run: set output= to another folder, or delete it")
 
     @property
     def is_finished(self) -> bool:

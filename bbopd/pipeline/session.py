@@ -37,7 +37,7 @@ from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, RolloutEngine, SignalSpec, Teacher
+from bbopd.types import Prompt, Rollout, RolloutEngine, SignalSpec, Teacher, TeacherInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,15 +85,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         student = config.student
         progress.activity("loading", "tokenizer and text")
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
-        prompts = await asyncio.to_thread(
-            load_prompts,
-            config.data,
-            tokenizer,
-            seed=config.train.seed,
-            max_seq_len=config.train.max_seq_len,
-            eos_token_id=end_of_text(tokenizer),
-            max_new_tokens=config.rollouts.max_new_tokens,
-        )
+        prompts = await asyncio.to_thread(read_prompts, config, tokenizer)
         check_labels(config, prompts)
         folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
         stack.enter_context(folder.lock())
@@ -108,7 +100,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             raise
         teacher, process = await starting
         dtype = compute_dtype(student.dtype, model.device)
-        check_positions(config, model)
+        check_positions(config, model, prompts)
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
 
         objective = make_objective(config.objective)
@@ -285,18 +277,31 @@ async def compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: P
     """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
     if len(config.teacher.targets) < 2:
         return
-    rollouts = texts_to_compare(prompts)
+    rollouts = texts_to_compare(prompts, teacher.info)
     progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
     limit = config.teacher.max_replica_difference
     difference = await teacher.compare_replicas(rollouts, want, limit=limit)
     progress.note(f"replicas of the teacher differ by at most {difference:.2g} of a token's probability ({limit:g} allowed)")
 
 
-def texts_to_compare(prompts: PromptSet) -> list[Rollout]:
+def read_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The prompts of a run. Raises `DataError` for those that cannot be read or do not fit, `ConfigError` without an end of text."""
+    return load_prompts(
+        config.data,
+        tokenizer,
+        seed=config.train.seed,
+        max_seq_len=config.train.max_seq_len,
+        eos_token_id=end_of_text(tokenizer),
+        max_new_tokens=config.rollouts.max_new_tokens,
+    )
+
+
+def texts_to_compare(prompts: PromptSet, info: TeacherInfo) -> list[Rollout]:
     """A few short texts of the run's own, each cut in half, for a teacher to score."""
+    longest = min(_COMPARED_TOKENS, info.max_sequence_tokens or _COMPARED_TOKENS)
     rollouts = []
     for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
-        ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:_COMPARED_TOKENS]
+        ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:longest]
         if len(ids) > 1:
             rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
     return rollouts
@@ -327,10 +332,19 @@ def check_labels(config: RunConfig, prompts: PromptSet) -> None:
         )
 
 
-def check_positions(config: RunConfig, model: PreTrainedModel) -> None:
+def check_positions(config: RunConfig, model: PreTrainedModel, prompts: PromptSet) -> None:
+    """Refuse a run whose longest sequence has no place among the model's positions. Raises `ConfigError`."""
     positions = max_positions(model)
-    if positions is not None and config.train.max_seq_len > positions:
+    if positions is None:
+        return
+    if config.train.max_seq_len > positions:
         raise ConfigError(
             f"train.max_seq_len is {config.train.max_seq_len}, but {config.student.model} has {positions} positions: "
             f"set it to {positions} or less"
+        )
+    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    if longest + config.eval.max_new_tokens > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens, with eval.max_new_tokens {config.eval.max_new_tokens} that is more than the "
+            f"{positions} positions of {config.student.model}: set eval.max_new_tokens to {positions - longest} or less"
         )

@@ -1,0 +1,228 @@
+"""What the run will take: disk, tokens, bytes, money and time, from one small cycle of it that is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bbopd.config import RunConfig
+from bbopd.data.assemble import Item, assemble, split_into_steps
+from bbopd.data.prompts import PromptSet
+from bbopd.data.streams import each
+from bbopd.doctor.findings import SetUp, Verdict, passed, warned
+from bbopd.errors import TeacherError
+from bbopd.objectives import make_objective
+from bbopd.pipeline.cycle import as_labelled
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.session import end_of_answer_ids
+from bbopd.rollouts.hf import HFEngine
+from bbopd.rpc.answers import answer_bytes
+from bbopd.trainer.checkpoint import require_space
+from bbopd.trainer.step import Trainer
+from bbopd.types import Prompt, Rollout, Sampling
+
+__all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
+
+_PROBE_SEQUENCES = 8
+_PROBE_TOKENS = 128  # of an answer
+_GIB = 2**30
+
+
+# ------------------------------------------------------------ disk
+
+
+async def check_disk(setup: SetUp) -> Verdict:
+    """A folder without a finished run, with room for the checkpoints that are kept, and for the answers that a cache keeps."""
+    assert setup.model is not None
+    config = setup.config
+    folder = RunFolder(Path(config.output))
+    folder.refuse_finished()
+    require_space(folder.checkpoints, model=setup.model, keep=config.train.keep_checkpoints)
+    free = _free_bytes(folder.checkpoints)
+    found = f"{free / _GIB:,.1f} GiB free at {folder.root}, enough for {config.train.keep_checkpoints + 1} checkpoints"
+    cache = config.teacher.cache
+    if cache is None or setup.want is None or setup.prompts is None or setup.teacher is None:
+        return passed(found)
+    expected = forecast(config, setup.prompts, config.rollouts.max_new_tokens).response_tokens * _bytes_per_token(setup)
+    allowed = min(_free_bytes(Path(cache.path)), cache.max_bytes or math.inf)
+    if expected <= allowed:
+        return passed(f"{found}; answers kept by the cache take up to {expected / _GIB:,.2f} GiB")
+    said = f"{found}; answers that the cache keeps may take {expected / _GIB:,.2f} GiB, and have {allowed / _GIB:,.2f} GiB"
+    if cache.on_full == "stop":
+        raise TeacherError(
+            f"{said}, where the run would stop: make room, raise teacher.cache.max_bytes, or set teacher.cache.on_full=continue"
+        )
+    return warned(f"{said}: those beyond that are not kept; make room, raise teacher.cache.max_bytes, or ask for fewer ids (teacher.topk)")
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())).free
+
+
+def _bytes_per_token(setup: SetUp) -> int:
+    assert setup.teacher is not None
+    assert setup.want is not None
+    return answer_bytes(Rollout("one", Prompt("one", (0,)), (0,)), setup.want, setup.teacher.info.vocab_size)
+
+
+# ------------------------------------------------------------ tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Tokens of a whole run: those that the student writes, all responses, and all sequences with their prompts."""
+
+    written_tokens: float
+    response_tokens: float
+    sequence_tokens: float
+
+
+def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> Forecast:
+    """Tokens of ``config``'s run where an answer has ``answer_tokens`` in the mean. Evaluation is not counted."""
+    train, rollouts = config.train, config.rollouts
+    prompt = _mean([len(prompt.token_ids) for prompt in prompts.train])
+    labelled = [prompt for prompt in prompts.train if prompt.reference_ids]
+    reference = _mean([len(one.reference_ids or ()) for one in labelled])
+    labelled_prompt = _mean([len(one.token_ids) for one in labelled])
+    per_cycle = config.rollouts_per_cycle
+    answers = train.on_policy_tokens / answer_tokens if config.writes_rollouts else 0.0
+    references = train.cold_start_tokens / reference if reference else 0.0
+    if config.writes_rollouts:
+        references += answers * (rollouts.per_update - per_cycle) / per_cycle
+    elif reference and train.labelled_tokens is not None:
+        references += train.labelled_tokens / reference
+    elif train.total_steps is not None:
+        references += train.total_steps * train.batch_tokens / max(1.0, reference)
+    written, known = answers * answer_tokens, references * reference
+    share = 1.0
+    if train.total_steps is not None:  # the other limit: whichever is reached first
+        share = min(1.0, train.total_steps * train.batch_tokens / max(1.0, written + known))
+    return Forecast(share * written, share * (written + known), share * (written + known + answers * prompt + references * labelled_prompt))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+# ------------------------------------------------------------ time and money
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Response tokens and seconds of what was measured; None where nothing was."""
+
+    sampling: tuple[int, float] | None = None
+    scoring: tuple[int, float] | None = None
+    training: tuple[int, float] | None = None
+    answer_tokens: float = 0.0
+
+    def rates(self) -> dict[str, float]:
+        pairs = {"sampling": self.sampling, "scoring": self.scoring, "training": self.training}
+        return {name: pair[0] / max(1e-9, pair[1]) for name, pair in pairs.items() if pair is not None and pair[0]}
+
+
+async def check_cost(setup: SetUp) -> Verdict:
+    """One small cycle, measured the second time: how fast each part is, and what the whole run then takes."""
+    assert setup.prompts is not None
+    config = setup.config
+    trainer = Trainer(
+        setup.model,
+        make_objective(config.objective),
+        train=config.train,
+        objective_config=config.objective,
+        planned_steps=config.planned_steps,
+        compute_dtype=setup.compute_dtype,  # type: ignore[arg-type]
+        activation_checkpointing=config.student.activation_checkpointing,
+    )
+    await _cycle(setup, trainer)  # what happens once, such as compiling, is not the run's pace
+    measured = await _cycle(setup, trainer)
+    rates = measured.rates()
+    total = forecast(config, setup.prompts, measured.answer_tokens or config.rollouts.max_new_tokens)
+    seconds = {
+        "sampling": total.written_tokens / rates["sampling"] if "sampling" in rates else 0.0,
+        "scoring": total.response_tokens / rates["scoring"] if "scoring" in rates else 0.0,
+        "training": total.response_tokens / rates["training"] if "training" in rates else 0.0,
+    }
+    pace = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items())
+    parts = [
+        f"about {total.response_tokens:,.0f} tokens trained ({total.written_tokens:,.0f} of them written by the student)",
+        f"{_duration(sum(seconds.values()))} without evaluation ({pace})",
+    ]
+    if "scoring" in rates:
+        parts.append(f"{total.sequence_tokens:,.0f} tokens scored, {_size(total.response_tokens * _bytes_per_token(setup))} of answers")
+        assert setup.teacher is not None
+        price = setup.teacher.info.price_per_million_tokens
+        if price:
+            parts.append(f"{total.sequence_tokens * price / 1e6:,.2f} {setup.teacher.info.currency}".rstrip())
+        else:
+            parts.append("the teacher names no price")
+    said = "; ".join(parts)
+    if setup.want is not None and "scoring" not in rates:
+        return warned(f"{said}; scoring was left out, as the longest sequences have no room at the teacher")
+    if config.writes_rollouts and "sampling" not in rates:
+        return warned(f"{said}; how fast {config.rollouts.engine} samples is seen in the run: watch its first cycles")
+    return passed(said)
+
+
+async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
+    config, measured = setup.config, _Measured()
+    assert setup.prompts is not None
+    items: list[Item] = []
+    if config.writes_rollouts and config.rollouts.engine == "hf":
+        items.extend(await _write(setup, measured))
+    if config.rollouts_per_cycle < config.rollouts.per_update or not items:
+        labelled = [prompt for prompt in setup.prompts.train if prompt.reference_ids][:_PROBE_SEQUENCES]
+        items.extend(as_labelled(prompt, draw=len(items) + number) for number, prompt in enumerate(labelled))
+    if setup.teacher is not None and setup.want is not None and setup.has_room:
+        started = time.perf_counter()
+        answers = setup.teacher.score(each([item for item in items if isinstance(item, Rollout)]), setup.want)
+        items = [scored async for scored in answers]
+        measured.scoring = (sum(len(scored.rollout) for scored in items if not isinstance(scored, Rollout)), time.perf_counter() - started)
+    if items:
+        measured.training = await asyncio.to_thread(_train, setup, trainer, items)
+    return measured
+
+
+async def _write(setup: SetUp, measured: _Measured) -> list[Rollout]:
+    assert setup.prompts is not None
+    assert setup.model is not None
+    assert setup.tokenizer is not None
+    rollouts = setup.config.rollouts
+    stop_ids = end_of_answer_ids(setup.model, setup.tokenizer)
+    engine = HFEngine(setup.model, eos_token_ids=stop_ids, pad_token_id=stop_ids[0], compute_dtype=setup.compute_dtype)
+    longest = min(rollouts.max_new_tokens, _PROBE_TOKENS)
+    sampling = Sampling(longest, temperature=rollouts.temperature, top_p=rollouts.top_p, top_k=rollouts.top_k, seed=setup.config.train.seed)
+    questions = setup.prompts.train[: min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle)]
+    started = time.perf_counter()
+    written = [rollout async for rollout in engine.generate(each(questions), sampling)]
+    measured.sampling = (sum(map(len, written)), time.perf_counter() - started)
+    measured.answer_tokens = _mean([rollouts.max_new_tokens if one.finish_reason == "length" else len(one) for one in written])
+    return [replace(rollout, draw=number) for number, rollout in enumerate(written)]
+
+
+def _train(setup: SetUp, trainer: Trainer, items: list[Item]) -> tuple[int, float]:
+    """One pass over ``items``; nothing of what it does to the weights is kept."""
+    train = setup.config.train
+    started = time.perf_counter()
+    steps = split_into_steps(items, train.batch_tokens, train.micro_batch_tokens, train.max_seq_len)
+    tokens = sum(trainer.train_step([assemble(batch, setup.want) for batch in step]).tokens for step in steps)
+    return tokens, time.perf_counter() - started
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

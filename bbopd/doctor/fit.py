@@ -1,0 +1,109 @@
+"""Whether teacher and student speak of the same tokens, and whether the longest text has room at the teacher."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bbopd.doctor.findings import SetUp, Verdict, passed, warned
+from bbopd.errors import ModelError, TeacherError
+from bbopd.modeling import chat_template_sha256, load_tokenizer, tokenizer_sha256, vocabulary_sha256
+from bbopd.modeling.vocabulary import differing_ids, token_table
+from bbopd.pipeline.preflight import check_lengths, check_vocabulary
+
+__all__ = ["check_formats", "check_room", "check_tokens"]
+
+_NAMED_IDS = 3
+
+
+async def check_tokens(setup: SetUp) -> Verdict:
+    """Vocabularies, compared by content."""
+    assert setup.teacher is not None
+    assert setup.model is not None
+    assert setup.tokenizer is not None
+    info, tokenizer = setup.teacher.info, setup.tokenizer
+    rows = setup.model.get_input_embeddings().weight.shape[0]
+    try:
+        check_vocabulary(info, vocab_size=rows, vocab_sha256=vocabulary_sha256(tokenizer, rows))
+    except TeacherError as error:
+        raise TeacherError(f"{error}{await asyncio.to_thread(_first_differences, setup)}") from error
+    setup.matched = True
+    if not info.vocab_sha256:
+        return warned(
+            f"both have {rows:,} entries, but the teacher does not say which: answers about other tokens would look all right; serve it "
+            "with its tokenizer"
+        )
+    return passed(f"the same {len(tokenizer):,} tokens under the same ids (SHA-256 {info.vocab_sha256[:12]}...)")
+
+
+def _first_differences(setup: SetUp) -> str:
+    """Which ids differ first, where the teacher's tokenizer can be had and is proven, by its hash, to be the teacher's."""
+    assert setup.teacher is not None
+    assert setup.tokenizer is not None
+    info, serve = setup.teacher.info, setup.config.teacher.serve
+    name = setup.teacher_tokenizer_name or (serve.model if serve is not None else info.model)
+    try:
+        theirs = load_tokenizer(name)
+    except ModelError:
+        return "; to see which tokens differ, name the teacher's tokenizer with --teacher-tokenizer"
+    if info.vocab_sha256 and vocabulary_sha256(theirs, info.vocab_size) != info.vocab_sha256:
+        return f"; the tokenizer at {name} is not the teacher's: name that with --teacher-tokenizer to see which tokens differ"
+    here, there = token_table(setup.tokenizer, len(setup.tokenizer) + 2**20), token_table(theirs, info.vocab_size)
+    ids = differing_ids(here, there)
+    shown = ", ".join(
+        f"{index} is {_shown(there.get(index))} for the teacher and {_shown(here.get(index))} here" for index in ids[:_NAMED_IDS]
+    )
+    return f". Of {len(here.keys() | there.keys()):,} ids {len(ids):,} differ, first: {shown}"
+
+
+def _shown(raw: bytes | None) -> str:
+    return "nothing" if raw is None else repr(raw.decode(errors="backslashreplace"))
+
+
+async def check_formats(setup: SetUp) -> Verdict:
+    """Whether both cut text into the same tokens, and write messages down alike."""
+    assert setup.teacher is not None
+    assert setup.tokenizer is not None
+    info, differ, unknown = setup.teacher.info, [], []
+    for what, theirs, ours in (
+        ("tokenizer", info.tokenizer_sha256, tokenizer_sha256(setup.tokenizer)),
+        ("chat template", info.chat_template_sha256, chat_template_sha256(setup.tokenizer)),
+    ):
+        if theirs and theirs != ours:
+            differ.append(f"{what} ({theirs[:12]}... there, {ours[:12] or 'none'}... here)")
+        elif not theirs:
+            unknown.append(what)
+    if differ:
+        return warned(
+            f"the teacher has another {' and another '.join(differ)}: it would read the student's prompts as nobody wrote them in its "
+            "training; take the teacher's tokenizer files for the student where their vocabularies are one"
+        )
+    if unknown:
+        return warned(
+            f"the teacher does not say which {' and '.join(unknown)} it has: compare them by hand, or serve it with its tokenizer"
+        )
+    return passed("the same tokenizer and the same chat template on both sides")
+
+
+async def check_room(setup: SetUp) -> Verdict:
+    """Prompt and answer fit into what the teacher takes, and the longest request into what it takes at a time."""
+    assert setup.teacher is not None
+    assert setup.prompts is not None
+    config, info = setup.config, setup.teacher.info
+    prompts = (*setup.prompts.train, *setup.prompts.held_out)
+    new = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+    lengths = [len(prompt.token_ids) + max(new, len(prompt.reference_ids or ())) for prompt in prompts]
+    try:
+        check_lengths(info, prompts, max_new_tokens=new)
+    except TeacherError as error:
+        count = sum(length > info.max_sequence_tokens for length in lengths)
+        raise TeacherError(f"{error} ({count:,} of {len(prompts):,} prompts, {count / len(prompts):.0%}, are too long)") from error
+    if not info.max_sequence_tokens:
+        setup.has_room = True
+        return warned(f"up to {max(lengths):,} tokens, and the teacher does not say how many it takes: ask whoever runs it")
+    if info.max_request_tokens and max(lengths) > info.max_request_tokens:
+        raise TeacherError(
+            f"a sequence may have {max(lengths):,} tokens, teacher {info.model} takes {info.max_request_tokens:,} of one client at a time: "
+            "lower rollouts.max_new_tokens, or raise max_client_tokens where it is served"
+        )
+    setup.has_room = True
+    return passed(f"prompt and answer have up to {max(lengths):,} tokens, the teacher takes {info.max_sequence_tokens:,}")

@@ -1,0 +1,150 @@
+"""The parts of a run, opened as the run opens them: tokenizer, prompts, student, teacher, and what is asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+
+from bbopd.data.prompts import PromptSet
+from bbopd.doctor.findings import SetUp, Verdict, passed, warned
+from bbopd.errors import DataError, EngineError
+from bbopd.modeling import compute_dtype, load_tokenizer
+from bbopd.objectives import make_objective
+from bbopd.pipeline.session import check_labels, check_positions, end_of_text, load_student, read_prompts, start_teacher
+
+__all__ = ["check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]
+
+_ANY_LENGTH = 2**31
+
+
+class _Silent:
+    """A `Progress` that nobody watches."""
+
+    def activity(self, name: str, detail: str = "") -> None: ...
+    def advance(self, metrics: object, budget: object) -> None: ...
+    def evaluated(self, result: object) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+async def check_tokenizer(setup: SetUp) -> Verdict:
+    """The student's tokenizer loads, ends its texts, and can format messages where there are any."""
+    student = setup.config.student
+    tokenizer = await asyncio.to_thread(
+        load_tokenizer, student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+    )
+    setup.tokenizer = tokenizer
+    setup.eos_token_id = end_of_text(tokenizer)
+    begins = (
+        f"begins with {tokenizer.bos_token}" if tokenizer.bos_token_id in tokenizer("a")["input_ids"] else "begins with nothing of its own"
+    )
+    known = f"{len(tokenizer):,} tokens; a text ends with {tokenizer.eos_token} ({setup.eos_token_id}) and {begins}"
+    if tokenizer.chat_template is None:
+        return warned(
+            f"{known}; it has no chat template, so that data with messages is refused: give prompts as text, or take the student's "
+            "instruction-tuned version"
+        )
+    return passed(f"{known}; it has a chat template")
+
+
+async def check_prompts(setup: SetUp) -> Verdict:
+    """Prompts can be read and drawn; where they are too long, how many of them."""
+    config = setup.config
+    assert setup.tokenizer is not None
+    try:
+        prompts = await asyncio.to_thread(read_prompts, config, setup.tokenizer)
+    except DataError as error:
+        share = await asyncio.to_thread(_too_long, setup)
+        raise DataError(f"{error}{share}") from error
+    setup.prompts = prompts
+    check_labels(config, prompts)
+    every = (*prompts.train, *prompts.held_out)
+    lengths = sorted(len(prompt.token_ids) for prompt in every)
+    labelled = sum(prompt.reference_ids is not None for prompt in prompts.train)
+    found = (
+        f"{len(prompts.train):,} to train on ({labelled:,} with a known continuation) and {len(prompts.held_out):,} held out, "
+        f"{lengths[0]}-{lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
+    )
+    drawn = -(-config.rollouts_per_cycle // config.rollouts.samples_per_prompt)
+    if drawn > len(prompts.train):
+        return warned(
+            f"{found}; a cycle draws {drawn} of them, so that some come twice in it: add data, or raise rollouts.samples_per_prompt"
+        )
+    return passed(found)
+
+
+def _too_long(setup: SetUp) -> str:
+    """How large a share of the prompts leaves no room for an answer; nothing where the data cannot be read at all."""
+    config = setup.config
+    boundless = config.model_copy(update={"train": config.train.model_copy(update={"max_seq_len": _ANY_LENGTH})})
+    try:
+        prompts: PromptSet = read_prompts(boundless, setup.tokenizer)
+    except DataError:
+        return ""
+    room = config.train.max_seq_len - config.rollouts.max_new_tokens
+    every = (*prompts.train, *prompts.held_out)
+    count = sum(len(prompt.token_ids) > room for prompt in every)
+    return f" ({count:,} of {len(every):,} prompts, {count / len(every):.0%}, have more than {room} tokens)" if count else ""
+
+
+async def check_student(setup: SetUp) -> Verdict:
+    """The student loads, its longest sequence has a place, and its rollout engine is there."""
+    config = setup.config
+    model = await asyncio.to_thread(load_student, config.student, config.train.seed, config.train.deterministic)
+    dtype = compute_dtype(config.student.dtype, model.device)
+    if setup.prompts is not None:
+        check_positions(config, model, setup.prompts)
+    if config.rollouts.engine == "vllm" and config.writes_rollouts and importlib.util.find_spec("vllm") is None:
+        raise EngineError("rollouts.engine is vllm, which is not installed here: see docs/rollouts.md, or set rollouts.engine=hf")
+    setup.model, setup.compute_dtype = model, dtype
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return passed(
+        f"{type(model).__name__}, {millions:,.2f} M parameters on {model.device}, computing in {str(dtype).removeprefix('torch.')}; "
+        f"rollouts by {config.rollouts.engine}"
+    )
+
+
+async def check_teacher(setup: SetUp) -> Verdict:
+    """Every replica answers, and says that it is the same teacher."""
+    config = setup.config
+    teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, _Silent())
+    if teacher is None:
+        return Verdict("skip", "the run has none")
+    setup.teacher = teacher
+    info = teacher.info
+    offers = ", ".join(
+        offer.level
+        + (f" (up to {offer.max_top_k})" if offer.max_top_k else "")
+        + (f" at T = {offer.temperature_min:g}" if offer.temperature_min == offer.temperature_max and offer.level != "full" else "")
+        for offer in info.offers
+    )
+    count = max(1, len(config.teacher.targets))
+    who = f"{info.model}, {count} {'replica' if count == 1 else 'replicas'}; offers {offers}"
+    if config.teacher.cache is not None and not (info.revision or info.weights_version):
+        return warned(
+            f"{who}; it names no revision, so that answers kept from other weights under this name would be taken for its own: "
+            "name one where it is served, or take a new teacher.cache.path"
+        )
+    return passed(who)
+
+
+async def check_signal(setup: SetUp) -> Verdict:
+    """The teacher offers what the objective asks for, at the temperature that it asks for."""
+    config = setup.config
+    assert setup.teacher is not None
+    setup.objective = make_objective(config.objective)
+    want = setup.objective.signal(config.teacher)
+    if want is None:
+        return Verdict("skip", f"objective {config.objective.name} asks no teacher")
+    setup.objective.check(setup.teacher.info, want)
+    setup.want = want
+    offer = setup.teacher.info.offer(want.level)
+    assert offer is not None, "the objective has checked it"
+    asked = f"{config.objective.name} at T = {config.objective.temperature:g} asks for {want.level}" + (
+        f" {want.top_k}" if want.top_k else ""
+    )
+    if want.level == "topk" and offer.tail != "exact":
+        return warned(
+            f"{asked}; the teacher's tail is {offer.tail}, not summed from all its logits: the mass outside the ids is as exact as its "
+            "logprobs are; a teacher of your own behind `bbopd serve` sums it"
+        )
+    return passed(asked)

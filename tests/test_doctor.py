@@ -1,0 +1,199 @@
+"""The doctor on set-ups that are well and that are not, each with real teachers behind gRPC; and the page that shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+import yaml
+
+from bbopd.cli.main import main
+from bbopd.config import RunConfig
+from bbopd.data.prompts import PromptSet
+from bbopd.doctor.cost import forecast
+from bbopd.doctor.examine import CHECKS, examine_run
+from bbopd.doctor.findings import Check, SetUp, examine, passed
+from bbopd.errors import TeacherError
+from bbopd.modeling import load_model, load_tokenizer
+from bbopd.rpc.server import start_server
+from bbopd.teachers.hf import HFBackend
+from bbopd.types import Prompt
+from tests.doctor_page import (
+    CASES,
+    Case,
+    Teacher,
+    examine_all,
+    examine_case,
+    make_folders,
+    page,
+    run_config,
+    serving,
+    without_figures,
+    written,
+)
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory):
+    return asyncio.run(examine_all(tmp_path_factory.mktemp("doctor")))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    make_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def of(lines, name):
+    return next(line for line in lines if line.name == name)
+
+
+def test_a_good_run_passes_every_check(findings):
+    assert {line.name: line.status for line in findings["good"]} == {check.name: "pass" for check in CHECKS}
+
+
+@pytest.mark.parametrize(
+    ("case", "failing", "words"),
+    [
+        ("tokenizer", "vocabulary", ["not the same ones", "2 differ", "259 is 'ou' for the teacher and 'th' here"]),
+        ("too_long", "room", ["takes 24", "lower rollouts.max_new_tokens", "151 of 151 prompts"]),
+        ("not_offered", "signal", ["offers topk, sampled, text", "objective that fits"]),
+        ("temperature", "configuration", ["objective.temperature=1", "teacher.signal=full"]),
+        ("nobody", "teacher", ["grpc://127.0.0.1:9", "bbopd serve"]),
+        ("replicas", "determinism", ["replicas of teacher differ", "max_replica_difference is 0.05"]),
+        ("no_end", "tokenizer", ["eos_token"]),
+    ],
+)
+def test_a_broken_run_fails_one_check_and_says_the_way_out(findings, case, failing, words):
+    lines = findings[case]
+    assert [line.name for line in lines if line.status == "fail"] == [failing]
+    for word in words:
+        assert word in of(lines, failing).detail
+    if failing != "configuration":
+        assert [line.name for line in lines] == [check.name for check in CHECKS], "one failure hides no other line"
+
+
+def test_the_page_shows_what_the_doctor_says(findings):
+    assert without_figures(written()) == without_figures(page(findings)), "run `python -m tests.doctor_page` and look at what has changed"
+
+
+async def test_a_teacher_under_the_students_name_must_be_the_same_model(here):
+    run = {"student": {"model": "student"}}
+    alike = await examine_case(Case("", "", (Teacher("student", name="student"),), run))
+    assert of(alike, "agreement").status == "pass"
+    assert "are one model" in of(alike, "agreement").detail
+    other = await examine_case(Case("", "", (Teacher("changed", name="student"),), run))
+    assert of(other, "agreement").status == "fail"
+    assert "serves other weights" in of(other, "agreement").detail
+
+
+class OtherWriter(HFBackend):
+    """Scores with one model and writes with another."""
+
+    def __init__(self, scorer: HFBackend, writer: HFBackend) -> None:
+        self.info, self.score, self.generate = scorer.info, scorer.score, writer.generate  # type: ignore[method-assign]
+
+
+async def test_a_teacher_that_does_not_stand_by_its_own_words(here):
+    scorer, writer = (HFBackend(load_model(name), load_tokenizer(name), name="teacher") for name in ("teacher", "changed"))
+    server = await start_server(OtherWriter(scorer, writer))
+    try:
+        config = run_config(CASES["good"], [f"grpc://127.0.0.1:{server.port}"])
+        lines = [finding async for finding in examine_run(config, time_limit=60.0)]
+    finally:
+        await server.stop(0)
+    assert [line.name for line in lines if line.status == "fail"] == ["own words"]
+    assert "nats less likely than another by its own score" in of(lines, "own words").detail
+
+
+async def test_top_k_signals_pass_the_probes_too(here):
+    sections = {"teacher": {"topk": 16}, "objective": {"temperature": 1.0, "name": "jsd"}}
+    lines = await examine_case(Case("", "", (Teacher(),), sections))
+    assert {line.status for line in lines} == {"pass"}
+    assert "jsd at T = 1 is" in of(lines, "zero").detail
+
+
+async def test_a_folder_with_a_finished_run_is_refused(here):
+    (here / "run").mkdir()
+    (here / "run" / "summary.json").write_text(json.dumps({"status": "finished"}))
+    lines = await examine_case(CASES["nobody"])
+    assert "holds a finished run" in of(lines, "disk").detail
+
+
+async def test_prompts_that_are_too_long_are_counted(here):
+    (here / "chat.jsonl").write_text(
+        "".join(json.dumps({"prompt": "the " * count, "response": "thing"}) + "\n" for count in (1, 2, 90, 80))
+    )
+    lines = await examine_case(Case("", "", (), CASES["nobody"].sections | {"data": {"prompts": [{"jsonl": "chat.jsonl"}]}}))
+    assert of(lines, "prompts").status == "fail"
+    assert "2 of 4 prompts, 50%, have more than 48 tokens" in of(lines, "prompts").detail
+
+
+async def test_a_check_that_hangs_or_breaks_is_one_failing_line():
+    async def hangs(setup):
+        await asyncio.sleep(3600)
+
+    async def breaks(setup):
+        raise ZeroDivisionError("seven")
+
+    async def refuses(setup):
+        raise TeacherError("ask another")
+
+    async def well(setup):
+        return passed("all right")
+
+    checks = [
+        Check("hangs", hangs),
+        Check("breaks", breaks),
+        Check("refuses", refuses),
+        Check("needs", well, ("teacher",)),
+        Check("well", well),
+    ]
+    setup = SetUp(RunConfig.model_construct(), contextlib.AsyncExitStack(), None)  # type: ignore[arg-type]
+    lines = [finding async for finding in examine(setup, checks, time_limit=0.2)]
+    assert [(line.name, line.status) for line in lines] == [
+        ("hangs", "fail"),
+        ("breaks", "fail"),
+        ("refuses", "fail"),
+        ("needs", "skip"),
+        ("well", "pass"),
+    ]
+    assert "ZeroDivisionError: seven" in lines[1].detail
+
+
+async def test_the_command_line_prints_lines_or_json_and_exits_with_0_or_1(here, capsys):
+    async with serving((Teacher(),)) as targets:
+        config = run_config(CASES["good"], targets).model_dump(mode="json", exclude_none=True)
+        (here / "run.yaml").write_text(yaml.safe_dump(config))
+        assert await asyncio.to_thread(main, ["doctor", "run.yaml"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out[0].startswith("PASS  configuration: run.yaml")
+        assert out[-1] == f"{len(CHECKS) + 1} passed, 0 warned, 0 failed, 0 skipped: run.yaml"
+    assert await asyncio.to_thread(main, ["doctor", "run.yaml", "--json", "--set", "train.clip=-1"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_run"] is False
+    assert found["checks"][0]["name"] == "configuration"
+    assert "train.clip" in found["checks"][0]["detail"]
+
+
+def test_the_forecast_counts_tokens_as_a_run_would():
+    prompts = [Prompt(f"p{n}", (1,) * 10, (2,) * (20 if n % 2 else 40)) for n in range(8)]  # 10 and 30 tokens in the mean
+    sections = {
+        "student": {"model": "x"},
+        "teacher": {"target": "grpc://localhost:1"},
+        "rollouts": {"per_update": 8, "on_policy_fraction": 0.25, "max_new_tokens": 100},
+        "train": {"on_policy_tokens": 5000, "cold_start_tokens": 600},
+    }
+    total = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
+    answers, references = 5000 / 50, 600 / 30 + 5000 / 50 * 6 / 2
+    assert total.written_tokens == pytest.approx(5000)
+    assert total.response_tokens == pytest.approx(5000 + 30 * references)
+    assert total.sequence_tokens == pytest.approx(5000 + 40 * references + 10 * answers)
+    sections["train"] = {**sections["train"], "total_steps": 2, "batch_tokens": 1460, "on_policy_tokens": 5000}
+    half = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
+    assert half.response_tokens == pytest.approx(2 * 1460)
