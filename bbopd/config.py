@@ -15,6 +15,7 @@ from bbopd.types import Divergence, Level
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Similarity = Annotated[float, Field(ge=0.3, le=1.0)]  # Jaccard index
 StepsOrFraction = Annotated[int, Field(ge=0)] | Fraction  # an int is a number of steps, a float a share of the run
 
 
@@ -313,6 +314,28 @@ class FiltersConfig(_Section):
     """Largest share of repeated n-grams in one answer."""
     repetition_ngram: Annotated[int, Field(ge=2)] = 4
     reject_duplicates: bool = True
+    """Equal answers to one prompt in one update cycle."""
+    reject_no_eos: bool = False
+    """Answers that do not end with a token that ends a text, whatever stopped them."""
+    charset: tuple[str, ...] = ()
+    """Scripts of Unicode that answers are written in (Latin, Cyrillic, ...); ``any``: all but garbled characters; ``ascii`` alone."""
+    max_foreign: Fraction = 0.05
+    """Largest share of characters outside ``charset``."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages that answers are written in; needs bbopd[data]."""
+    min_language: Fraction = 0.1
+    """Smallest probability that an answer is in one of ``languages``."""
+    near_duplicates: Similarity | None = None
+    """Similarity to an accepted answer of the run from which on one is turned away; needs bbopd[data]."""
+    near_duplicates_kept: Positive = 4096
+    """Accepted answers that are remembered for it, the last ones."""
+    hooks: tuple[str, ...] = ()
+    """Functions of your own, as ``module:function`` or ``path.py:function``: trusted code, run inside the run."""
+    min_kept: Fraction = 0.05
+    """Share of the last ``kept_window`` rollouts that must pass, or the run stops."""
+    kept_window: Positive = 200
+    quarantine_bytes: Positive = 64 * 2**20
+    """Largest size of rejected.jsonl."""
 
 
 class PromptSource(_Section):

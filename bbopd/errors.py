@@ -43,6 +43,10 @@ class TrainingError(BbopdError):
     exit_code = 4
 
 
+class RolloutsRejectedError(TrainingError):
+    """The filters let too few rollouts through for the run to be worth its time."""
+
+
 class CheckpointError(BbopdError):
     """A checkpoint that cannot be written or read."""
 

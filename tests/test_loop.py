@@ -9,9 +9,10 @@ from itertools import pairwise
 import pytest
 
 from bbopd.config import FiltersConfig, RunConfig, TeacherConfig
-from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.data.filters import RolloutFilter
 from bbopd.data.prompts import PromptStream
-from bbopd.errors import ConfigError, TeacherError, TrainingError
+from bbopd.data.rejected import RejectedLog
+from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
 from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
@@ -240,6 +241,23 @@ async def test_rollouts_that_are_all_rejected_end_the_run(tmp_path):
     with pytest.raises(TrainingError, match=r"no rollout passed the filters in 8 cycles.*too_short 32"):
         await rig.run()
     assert len(rig.folder.read_lines("rejected.jsonl")) == 32
+
+
+async def test_too_few_accepted_rollouts_end_the_run_with_its_progress_kept(tmp_path):
+    config = run_config(tmp_path / "run", train={"checkpoint_every": 100})
+    rig = Rig(config)
+    filters = FiltersConfig(min_tokens=1000, min_kept=0.5, kept_window=6)
+    gate = RolloutGate(RolloutFilter(filters, (2,)), rig.log, {})
+    rig.loop._parts = replace(rig.parts, gate=gate)
+    with pytest.raises(RolloutsRejectedError, match=r"let 0 of the last 6 rollouts through .*too_short 6.*rejected\.jsonl"):
+        await rig.run()
+    lines = rig.folder.read_lines("rejected.jsonl")
+    assert len(lines) == 6
+    assert all(line["figure"] < line["limit"] == 1000 for line in lines)
+    kept = latest_checkpoint(rig.folder.checkpoints)
+    assert kept is not None
+    assert json.loads((kept / "state.json").read_text())["state"]["step"] == rig.losses()[-1][0] > 0
+    assert await Rig(config).run() == "finished"  # with filters that let them pass
 
 
 async def test_evaluations_every_n_steps(tmp_path):

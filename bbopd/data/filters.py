@@ -1,66 +1,124 @@
-"""Which rollouts are not worth a teacher's time, and a record of those that were turned away.
+"""Which rollouts are not worth a teacher's time, and when so few are that the run should stop.
 
 Shape: ``L`` response tokens of one rollout.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 
 from bbopd.config import FiltersConfig
-from bbopd.errors import DataError
+from bbopd.data.near_duplicates import AcceptedAnswers
+from bbopd.data.rejected import Rejection
+from bbopd.data.text_checks import TextCheck
+from bbopd.errors import RolloutsRejectedError
 from bbopd.types import Rollout
-
-Reason = Literal["empty", "too_short", "too_long", "truncated", "repetition", "duplicate"]
 
 
 class RolloutFilter:
-    """Judges rollouts by `FiltersConfig`.
+    """Judges rollouts by `FiltersConfig`, in this order; the first reason counts.
 
-    Two equal answers to one prompt are duplicates within one update cycle: `start_cycle` forgets the answers seen, so that
-    nothing outlives a cycle. The token that ends an answer is no part of its length or repetition.
+    ``empty``, ``too_short``, ``too_long``, ``truncated``, ``no_eos``, ``repetition``, ``duplicate``; then, on the text, ``charset``,
+    ``language``, hooks and ``near_duplicate``. Two equal answers to one prompt are duplicates within one update cycle: `start_cycle`
+    forgets them; near-duplicates are sought among the last accepted answers of the run. The token that ends an answer is no part of its
+    length, repetition or text.
 
     Parameters
     ----------
     stop_token_ids
         Tokens that end an answer (end of text).
+    decode
+        Token ids to text; needed where there are ``text_checks`` or ``accepted``.
+    text_checks
+        From `text_checks.text_checks`.
+    accepted
+        Answers accepted so far, where near-duplicates of them are turned away.
     """
 
-    def __init__(self, config: FiltersConfig, stop_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        config: FiltersConfig,
+        stop_token_ids: Iterable[int],
+        *,
+        decode: Callable[[list[int]], str] | None = None,
+        text_checks: Sequence[TextCheck] = (),
+        accepted: AcceptedAnswers | None = None,
+    ) -> None:
         self._config = config
         self._stop_ids = frozenset(stop_token_ids)
+        self._decode, self._text_checks, self._accepted = decode, tuple(text_checks), accepted
         self._seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        self.kept = KeptShare(config.min_kept, config.kept_window)
 
     def start_cycle(self) -> None:
         self._seen.clear()
 
-    def check(self, rollout: Rollout) -> Reason | None:
-        """The first reason to reject ``rollout``, in the order of `Reason`, or None."""
-        config = self._config
+    def check(self, rollout: Rollout) -> Rejection | None:
+        """The first reason to reject ``rollout``, or None. Raises `DataError` where a hook fails."""
         ids = rollout.token_ids
-        if ids and ids[-1] in self._stop_ids:
+        has_end = bool(ids) and ids[-1] in self._stop_ids
+        if has_end:
             ids = ids[:-1]
+        return self._check_tokens(rollout, ids, has_end) or self._check_text(rollout, ids)
+
+    def _check_tokens(self, rollout: Rollout, ids: tuple[int, ...], has_end: bool) -> Rejection | None:
+        config = self._config
         if not ids:
-            return "empty"
+            return Rejection("empty", 0, 1)
         if len(ids) < config.min_tokens:
-            return "too_short"
+            return Rejection("too_short", len(ids), config.min_tokens)
         if config.max_tokens is not None and len(ids) > config.max_tokens:
-            return "too_long"
+            return Rejection("too_long", len(ids), config.max_tokens)
         if config.reject_truncated and rollout.finish_reason == "length":
-            return "truncated"
-        if repeated_share(ids, config.repetition_ngram) > config.max_repetition:
-            return "repetition"
+            return Rejection("truncated", len(ids))
+        if config.reject_no_eos and not has_end:
+            return Rejection("no_eos", len(ids), detail=f"ended with token {ids[-1]} (finish_reason {rollout.finish_reason})")
+        share = repeated_share(ids, config.repetition_ngram)
+        if share > config.max_repetition:
+            return Rejection("repetition", round(share, 4), config.max_repetition)
         if config.reject_duplicates:
             key = (rollout.prompt.token_ids, ids)
             if key in self._seen:
-                return "duplicate"
+                return Rejection("duplicate")
             self._seen.add(key)
         return None
+
+    def _check_text(self, rollout: Rollout, ids: tuple[int, ...]) -> Rejection | None:
+        if not self._text_checks and self._accepted is None:
+            return None
+        assert self._decode is not None, "filters of text need a tokenizer's decode"
+        text = self._decode(list(ids))
+        for check in self._text_checks:
+            rejection = check(rollout, text)
+            if rejection is not None:
+                return rejection
+        return None if self._accepted is None else self._accepted.check_and_add(rollout, text)
+
+
+class KeptShare:
+    """Of the last ``window`` rollouts, the share that passed; `count` raises once a whole window has fewer than ``minimum``."""
+
+    def __init__(self, minimum: float, window: int) -> None:
+        self._minimum = minimum
+        self._recent: deque[str | None] = deque(maxlen=window)
+
+    def count(self, rejection: Rejection | None) -> None:
+        """Take in one decision. Raises `RolloutsRejectedError` with the window's reasons."""
+        self._recent.append(None if rejection is None else rejection.reason)
+        window = self._recent.maxlen
+        if len(self._recent) != window or rejection is None:
+            return
+        kept = self._recent.count(None)
+        if kept >= self._minimum * window:
+            return
+        reasons = Counter(reason for reason in self._recent if reason is not None).most_common()
+        raise RolloutsRejectedError(
+            f"the filters let {kept} of the last {window} rollouts through ({kept / window:.1%}; data.filters.min_kept is "
+            f"{self._minimum:.1%}): {', '.join(f'{reason} {count}' for reason, count in reasons)}. rejected.jsonl has their texts, with "
+            "what was measured and what was allowed. Where they are gibberish, raise train.cold_start_tokens; where they are cut off, "
+            "rollouts.max_new_tokens; else loosen data.filters, or lower data.filters.min_kept, and run the same command again"
+        )
 
 
 def repeated_share(ids: tuple[int, ...], n: int) -> float:
@@ -69,53 +127,3 @@ def repeated_share(ids: tuple[int, ...], n: int) -> float:
     if total < 1:
         return 0.0
     return 1.0 - len({ids[start : start + n] for start in range(total)}) / total
-
-
-class RejectedLog:
-    """Appends rejected rollouts to a JSONL file, one flushed line each: reason, ids, and text where ``decode`` is given.
-
-    Raises `DataError` where the file cannot be made, and later where the disk does not take a line.
-    """
-
-    def __init__(self, path: Path, decode: Callable[[list[int]], str] | None = None) -> None:
-        self._path = path
-        self._decode = decode
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-
-    def write(self, rollout: Rollout, reason: Reason) -> None:
-        line = {
-            "rollout_id": rollout.rollout_id,
-            "prompt_id": rollout.prompt.prompt_id,
-            "reason": reason,
-            "finish_reason": rollout.finish_reason,
-            "weights_version": rollout.weights_version,
-            "prompt_token_ids": list(rollout.prompt.token_ids),
-            "token_ids": list(rollout.token_ids),
-        }
-        if self._decode is not None:
-            line |= {"prompt": self._decode(list(rollout.prompt.token_ids)), "response": self._decode(list(rollout.token_ids))}
-        with self._explained():
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with self._explained():
-            self._file.close()
-
-    def __enter__(self) -> RejectedLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"cannot write rejected rollouts to {self._path}: {error.strerror}; free some space there, or set output to a folder "
-                "that can be written"
-            ) from error

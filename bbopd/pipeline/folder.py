@@ -103,7 +103,7 @@ class RunFolder:
         """Write what is run, and remove what an attempt that never reached a checkpoint has left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "summary.json", "trace.json"):
+            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "accepted.jsonl", "summary.json", "trace.json"):
                 (self.root / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot create the run's folder {self.root}: {error.strerror or error}; set output=") from error

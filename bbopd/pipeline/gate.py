@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.data.filters import RolloutFilter
+from bbopd.data.rejected import RejectedLog
 from bbopd.types import Rollout
 
 
@@ -20,12 +21,13 @@ class RolloutGate:
         self._filter.start_cycle()
 
     def accepts(self, rollout: Rollout) -> bool:
-        reason = self._filter.check(rollout)
-        if reason is None:
-            return True
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        self._log.write(rollout, reason)
-        return False
+        """Decide on ``rollout``. Raises `RolloutsRejectedError` once too few of the last ones have passed."""
+        rejection = self._filter.check(rollout)
+        if rejection is not None:
+            self._counts[rejection.reason] = self._counts.get(rejection.reason, 0) + 1
+            self._log.write(rollout, rejection)
+        self._filter.kept.count(rejection)
+        return rejection is None
 
     @property
     def counts(self) -> Mapping[str, int]:

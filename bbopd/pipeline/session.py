@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from bbopd.config import CacheConfig, RunConfig, StudentConfig, TeacherConfig
-from bbopd.data.filters import RejectedLog, RolloutFilter
+from bbopd.config import CacheConfig, FiltersConfig, RunConfig, StudentConfig, TeacherConfig
+from bbopd.data.filters import RolloutFilter
+from bbopd.data.near_duplicates import AcceptedAnswers
 from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
+from bbopd.data.rejected import RejectedLog
+from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, ConfigError, DataError, TeacherError
 from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, vocabulary_sha256
 from bbopd.modeling.load import quiet
@@ -83,6 +86,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
     """
     async with AsyncExitStack() as stack:
         student = config.student
+        checks = text_checks(config.data.filters)
         progress.activity("loading", "tokenizer and text")
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
         prompts = await asyncio.to_thread(read_prompts, config, tokenizer)
@@ -135,8 +139,11 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         stop_token_ids = end_of_answer_ids(model, tokenizer)
         engine = await _open_engine(config, model, dtype, stop_token_ids, prompts, folder, stack, progress)
         folder.rewind("rejected.jsonl", state.step - 1, key="weights_version")  # those of later cycles will be made again
-        log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode))
-        gate = RolloutGate(RolloutFilter(config.data.filters, stop_token_ids), log, state.rejected)
+        filters = config.data.filters
+        log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode, filters.quarantine_bytes))
+        accepted = _accepted_answers(filters, folder, state, stack)
+        judge = RolloutFilter(filters, stop_token_ids, decode=tokenizer.decode, text_checks=checks, accepted=accepted)
+        gate = RolloutGate(judge, log, state.rejected)
 
         retries_before = state.teacher_retries
 
@@ -181,6 +188,16 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             raise TeacherError(
                 f"{error}; its process has ended, and the last it wrote to {folder.teacher_log} is:\n{process.last_lines()}"
             ) from error
+
+
+def _accepted_answers(filters: FiltersConfig, folder: RunFolder, state: RunState, stack: AsyncExitStack) -> AcceptedAnswers | None:
+    """Answers accepted before the checkpoint, where near-duplicates are turned away."""
+    if filters.near_duplicates is None:
+        return None
+    folder.rewind("accepted.jsonl", state.step - 1, key="weights_version")
+    accepted = AcceptedAnswers(folder.root / "accepted.jsonl", filters.near_duplicates, filters.near_duplicates_kept)
+    stack.callback(accepted.close)
+    return accepted
 
 
 async def _open_engine(

@@ -1,0 +1,17 @@
+"""Libraries of the extra ``bbopd[data]``, loaded where a setting asks for them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from bbopd.errors import ConfigError
+
+
+def need(module: str, setting: str) -> Any:
+    """Import ``module`` for ``setting``. Raises `ConfigError` with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(f"{setting} needs the package {package}: pip install 'bbopd[data]', or leave {setting} out ({error})") from error

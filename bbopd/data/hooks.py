@@ -1,0 +1,66 @@
+"""Somebody's own filter: a Python function named in the configuration.
+
+It runs inside the run, with all that the run may do: a configuration that names a hook is trusted code, like the hook itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from bbopd.data.rejected import Rejection
+from bbopd.errors import ConfigError, DataError
+from bbopd.types import Rollout
+
+
+def load_hook(name: str) -> Callable[[Rollout, str], Rejection | None]:
+    """The filter behind ``module:function`` or ``path.py:function``, counted as ``hook:function``.
+
+    ``function(rollout, text)`` gets a `Rollout` and its response as text, and returns None to accept it, or why not, in words.
+
+    Raises
+    ------
+    ConfigError
+        Where there is no such function.
+    DataError
+        From the returned filter, where the function raises, or returns neither None nor text.
+    """
+    where, _, attribute = name.rpartition(":")
+    function = getattr(_module(where, name), attribute, None)
+    if not callable(function):
+        raise ConfigError(f"data.filters.hooks: {name!r} names no function: there is no {attribute!r} in {where}")
+
+    def check(rollout: Rollout, text: str) -> Rejection | None:
+        try:
+            answer = function(rollout, text)
+        except Exception as error:
+            raise DataError(f"the hook {name} failed on rollout {rollout.rollout_id}: {type(error).__name__}: {error}") from error
+        if answer is None:
+            return None
+        if not isinstance(answer, str):
+            raise DataError(f"the hook {name} returned {answer!r} for rollout {rollout.rollout_id}: None accepts it, text says why not")
+        return Rejection(f"hook:{attribute}", detail=answer)
+
+    return check
+
+
+def _module(where: str, name: str) -> Any:
+    if not where:
+        raise ConfigError(f"data.filters.hooks: {name!r} is neither module:function nor path.py:function")
+    try:
+        if not where.endswith(".py"):
+            return import_module(where)
+        path = Path(where).resolve()
+        spec = spec_from_file_location(f"bbopd_hook_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:  # somebody's module raises what it likes
+        raise ConfigError(f"data.filters.hooks: {where} cannot be imported: {type(error).__name__}: {error}") from error
