@@ -126,6 +126,8 @@ class ServeConfig(_Section):
     """Scoring streams that one client may have open."""
     max_client_calls: Positive = 64
     """Calls for written answers that one client may have open."""
+    max_client_requests_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Calls, rollouts and prompts of one client; a second's worth may come at once. None: any number."""
     replay_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Answers kept for clients that ask again under the same replay_id; 0 keeps none."""
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None

@@ -203,6 +203,7 @@ class TeacherInfo:
     max_request_tokens: int = 0  # of all sequences in flight from one client; 0: unknown
     price_per_million_tokens: float = 0.0
     currency: str = ""
+    max_requests_per_second: float = 0.0  # of one client; 0: unknown
 
     def offer(self, level: Level) -> Offer | None:
         return next((offer for offer in self.offers if offer.level == level), None)

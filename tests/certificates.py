@@ -23,3 +23,10 @@ def _make(folder: Path, name: str, subject: str, *extensions: str, signed: bool 
     if signed:
         command += ["-CA", "ca.pem", "-CAkey", "ca.key"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put other content there at once, as a tool that renews certificates does."""
+    unfinished = path.with_suffix(".new")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

@@ -300,7 +300,19 @@ def test_a_malformed_item_is_named(change, message):
 
 def test_info_comes_back_as_it_was():
     info = TeacherInfo(
-        "m", 7, (Offer("topk", 64, 0.5, 2.0, "derived"), Offer("full")), "abc", 3, "0" * 64, "1" * 64, "2" * 64, 4096, 8192, 1.25, "EUR"
+        "m",
+        7,
+        (Offer("topk", 64, 0.5, 2.0, "derived"), Offer("full")),
+        "abc",
+        3,
+        "0" * 64,
+        "1" * 64,
+        "2" * 64,
+        4096,
+        8192,
+        1.25,
+        "EUR",
+        2.5,
     )
     message = pb.GetInfoResponse.FromString(codec.encode_info(info).SerializeToString())
     assert codec.decode_info(message.info) == info
@@ -312,6 +324,10 @@ def test_info_comes_back_as_it_was():
         ({"vocab_size": 0}, "vocab_size"),
         ({"vocab_sha256": "A" * 64}, "vocab_sha256"),
         ({"price_per_million_tokens": float("nan")}, "price"),
+        ({"max_requests_per_second": float("inf")}, "max_requests_per_second is inf"),
+        ({"model": "m" * 1025}, "model 'm+' is no name: at most 1024"),
+        ({"model": "two\nlines"}, "model .* is no name"),
+        ({"currency": "\x1b[31m"}, "currency .* is no name"),
     ],
 )
 def test_an_impossible_info_is_refused(fields, message):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import math
 import socket
+import threading
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ import pytest
 import torch
 
 from bbopd.cli import eval as command
+from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError, DataError, TeacherError
+from bbopd.rpc.server import RunningServer, start_server
+from bbopd.teachers.hf import HFBackend
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 TEXT = ["The naïve thing: 日本語 in the café, and then the end of it all. " * 3, "Another document begins here 🙂, and it ends there. " * 4]
@@ -120,10 +127,49 @@ def test_what_cannot_be_measured_is_said(models: dict[str, Path], text: Path, tm
         evaluate(models["student"], "--text", questions, "--window", 8, *SIZES)
 
 
-def test_teacher_that_is_not_there(models: dict[str, Path], text: Path) -> None:
+@contextlib.contextmanager
+def serving(model: Path, count: int) -> Iterator[list[RunningServer]]:
+    """Replicas of a teacher, served by another thread's event loop."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def wait_for(work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    backend = HFBackend.from_config(ServeConfig(model=str(model), dtype="float32"))
+    servers = [wait_for(start_server(backend)) for _ in range(count)]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            wait_for(server.stop(0.2))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_agreement_with_replicas_of_a_served_teacher(models: dict[str, Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = as_json(capsys, models["student"], "--text", text, "--teacher-model", models["teacher"])
+    with serving(models["teacher"], 2) as servers:
+        targets = [argument for server in servers for argument in ("--teacher", server.target)]
+        served = as_json(capsys, models["student"], "--text", text, *targets)
+        unused = free_port()
+        with pytest.raises(TeacherError, match=str(unused)):  # every address that is given counts
+            evaluate(
+                models["student"], "--text", text, *targets, "--teacher", f"grpc://127.0.0.1:{unused}", "--connect-timeout", 0.5, *SIZES
+            )
+    assert served["kl_rollouts"] == pytest.approx(loaded["kl_rollouts"], rel=1e-2)
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def test_teacher_that_is_not_there(models: dict[str, Path], text: Path) -> None:
+    port = free_port()
     with pytest.raises(TeacherError, match=str(port)):
         evaluate(models["student"], "--text", text, "--teacher", f"grpc://127.0.0.1:{port}", "--connect-timeout", 0.5, *SIZES)
 

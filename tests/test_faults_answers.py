@@ -148,6 +148,31 @@ async def test_an_answer_to_a_request_never_made():
     assert service.streams == 2
 
 
+def forget(answer: Answer) -> Answer:
+    return []
+
+
+@pytest.mark.parametrize("times", [1, 4])
+@fault("an item dropped without a word", "asks once more on the open stream; where that is answered, asks again for all older ones too")
+async def test_items_that_are_dropped_in_silence(times):
+    service = FaultyTeacher(FakeBackend(VOCAB), forget, times)
+    rollouts = make_rollouts(12, VOCAB)
+    async with serving(service) as port, connected(port, timeout=2.0) as teacher:
+        scored = await score_all(teacher, rollouts, TOPK)
+    assert_nothing_lost(service.backend, rollouts, scored, TOPK)
+    assert teacher.counters["asked_again"] == times
+    assert (service.streams, len(service.asked)) == (1, 12 + times)
+
+
+@fault("an item dropped without a word every time", "gives up after `teacher.timeout`, naming it and that it was asked again")
+async def test_an_item_that_is_always_dropped():
+    service = FaultyTeacher(FakeBackend(VOCAB), lambda answer: [] if service.asked[-1][0] == "r3" else answer, None)
+    async with serving(service) as port, connected(port, timeout=1.0) as teacher:
+        with pytest.raises(TeacherError, match=r"unanswered: r3 \(asked again in vain on an open stream\)"):
+            await score_all(teacher, make_rollouts(6, VOCAB), TOPK)
+    assert 1 <= teacher.counters["asked_again"] <= 2
+
+
 @fault("an answer that comes twice", "takes the first and drops the second")
 async def test_an_answer_that_comes_twice():
     teacher, _ = await ask(lambda answer: answer + answer, TOPK, times=None)

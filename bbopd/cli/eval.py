@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", metavar="RUN.YAML", help="the held-out part of this run's data")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="lay one value over the run's file")
     teacher = parser.add_mutually_exclusive_group()
-    teacher.add_argument("--teacher", metavar="TARGET", help="also measure agreement with the teacher at grpc://host:port")
+    teacher.add_argument(
+        "--teacher", metavar="TARGET", action="append", help="also measure agreement with the teacher at grpc://host:port; once a replica"
+    )
     teacher.add_argument("--teacher-model", metavar="MODEL", help="also measure agreement with this model, loaded here")
     parser.add_argument("--connect-timeout", type=float, default=10.0, help="seconds to go on trying to reach --teacher (default: 10)")
     parser.add_argument("--sequences", type=_positive, help="labelled sequences to score (default: 64, or the run's)")

@@ -30,6 +30,7 @@ _SETTINGS = """settings, in teacher.yaml or by --set (all of them: docs/teachers
   token_file, token_env                where the tokens are, one a line; never the token itself
   max_client_tokens, max_client_streams, max_client_calls, max_inflight_bytes
                                        what one client may have in flight, open, and not yet taken
+  max_client_requests_per_second       of one client; none: any number
   replay_bytes                         answers kept for clients that ask again
   metrics_port, metrics_host           Prometheus metrics over HTTP
   log                                  text, or json: one object a line

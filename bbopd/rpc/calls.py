@@ -108,6 +108,10 @@ class _Call:
         if not self._open and (self._served.is_draining or not self._takes_more):
             self._ready.put_nowait(None)
 
+    def end(self, error: ProtocolError) -> None:
+        """End the call with a status, once what is ready has been sent."""
+        self._ready.put_nowait(error)
+
     async def close(self) -> None:
         """Give up what is unanswered: the model will not be asked for a client that has gone."""
         dropped = len(self._open)
@@ -252,6 +256,7 @@ class ScoreStream(_Call):
         self._request_credit -= payload
         info = self._served.info
         try:
+            self._client.count_request(f"item {item.request_id}")
             rollout, want, resume_from = decode_item(message)
             replay_id = decode_replay_id(message.replay_id)
             item.name = f"rollout {rollout.rollout_id}"
@@ -304,6 +309,8 @@ class Generation(_Call):
         self._takes_more = False
         self.end_if_done()
         while (ready := await self._ready.get()) is not None:
+            if isinstance(ready, ProtocolError):
+                raise ready
             yield ready.message
             self._retire(ready.item, ready.outcome)
             self.end_if_done()
@@ -312,6 +319,7 @@ class Generation(_Call):
         item = _Item(message.request_id, "prompt", "text", len(message.token_ids.data))
         self._accept(item)
         try:
+            self._client.count_request(f"item {item.request_id}")
             prompt, replay_id = decode_prompt(message), decode_replay_id(message.replay_id)
             item.name = f"prompt {prompt.prompt_id}"
             item.prompt_tokens, item.tokens = len(prompt.token_ids), sampling.max_new_tokens

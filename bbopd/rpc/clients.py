@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bbopd.rpc.limits import RefusedError
+from bbopd.rpc.request_rate import RequestRate
 
 if TYPE_CHECKING:
     from bbopd.rpc.scheduler import Call
@@ -26,6 +27,7 @@ class ClientLimits:
     streams : open `Score` calls.
     calls : open `Generate` calls.
     items : of one call, bad ones included, whose answer has not been taken.
+    requests_per_second : calls, items and prompts, bad ones included; None: any number.
     """
 
     tokens: int = 524_288
@@ -33,6 +35,7 @@ class ClientLimits:
     streams: int = 8
     calls: int = 64
     items: int = 65_536
+    requests_per_second: float | None = None
 
     @property
     def announced_tokens(self) -> int:
@@ -45,6 +48,7 @@ class Client:
 
     name: str
     limits: ClientLimits
+    rate: RequestRate = field(default_factory=RequestRate)
     calls: deque[Call] = field(default_factory=deque)
     """In the order of their turns."""
     service: float = 0.0
@@ -54,6 +58,17 @@ class Client:
     open_calls: dict[str, int] = field(default_factory=lambda: {"score": 0, "generate": 0})
     tokens: int = 0
     request_bytes: int = 0
+
+    def count_request(self, what: str) -> None:
+        """Count one request. Raises `RefusedError` where they come too often, saying when to ask again."""
+        wait = self.rate.take(self.name)
+        if wait:
+            raise RefusedError(
+                "over_limit",
+                f"{what}: this client may make {self.rate.per_second:g} requests a second; ask again in {wait:.3g} s, and less often",
+                is_retryable=True,
+                retry_after=wait,
+            )
 
     def open_call(self, kind: str) -> None:
         """Count one more `Score` or `Generate` call. Raises `RefusedError` where there are too many."""
@@ -95,6 +110,7 @@ class Clients:
 
     def __init__(self, limits: ClientLimits) -> None:
         self.limits = limits
+        self.rate = RequestRate(limits.requests_per_second)
         self._clients: dict[str, Client] = {}
 
     def __len__(self) -> int:
@@ -106,8 +122,9 @@ class Clients:
         return sum(client.pending_bytes for client in tuple(self._clients.values()))
 
     def enter(self, name: str, kind: str) -> Client:
-        """The client of this name with one more call. Raises `RefusedError` where it has too many."""
-        client = self._clients.get(name) or Client(name, self.limits)
+        """The client of this name with one more call. Raises `RefusedError` where it has too many, or makes them too often."""
+        client = self._clients.get(name) or Client(name, self.limits, self.rate)
+        client.count_request(f"a {kind} call")
         client.open_call(kind)
         self._clients[name] = client
         return client

@@ -57,6 +57,7 @@ _DTYPES: dict[pb.Dtype, np.dtype[Any]] = {
     pb.DTYPE_UINT16: np.dtype("<u2"),
 }
 _LONGEST_LABEL = 200  # characters
+_LONGEST_NAME = 1024  # characters of a model's name, which may be the path of a folder
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 _MOST_DIMENSIONS = 2
 _LONGEST_MESSAGE = 1000  # characters of a failure that are shown
@@ -120,10 +121,10 @@ def peek_level(number: int) -> str:
     return _LEVELS.get(number, "unknown")
 
 
-def _decode_label(text: str, name: str) -> str:
+def _decode_label(text: str, name: str, longest: int = _LONGEST_LABEL) -> str:
     """A name that goes into messages and logs as it is."""
-    if len(text) > _LONGEST_LABEL or not text.isprintable():
-        raise ValueError(f"{name} {text[:_LONGEST_LABEL]!r} is no name: at most {_LONGEST_LABEL} printable characters")
+    if len(text) > longest or not text.isprintable():
+        raise ValueError(f"{name} {text[:_LONGEST_LABEL]!r} is no name: at most {longest} printable characters")
     return text
 
 
@@ -147,6 +148,7 @@ def encode_info(info: TeacherInfo) -> pb.GetInfoResponse:
         chat_template_sha256=info.chat_template_sha256,
         max_sequence_tokens=info.max_sequence_tokens,
         max_request_tokens=info.max_request_tokens,
+        max_requests_per_second=info.max_requests_per_second,
         price_per_million_tokens=info.price_per_million_tokens,
         currency=info.currency,
     )
@@ -166,8 +168,10 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
     """Raises `ValueError` for what no teacher can be: no vocabulary, a hash that is none, temperatures that are no range."""
     if message.vocab_size < 1:
         raise ValueError("vocab_size is 0")
-    if not math.isfinite(message.price_per_million_tokens) or message.price_per_million_tokens < 0:
-        raise ValueError(f"price_per_million_tokens is {message.price_per_million_tokens}")
+    for name in ("price_per_million_tokens", "max_requests_per_second"):
+        if not 0 <= getattr(message, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(message, name)}")
+    names = {name: _decode_label(getattr(message, name), name, _LONGEST_NAME) for name in ("model", "revision", "currency")}
     hashes = {name: getattr(message, name) for name in ("vocab_sha256", "tokenizer_sha256", "chat_template_sha256")}
     for name, value in hashes.items():
         if value and not re.fullmatch("[0-9a-f]{64}", value):
@@ -179,15 +183,14 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
         level, tail = _lookup(_LEVELS, offer.level, "level"), _lookup(_TAILS, offer.tail, "tail")
         offers.append(Offer(level, offer.max_top_k, offer.temperature_min, offer.temperature_max, tail))  # type: ignore[arg-type]
     return TeacherInfo(
-        model=message.model,
         vocab_size=message.vocab_size,
         offers=tuple(offers),
-        revision=message.revision,
         weights_version=message.weights_version,
         max_sequence_tokens=message.max_sequence_tokens,
         max_request_tokens=message.max_request_tokens,
+        max_requests_per_second=message.max_requests_per_second,
         price_per_million_tokens=message.price_per_million_tokens,
-        currency=message.currency,
+        **names,
         **hashes,
     )
 

@@ -14,6 +14,7 @@ from bbopd.errors import ConfigError
 from bbopd.rpc.backend import TeacherBackend
 from bbopd.rpc.clients import ClientLimits
 from bbopd.rpc.observe import JsonFormatter, TextFormatter, shown_in_text
+from bbopd.rpc.renewal import AccessRenewal
 from bbopd.rpc.security import ServerAccess
 from bbopd.rpc.server import start_server
 
@@ -34,7 +35,7 @@ def set_up_logs(style: str) -> None:
 
 
 def serve(backend: TeacherBackend, config: ServeConfig, access: ServerAccess | None = None, ready_file: Path | None = None) -> None:
-    """Serve ``backend`` until SIGTERM or Ctrl-C, then finish what is under way.
+    """Serve ``backend`` until SIGTERM or Ctrl-C, then finish what is under way. SIGHUP reads certificates and tokens again.
 
     Parameters
     ----------
@@ -59,17 +60,26 @@ async def _serve(backend: TeacherBackend, config: ServeConfig, access: ServerAcc
         host=config.host,
         port=config.port,
         access=access,
-        limits=ClientLimits(config.max_client_tokens, streams=config.max_client_streams, calls=config.max_client_calls),
+        limits=ClientLimits(
+            config.max_client_tokens,
+            streams=config.max_client_streams,
+            calls=config.max_client_calls,
+            requests_per_second=config.max_client_requests_per_second,
+        ),
         batch_tokens=config.batch_tokens,
         max_inflight_bytes=config.max_inflight_bytes,
         replay_bytes=config.replay_bytes,
     )
+    renewal = AccessRenewal(config, server.renew_access)
     with contextlib.ExitStack() as cleanup:
         try:
             if config.metrics_port is not None:
                 cleanup.callback(server.observer.serve_metrics(config.metrics_host, config.metrics_port))
                 _log.info("metrics at http://%s:%d/metrics", config.metrics_host, config.metrics_port)
             _log.info("serving %s at %s%s (Ctrl-C ends it)", backend.info.model, server.target, ", with TLS" if access.certificate else "")
+            if renewal.files:
+                cleanup.callback(asyncio.create_task(renewal.run()).cancel)
+                loop.add_signal_handler(signal.SIGHUP, renewal.read)
             if ready_file is not None:
                 _write_whole(ready_file, server.target + "\n")
                 cleanup.callback(ready_file.unlink, missing_ok=True)

@@ -22,7 +22,7 @@ import grpc
 from bbopd.config import ClientTlsConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError
 
-__all__ = ["ClientAccess", "ServerAccess", "Token", "TokenCheck", "is_loopback", "read_tokens"]
+__all__ = ["ClientAccess", "LiveAccess", "ServerAccess", "Token", "TokenCheck", "is_loopback", "read_tokens"]
 
 _SHORTEST_TOKEN = 16
 _OPEN_METHODS = ("/grpc.health.v1.Health/",)  # probes carry no token, and learn only whether the service is up
@@ -48,12 +48,20 @@ class Token:
     def __repr__(self) -> str:
         return "Token(hidden)"
 
+    @property
+    def name(self) -> str:
+        """What its holder is counted under: the same after a restart and in any order of tokens, and of no use as a token."""
+        return hashlib.sha256(b"name of " + self._digest).hexdigest()[:16]
+
     def matches(self, other: Token) -> bool:
         """Whether both are the same, in a time that does not tell how much of them is."""
         return hmac.compare_digest(self._digest, other._digest)
 
     def call_credentials(self) -> grpc.CallCredentials:
         return grpc.access_token_call_credentials(self._text)
+
+
+_NO_TOKEN = Token("")
 
 
 def read_tokens(file: str | None, variable: str | None, where: str) -> tuple[Token, ...]:
@@ -133,26 +141,51 @@ class ServerAccess:
                 "on 127.0.0.1 and reach it through a tunnel (ssh -L)"
             )
 
-    def credentials(self) -> grpc.ServerCredentials | None:
-        """TLS as gRPC wants it; None for plain text."""
-        if self.certificate is None:
-            return None
-        return grpc.ssl_server_credentials(
-            [(self.key, self.certificate)], root_certificates=self.client_ca, require_client_auth=self.client_ca is not None
-        )
+    def certificate_configuration(self) -> grpc.ServerCertificateConfiguration:
+        """What a new connection is shown, and by whom the client's certificate must be signed."""
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], root_certificates=self.client_ca)
 
-    def token_number(self, metadata: Iterable[tuple[str, str | bytes]]) -> int | None:
-        """Which token a call brings, from 0; None where it brings none that is known. Without tokens, everyone has number 0."""
+    def token_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token | None:
+        """Which token a call brings; None where it brings none that is known. Without tokens, everyone has the same."""
         if not self.tokens:
-            return 0
+            return _NO_TOKEN
         given = [value for key, value in metadata if key == "authorization"]
         if len(given) != 1 or not isinstance(given[0], str) or not given[0].startswith("Bearer "):
             return None
         token, found = Token(given[0].removeprefix("Bearer ")), None
-        for number, known in enumerate(self.tokens):  # all of them, always: how long it takes tells nothing
+        for known in self.tokens:  # all of them, always: how long it takes tells nothing
             if token.matches(known):
-                found = number
+                found = known
         return found
+
+
+class LiveAccess:
+    """A server's access as it is now: a renewed one holds for every call and connection from then on."""
+
+    def __init__(self, access: ServerAccess) -> None:
+        self._access = access
+
+    @property
+    def now(self) -> ServerAccess:
+        return self._access
+
+    def renew(self, access: ServerAccess) -> None:
+        """Raises `ConfigError` for a change that a running server cannot make: with or without TLS, tokens, or clients' certificates."""
+        for name, what in (("certificate", "tls"), ("client_ca", "tls.client_ca"), ("tokens", "tokens")):
+            if bool(getattr(access, name)) != bool(getattr(self._access, name)):
+                raise ConfigError(f"{what}: what a server wants of its clients changes at a restart only; its files may change at any time")
+        self._access = access
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """TLS as gRPC wants it, asking here with every new connection; None for plain text."""
+        first = self._access
+        if first.certificate is None:
+            return None
+        return grpc.dynamic_ssl_server_credentials(
+            first.certificate_configuration(),
+            lambda: self._access.certificate_configuration(),
+            require_client_authentication=first.client_ca is not None,
+        )
 
     def client_name(self, context: grpc.aio.ServicerContext) -> str:
         """Whom a call counts for: its owner, on the host it comes from."""
@@ -160,9 +193,9 @@ class ServerAccess:
 
     def owner_name(self, context: grpc.aio.ServicerContext) -> str:
         """Whose answers a call may ask for again: the holders of its token and certificate, wherever they are."""
-        number = self.token_number(context.invocation_metadata() or ())
+        token = self._access.token_of(context.invocation_metadata() or ())
         certificate = b",".join(context.auth_context().get("x509_common_name", ())).decode(errors="replace")
-        return f"token {number} certificate {certificate or '-'}"
+        return f"token {token.name if token else None} certificate {certificate or '-'}"
 
 
 def peer_host(peer: str) -> str:
@@ -173,12 +206,12 @@ def peer_host(peer: str) -> str:
 class TokenCheck(grpc.aio.ServerInterceptor):
     """Turns away, before a single message is read, whoever brings no token that is known; only health may be asked without."""
 
-    def __init__(self, access: ServerAccess, on_refused: Callable[[grpc.aio.ServicerContext], None]) -> None:
+    def __init__(self, access: LiveAccess, on_refused: Callable[[grpc.aio.ServicerContext], None]) -> None:
         self._access = access
         self._on_refused = on_refused
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails) -> Any:
-        if details.method.startswith(_OPEN_METHODS) or self._access.token_number(details.invocation_metadata or ()) is not None:
+        if details.method.startswith(_OPEN_METHODS) or self._access.now.token_of(details.invocation_metadata or ()) is not None:
             return await continuation(details)
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 

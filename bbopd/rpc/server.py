@@ -28,7 +28,7 @@ from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.observe import Observer, client_hash
 from bbopd.rpc.replay import ReplayStore
 from bbopd.rpc.scheduler import Scheduler
-from bbopd.rpc.security import ServerAccess, TokenCheck
+from bbopd.rpc.security import LiveAccess, ServerAccess, TokenCheck
 
 __all__ = ["SERVICE", "RunningServer", "start_server"]
 
@@ -62,6 +62,14 @@ class RunningServer:
     @property
     def target(self) -> str:
         return f"grpc://[{self.host}]:{self.port}" if ":" in self.host else f"grpc://{self.host}:{self.port}"
+
+    def renew_access(self, access: ServerAccess) -> None:
+        """Let other certificates and tokens hold from now on; calls made with a token that is no more among them are ended.
+
+        Raises `ConfigError` for what only a restart can change (see `LiveAccess.renew`).
+        """
+        self._service.access.renew(access)
+        self._service.end_unknown()
 
     async def stop(self, grace: float = 10.0) -> None:
         """Take nothing new, finish what was taken for at most ``grace`` seconds, then close every connection."""
@@ -103,21 +111,24 @@ async def start_server(
     """
     access, limits, observer = access or ServerAccess(), limits or ClientLimits(), Observer()
     access.require_safe(host)
+    live = LiveAccess(access)
 
     def on_refused(context: grpc.aio.ServicerContext) -> None:
-        observer.call_refused("any", client_hash(access.client_name(context)), "unauthenticated")
+        observer.call_refused("any", client_hash(live.client_name(context)), "unauthenticated")
 
-    server = grpc.aio.server(interceptors=[TokenCheck(access, on_refused)], options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[TokenCheck(live, on_refused)], options=_SERVER_OPTIONS)
     scheduler = Scheduler(backend, batch_tokens=batch_tokens, max_inflight_bytes=max_inflight_bytes, observer=observer)
-    info = dataclasses.replace(backend.info, max_request_tokens=limits.announced_tokens)
+    info = dataclasses.replace(
+        backend.info, max_request_tokens=limits.announced_tokens, max_requests_per_second=limits.requests_per_second or 0.0
+    )
     clients = Clients(limits)
     observer.clients.set_function(lambda: len(clients))
     observer.inflight_bytes.set_function(lambda: clients.pending_bytes)
-    service = _TeacherService(Served(info, scheduler, clients, ReplayStore(replay_bytes), observer), access)
+    service = _TeacherService(Served(info, scheduler, clients, ReplayStore(replay_bytes), observer), live)
     checks = health.HealthServicer()
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    address, credentials = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", access.credentials()
+    address, credentials = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", live.credentials()
     try:
         bound = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError as error:
@@ -132,10 +143,10 @@ async def start_server(
 
 
 class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
-    def __init__(self, served: Served, access: ServerAccess) -> None:
+    def __init__(self, served: Served, access: LiveAccess) -> None:
         self.served = served
-        self._access = access
-        self._calls: set[ScoreStream | Generation] = set()
+        self.access = access
+        self._calls: dict[ScoreStream | Generation, grpc.aio.ServicerContext] = {}
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext) -> pb.GetInfoResponse:  # noqa: N802
         return encode_info(self.served.info)
@@ -160,6 +171,12 @@ class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
             async for response in responses:
                 yield response
 
+    def end_unknown(self) -> None:
+        """End the calls whose token is known no longer."""
+        for call, context in self._calls.items():
+            if self.access.now.token_of(context.invocation_metadata() or ()) is None:
+                call.end(ProtocolError(grpc.StatusCode.UNAUTHENTICATED, "the token of this call is not valid any more"))
+
     async def drain(self) -> None:
         """Refuse what is new and wait until all that was taken is answered."""
         self.served.is_draining = True
@@ -171,7 +188,7 @@ class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
     @asynccontextmanager
     async def _open(self, context: grpc.aio.ServicerContext, kind: str, make: Callable[[Client, str], AnyCall]) -> AsyncIterator[AnyCall]:
         """A call that was let in, closed whatever ends it; what breaks the protocol ends it with a status."""
-        served, name = self.served, self._access.client_name(context)
+        served, name = self.served, self.access.client_name(context)
         try:
             if served.is_draining:
                 raise RefusedError("unavailable", "the teacher is shutting down", is_retryable=True, retry_after=1.0)
@@ -182,8 +199,8 @@ class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
             status = grpc.StatusCode.UNAVAILABLE if error.code == "unavailable" else grpc.StatusCode.RESOURCE_EXHAUSTED
             served.observer.call_refused(kind, client_hash(name), error.code)
             await _abort(context, status, str(error), error.retry_after)
-        call = make(client, self._access.owner_name(context))
-        self._calls.add(call)
+        call = make(client, self.access.owner_name(context))
+        self._calls[call] = context
         try:
             yield call
         except ProtocolError as error:
@@ -191,7 +208,7 @@ class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
                 served.observer.call_refused(kind, client_hash(name), "protocol")
             await _abort(context, error.code, str(error), error.retry_after)
         finally:
-            self._calls.discard(call)
+            del self._calls[call]
             await call.close()
             served.clients.leave(client, kind)
 

@@ -132,6 +132,7 @@ def common_info(infos: Sequence[TeacherInfo]) -> TeacherInfo:
         infos[0],
         max_sequence_tokens=min((info.max_sequence_tokens for info in infos if info.max_sequence_tokens), default=0),
         max_request_tokens=min((info.max_request_tokens for info in infos if info.max_request_tokens), default=0),
+        max_requests_per_second=min((info.max_requests_per_second for info in infos if info.max_requests_per_second), default=0.0),
     )
 
 

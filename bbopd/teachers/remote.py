@@ -27,7 +27,7 @@ class RemoteTeacher:
     ) -> None:
         self.info = common_info([endpoint.info for endpoint in endpoints])
         self.target = ", ".join(endpoint.target for endpoint in endpoints)
-        self.counters: Counter[str] = Counter(retries=0, bad_answers=0, reconnects=0, moved=0)
+        self.counters: Counter[str] = Counter(retries=0, bad_answers=0, reconnects=0, moved=0, asked_again=0)
         """How often an item was asked again, an answer failed validation, a stream was opened again, an item went to another replica."""
         self._endpoints = endpoints
         self._timeout = timeout

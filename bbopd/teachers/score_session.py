@@ -32,6 +32,7 @@ __all__ = ["ScoreSession"]
 _RETRIES = 3  # of one item that fails or is answered badly
 _BREAKS = 5  # streams that may break on one item, in a row, before it counts as what breaks them
 _WINDOW = 64 * 2**20  # bytes of answers in flight, and again of answers ready and not yet taken by the caller
+_PACE = 0.9  # of the requests a second that a teacher allows: the rest is for what must be asked again
 _REQUEST_OVERHEAD = 4096  # bytes of a request beside its ids, at most
 
 
@@ -55,7 +56,7 @@ class ScoreSession:
     info : what can be asked of every one of them.
     timeout : seconds without a row of an answer, while some are due, before the teacher counts as gone.
     inflight_tokens : tokens (prompts included) sent to one replica and not yet answered; a single longer rollout still goes, alone.
-    counters : ``retries``, ``bad_answers``, ``reconnects`` and ``moved`` are counted here.
+    counters : ``retries``, ``bad_answers``, ``reconnects``, ``moved`` and ``asked_again`` are counted here.
     is_alive : where False, there is no sense in waiting for it any more.
     may_replay : whether a replica may give again the answer that it gave to the same question before.
     """
@@ -120,12 +121,13 @@ class ScoreSession:
     # ------------------------------------------------------------ from the source to a stream
 
     async def _feed(self, rollouts: AsyncIterator[Rollout]) -> None:
-        place = 0
+        place, next_at = 0, 0.0
         async for rollout in rollouts:
             check_rollout(rollout, self.want, self._info)
             _check_size(rollout)
             tokens = len(rollout.all_ids)
             await self.until(partial(self._has_room, tokens))
+            next_at = await self._keep_pace(next_at)
             if not self._unanswered:
                 self._silence = 0.0
             item = Item(place, rollout, self._assembler(rollout), tokens)
@@ -137,6 +139,15 @@ class ScoreSession:
             self.notify()
         self._source_ended = True
         self._end_if_done()
+
+    async def _keep_pace(self, next_at: float) -> float:
+        """Wait as long as the teacher's limit of requests a second asks. Returns when the next one may be made."""
+        rate = _PACE * self._info.max_requests_per_second * len(self._streams)
+        if not rate:
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        await asyncio.sleep(next_at - now)
+        return max(now, next_at) + 1.0 / rate
 
     def _has_room(self, tokens: int) -> bool:
         return self._tokens == 0 or self._tokens + tokens <= sum(stream.limit for stream in self._streams)
@@ -211,7 +222,7 @@ class ScoreSession:
             if not (error.is_retryable or may_differ_elsewhere):
                 raise self.lost(f"refused an item ({error.code}): {error}")
             retry_after = min(error.retry_after, self._timeout)
-        is_busy = isinstance(error, RefusedError) and error.code == "unavailable"
+        is_busy = isinstance(error, RefusedError) and error.code in ("unavailable", "over_limit")
         item.failures += not is_busy
         if item.failures > _RETRIES:
             raise self.lost(f"failed the same item {item.failures} times, at last: {error}")
@@ -289,6 +300,7 @@ class ScoreSession:
         endpoints = [stream.endpoint for stream in self._streams]
         waiting = [item.rollout.rollout_id for item in sorted(self._unanswered, key=lambda item: item.place)]
         shown = ", ".join(waiting[:5]) + (f" and {len(waiting) - 5} more" if len(waiting) > 5 else "")
+        shown += " (asked again in vain on an open stream)" if any(item.asked_again for item in self._unanswered) else ""
         troubles = [f"{endpoint.target}: {endpoint.refusal or endpoint.trouble}" for endpoint in endpoints if endpoint.faults]
         reasons = f" (last trouble: {'; '.join(troubles)})" if troubles else ""
         return TeacherError(

@@ -26,6 +26,7 @@ from bbopd.types import Rollout, SignalSpec
 __all__ = ["Item", "ScoreStream"]
 
 _GREETING_SECONDS = 30.0  # to say who it is and to accept a stream; a model is not asked for either
+_ASKED_AGAIN = 3  # times that one item is, on open streams
 _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -47,6 +48,8 @@ class Item:
     """Answers that were bad, and refusals that were not for want of room."""
     breaks: int = 0
     """Streams that broke on it, one after the other, without a row of it arriving."""
+    asked_again: int = 0
+    """Times it was asked once more on an open stream that said nothing of it."""
     not_before: float = 0.0
     failed_at: set[Endpoint] = field(default_factory=set)
     sent_from: int = -1
@@ -206,6 +209,8 @@ class ScoreStream:
                     _raise_unless_call_ended(sender)
                 is_due = bool(self._items) and not self._owner.is_waiting_for_caller()
                 silence = silence + poll if is_due else 0.0
+                if silence - poll < self._patience / 2 <= silence:
+                    self._ask_again(min(self._items, default=0))
                 if silence >= self._patience:
                     raise _BrokenError(f"it has not answered for {self._patience:g} s")
         finally:
@@ -214,6 +219,19 @@ class ScoreStream:
                 await asyncio.gather(reading, return_exceptions=True)
 
     # ------------------------------------------------------------ answers
+
+    def _ask_again(self, request_id: int) -> None:
+        """Of a silent replica, whether it has dropped the oldest item or is slow: an answer to the same question tells."""
+        if request_id not in self._items or self._items[request_id].sent_from < 0:
+            return
+        item = self._release(request_id)
+        item.asked_again += 1
+        if item.asked_again > _ASKED_AGAIN:
+            raise self._owner.lost(f"dropped rollout {item.rollout.rollout_id} {item.asked_again} times without a word")
+        item.sent_from = -1
+        self._owner.counters["asked_again"] += 1
+        self.give(item)
+        self._owner.notify()
 
     def _take(self, message: pb.ScoreResponse) -> None:
         kind = message.WhichOneof("kind")
@@ -251,6 +269,9 @@ class ScoreStream:
             self._release(chunk.request_id)
             self.endpoint.note_success()
             self._owner.take_answer(item)
+            if item.asked_again:  # not slow, then: what was asked before it has been dropped as well
+                for dropped in [number for number in self._items if number < chunk.request_id]:
+                    self._ask_again(dropped)
 
     def _is_asked(self, request_id: int) -> bool:
         """False for what still comes of an answer given up, or comes twice."""
