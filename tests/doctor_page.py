@@ -62,6 +62,11 @@ def _without_end(folder: Path) -> None:
 
 CASES = {
     "good": Case("A good run", "Student and teacher are of one family; all is well."),
+    "padded": Case(
+        "Padded vocabularies",
+        "The student's head has more rows than there are tokens: those of no token are left out on both sides.",
+        sections={"student": {"model": "padded"}},
+    ),
     "tokenizer": Case(
         "Another tokenizer",
         "The teacher has as many tokens as the student, and some of them are others: every answer would look all right.",
@@ -101,6 +106,7 @@ def make_folders(folder: Path) -> None:
     save_folder(folder / "teacher", tiny_llama(262, seed=1, layers=2), tiny_tokenizer())
     save_folder(folder / "foreign", tiny_llama(262, seed=1, layers=2), tiny_tokenizer(OTHER_MERGES))
     save_folder(folder / "changed", tiny_llama(262, seed=2, layers=2), tiny_tokenizer())
+    save_folder(folder / "padded", tiny_llama(272, layers=2), tiny_tokenizer())
     (folder / "corpus.txt").write_text("\n\n\n".join(f"{number} " + TEXT * (2 + number % 3) for number in range(20)))
 
 

@@ -53,14 +53,16 @@ def of(lines, name):
     return next(line for line in lines if line.name == name)
 
 
-def test_a_good_run_passes_every_check(findings):
-    assert {line.name: line.status for line in findings["good"]} == {check.name: "pass" for check in CHECKS}
+@pytest.mark.parametrize("case", ["good", "padded"])
+def test_a_good_run_passes_every_check(findings, case):
+    assert {line.name: line.status for line in findings[case]} == {check.name: "pass" for check in CHECKS}
+    assert ("padding is left out" in of(findings[case], "vocabulary").detail) == (case == "padded")
 
 
 @pytest.mark.parametrize(
     ("case", "failing", "words"),
     [
-        ("tokenizer", "vocabulary", ["not the same ones", "2 differ", "259 is 'ou' for the teacher and 'th' here"]),
+        ("tokenizer", "vocabulary", ["not the same ones", "2 differ", "259 is 'ou' there and 'th' here"]),
         ("too_long", "room", ["takes 24", "lower rollouts.max_new_tokens", "151 of 151 prompts"]),
         ("not_offered", "signal", ["offers topk, sampled, text", "objective that fits"]),
         ("temperature", "configuration", ["objective.temperature=1", "teacher.signal=full"]),

@@ -65,27 +65,30 @@ def run(args: argparse.Namespace) -> int:
 async def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bbopd.evaluate.bits_per_byte import token_byte_counts
     from bbopd.evaluate.suite import EvalSuite
-    from bbopd.modeling import compute_dtype, load_model, load_tokenizer, resolve_device, vocabulary_sha256
+    from bbopd.modeling import compute_dtype, load_model, load_tokenizer, resolve_device, used_vocabulary
     from bbopd.pipeline.preflight import check_lengths, check_vocabulary
     from bbopd.pipeline.session import end_of_answer_ids
     from bbopd.rollouts.hf import HFEngine
+    from bbopd.teachers.fitted import fitted
 
     config = _run_config(args)
     tokenizer = load_tokenizer(args.model)
     prompts = _prompts(args, config, tokenizer)
     model = load_model(args.model, device=args.device, dtype=compute_dtype(args.dtype, resolve_device(args.device)))
     async with _teacher(args) as teacher:
+        rows = model.get_output_embeddings().weight.shape[0]
+        vocab_size = used_vocabulary(tokenizer, rows)
         if teacher is not None:
-            vocab_size = model.get_output_embeddings().weight.shape[0]
-            check_vocabulary(teacher.info, vocab_size=vocab_size, vocab_sha256=vocabulary_sha256(tokenizer, vocab_size))
+            vocab_size = check_vocabulary(teacher.info, tokenizer, rows)
             check_lengths(teacher.info, prompts, max_new_tokens=0 if args.window else config.eval.max_new_tokens)
         end_ids = end_of_answer_ids(model, tokenizer)
         suite = EvalSuite(
             prompts,
             config.eval,
             byte_counts_V=token_byte_counts(tokenizer),
-            engine=None if args.window else HFEngine(model, eos_token_ids=end_ids, pad_token_id=end_ids[0]),
-            teacher=teacher,
+            engine=None if args.window else HFEngine(model, eos_token_ids=end_ids, pad_token_id=end_ids[0], vocab_size=vocab_size),
+            teacher=fitted(teacher, vocab_size),
+            vocab_size=vocab_size,
         )
         result = await suite.run("eval", model, 0)
     return {

@@ -79,6 +79,7 @@ async def _turn(
         engine=session.parts.engine,
         teacher=session.teacher,
         compute_dtype=session.compute_dtype,
+        vocab_size=session.vocab_size,
     )
 
     async def evaluate(stage: str, step: int) -> Mapping[str, Any]:

@@ -155,9 +155,10 @@ def _logits_of(scored: ScoredRollout, setup: SetUp) -> Tensor:
     assert signal.log_tail is not None
     assert setup.teacher is not None
     V = setup.teacher.info.vocab_size
-    spread_N = signal.log_tail - np.log(max(1, V - signal.ids.shape[1]))
+    spread_N = signal.log_tail - np.log(np.maximum(1, V - (signal.ids >= 0).sum(axis=1)))
     logits_NV = np.repeat(spread_N[:, None], V, axis=1).astype(np.float32)
-    np.put_along_axis(logits_NV, signal.ids.astype(np.int64), signal.logprobs.astype(np.float32), axis=1)
+    row, slot = np.nonzero(signal.ids >= 0)  # -1 is an empty slot
+    logits_NV[row, signal.ids[row, slot]] = signal.logprobs[row, slot]
     return torch.from_numpy(np.maximum(logits_NV, -1e4) * signal.temperature)
 
 
@@ -173,7 +174,7 @@ async def check_agreement(setup: SetUp) -> Verdict:
 
     def measure() -> tuple[float, float]:
         assert setup.model is not None
-        meter = AgreementMeter(StudentView(setup.model, compute_dtype=setup.compute_dtype), want)
+        meter = AgreementMeter(StudentView(setup.model, compute_dtype=setup.compute_dtype, vocab_size=setup.vocab_size), want)
         for one in scored.values():
             meter.add(one)
         result = meter.result()

@@ -137,6 +137,7 @@ async def check_cost(setup: SetUp) -> Verdict:
         objective_config=config.objective,
         planned_steps=config.planned_steps,
         compute_dtype=setup.compute_dtype,  # type: ignore[arg-type]
+        vocab_size=setup.vocab_size,
         activation_checkpointing=config.student.activation_checkpointing,
     )
     await _cycle(setup, trainer)  # what happens once, such as compiling, is not the run's pace
@@ -194,7 +195,9 @@ async def _write(setup: SetUp, measured: _Measured) -> list[Rollout]:
     assert setup.tokenizer is not None
     rollouts = setup.config.rollouts
     stop_ids = end_of_answer_ids(setup.model, setup.tokenizer)
-    engine = HFEngine(setup.model, eos_token_ids=stop_ids, pad_token_id=stop_ids[0], compute_dtype=setup.compute_dtype)
+    engine = HFEngine(
+        setup.model, eos_token_ids=stop_ids, pad_token_id=stop_ids[0], vocab_size=setup.vocab_size, compute_dtype=setup.compute_dtype
+    )
     longest = min(rollouts.max_new_tokens, _PROBE_TOKENS)
     sampling = Sampling(longest, temperature=rollouts.temperature, top_p=rollouts.top_p, top_k=rollouts.top_k, seed=setup.config.train.seed)
     questions = setup.prompts.train[: min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle)]

@@ -68,8 +68,8 @@ class SetUp:
     model: PreTrainedModel | None = None
     compute_dtype: torch.dtype | None = None
     teacher: Teacher | None = None
-    matched: bool | None = None
-    """That teacher and student number the same tokens alike."""
+    vocab_size: int | None = None
+    """How many ids teacher and student have in common."""
     has_room: bool | None = None
     """That the longest sequence fits into what the teacher takes."""
     objective: Objective | None = None
@@ -93,7 +93,7 @@ _FOR_PEOPLE = {
     "prompts": "prompts",
     "model": "the student",
     "teacher": "a teacher that answers",
-    "matched": "a vocabulary in common",
+    "vocab_size": "a vocabulary in common",
     "want": "a signal that the teacher offers",
     "steady": "answers that do not change",
 }

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
-from bbopd.errors import ModelError, TeacherError
-from bbopd.modeling import chat_template_sha256, load_tokenizer, tokenizer_sha256, vocabulary_sha256
-from bbopd.modeling.vocabulary import differing_ids, token_table
+from bbopd.errors import TeacherError
+from bbopd.modeling import chat_template_sha256, tokenizer_sha256
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 
 __all__ = ["check_formats", "check_room", "check_tokens"]
-
-_NAMED_IDS = 3
 
 
 async def check_tokens(setup: SetUp) -> Verdict:
@@ -21,42 +18,24 @@ async def check_tokens(setup: SetUp) -> Verdict:
     assert setup.model is not None
     assert setup.tokenizer is not None
     info, tokenizer = setup.teacher.info, setup.tokenizer
-    rows = setup.model.get_input_embeddings().weight.shape[0]
+    rows, serve = setup.model.get_input_embeddings().weight.shape[0], setup.config.teacher.serve
+    named = setup.teacher_tokenizer_name or (serve.model if serve is not None else None)
     try:
-        check_vocabulary(info, vocab_size=rows, vocab_sha256=vocabulary_sha256(tokenizer, rows))
+        used = await asyncio.to_thread(check_vocabulary, info, tokenizer, rows, named=named)
     except TeacherError as error:
-        raise TeacherError(f"{error}{await asyncio.to_thread(_first_differences, setup)}") from error
-    setup.matched = True
+        if "differ, first:" in str(error):
+            raise
+        raise TeacherError(f"{error}; to see which tokens differ, name the teacher's tokenizer with --teacher-tokenizer") from error
+    setup.vocab_size = used
     if not info.vocab_sha256:
         return warned(
             f"both have {rows:,} entries, but the teacher does not say which: answers about other tokens would look all right; serve it "
             "with its tokenizer"
         )
-    return passed(f"the same {len(tokenizer):,} tokens under the same ids (SHA-256 {info.vocab_sha256[:12]}...)")
-
-
-def _first_differences(setup: SetUp) -> str:
-    """Which ids differ first, where the teacher's tokenizer can be had and is proven, by its hash, to be the teacher's."""
-    assert setup.teacher is not None
-    assert setup.tokenizer is not None
-    info, serve = setup.teacher.info, setup.config.teacher.serve
-    name = setup.teacher_tokenizer_name or (serve.model if serve is not None else info.model)
-    try:
-        theirs = load_tokenizer(name)
-    except ModelError:
-        return "; to see which tokens differ, name the teacher's tokenizer with --teacher-tokenizer"
-    if info.vocab_sha256 and vocabulary_sha256(theirs, info.vocab_size) != info.vocab_sha256:
-        return f"; the tokenizer at {name} is not the teacher's: name that with --teacher-tokenizer to see which tokens differ"
-    here, there = token_table(setup.tokenizer, len(setup.tokenizer) + 2**20), token_table(theirs, info.vocab_size)
-    ids = differing_ids(here, there)
-    shown = ", ".join(
-        f"{index} is {_shown(there.get(index))} for the teacher and {_shown(here.get(index))} here" for index in ids[:_NAMED_IDS]
-    )
-    return f". Of {len(here.keys() | there.keys()):,} ids {len(ids):,} differ, first: {shown}"
-
-
-def _shown(raw: bytes | None) -> str:
-    return "nothing" if raw is None else repr(raw.decode(errors="backslashreplace"))
+    said = f"the same {len(tokenizer):,} tokens under the same ids (SHA-256 {info.vocab_sha256[:12]}...)"
+    if used < max(rows, info.vocab_size):
+        said += f"; padding is left out: the student's head has {rows:,} rows, the teacher gives {info.vocab_size:,}, {used:,} are used"
+    return passed(said)
 
 
 async def check_formats(setup: SetUp) -> Verdict:

@@ -28,13 +28,14 @@ Item = TypeVar("Item", Rollout, ScoredRollout)
 class StudentView:
     """Measures ``model`` as it is when a method is called: in eval mode, without gradients, its own modes left as they were.
 
-    ``compute_dtype`` is that of the body's matrix products, None the weights' own. Raises `TrainingError` for a model that has diverged.
+    ``compute_dtype`` is that of the body's matrix products, None the weights' own. Logits from
+    ``vocab_size`` on are padding. Raises `TrainingError` for a model that has diverged.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype | None = None, vocab_size: int | None = None) -> None:
         require_finite(*((f"weights {name}", parameter) for name, parameter in model.named_parameters()))
         self._model = model
-        self._head = output_head(model)
+        self._head = output_head(model).without_padding(vocab_size)
         self._options: dict[str, Any] = {
             "bias": self._head.bias,
             "logit_scale": self._head.logit_scale,

@@ -71,7 +71,7 @@ class EvalSuite:
         Writes the student's rollouts, with the weights it holds when `run` is called. None measures no rollouts.
     teacher
         None measures bits per byte alone.
-    compute_dtype
+    compute_dtype, vocab_size
         As in `StudentView`.
     kept_bytes
         The teacher's signals on held-out text do not change, so they are kept up to this size and asked for once; what does
@@ -87,6 +87,7 @@ class EvalSuite:
         engine: RolloutEngine | None,
         teacher: Teacher | None,
         compute_dtype: torch.dtype | None = None,
+        vocab_size: int | None = None,
         kept_bytes: int = _KEPT_BYTES,
     ) -> None:
         self._held_out = [prompt for prompt in prompts if prompt.reference_ids][: config.sequences]
@@ -98,13 +99,14 @@ class EvalSuite:
         self._teacher = teacher
         self._want = _signal(teacher)
         self._compute_dtype = compute_dtype
+        self._vocab_size = vocab_size
         self._kept: dict[str, ScoredRollout] = {}
         self._room = kept_bytes
 
     async def run(self, stage: str, model: PreTrainedModel, step: int) -> EvalResult:
         """Measure ``model``; ``stage`` and ``step`` are copied into the result. Raises what the teacher or the engine raises."""
         clock = _Clock()
-        student = StudentView(model, compute_dtype=self._compute_dtype)
+        student = StudentView(model, compute_dtype=self._compute_dtype, vocab_size=self._vocab_size)
         values: dict[str, Estimate] = {}
         tokens: dict[str, int] = {}
         sequences: dict[str, int] = {}

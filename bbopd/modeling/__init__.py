@@ -5,7 +5,7 @@ from bbopd.modeling.layers import keep_layers
 from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
 from bbopd.modeling.packed import packed_attention, packed_hidden
 from bbopd.modeling.placement import to_device
-from bbopd.modeling.vocabulary import chat_template_sha256, token_bytes, tokenizer_sha256, vocabulary_sha256
+from bbopd.modeling.vocabulary import chat_template_sha256, token_bytes, tokenizer_sha256, used_vocabulary, vocabulary_sha256
 
 __all__ = [
     "OutputHead",
@@ -22,5 +22,6 @@ __all__ = [
     "to_device",
     "token_bytes",
     "tokenizer_sha256",
+    "used_vocabulary",
     "vocabulary_sha256",
 ]

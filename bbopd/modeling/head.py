@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,11 @@ class OutputHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+    def without_padding(self, vocab_size: int | None) -> OutputHead:
+        """The first ``vocab_size`` rows alone (None: all), as views, so that padded logits are never computed. Not for training."""
+        bias = self.bias if self.bias is None else self.bias.detach()[:vocab_size]
+        return replace(self, weight_VD=self.weight_VD.detach()[:vocab_size], bias=bias)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in fp32, for the few tokens of a check or of a sampling step; losses go through the fused ops."""

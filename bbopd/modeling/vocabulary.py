@@ -45,6 +45,11 @@ def token_table(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int
     return {index: added[index] if index in added else to_bytes(token) for index, token in pairs}
 
 
+def used_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """How many of a head's ``rows`` stand for a token, up to the highest that does: what is above only pads the matrix."""
+    return 1 + max((index for index in tokenizer.get_vocab().values() if index < rows), default=rows - 1)
+
+
 def differing_ids(first: Mapping[int, bytes], other: Mapping[int, bytes]) -> list[int]:
     """The ids, rising, for which two `token_table`s hold other bytes, or which only one of them holds."""
     return [index for index in sorted(first.keys() | other.keys()) if first.get(index) != other.get(index)]

@@ -62,11 +62,12 @@ class Objective(Protocol):
         bias: Tensor | None = None,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        vocab_size: int | None = None,
     ) -> DistillLoss:
         """The loss of ``batch``, from the hidden states of its ``target_rows`` and the head.
 
         ``normalizer`` holds the (ce_tokens, kd_tokens) of the whole optimizer step, so that micro-batches add up to its mean; None
-        takes the batch's own.
+        takes the batch's own. Logits from ``vocab_size`` on only pad the head, and have no probability.
 
         Raises
         ------

@@ -48,6 +48,7 @@ class Sft:
         bias: Tensor | None = None,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        vocab_size: int | None = None,
     ) -> DistillLoss:
         check_student(hidden_ND, weight_VD)
         return linear_distill(
@@ -60,6 +61,7 @@ class Sft:
             bias=bias,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
+            vocab_size=vocab_size,
             token_weight=batch.token_weight,
             normalizer=normalizer,
         )

@@ -68,6 +68,7 @@ class TokenLevel:
         bias: Tensor | None = None,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        vocab_size: int | None = None,
     ) -> DistillLoss:
         check_student(hidden_ND, weight_VD)
         return linear_distill(
@@ -85,6 +86,7 @@ class TokenLevel:
             bias=bias,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
+            vocab_size=vocab_size,
             token_weight=batch.token_weight,
             normalizer=normalizer,
         )

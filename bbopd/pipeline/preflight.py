@@ -3,24 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bbopd.errors import TeacherError
+from bbopd.errors import ModelError, TeacherError
+from bbopd.modeling import load_tokenizer, used_vocabulary, vocabulary_sha256
+from bbopd.modeling.vocabulary import differing_ids, token_table
 from bbopd.types import Prompt, TeacherInfo
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def check_vocabulary(info: TeacherInfo, *, vocab_size: int, vocab_sha256: str) -> None:
-    """Raises `TeacherError` unless teacher and student number the same tokens alike."""
-    if info.vocab_size != vocab_size:
+_NAMED_IDS = 3
+_OTHER_WAYS = ": take a student of the teacher's family"
+
+
+def check_vocabulary(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows: int, *, named: str | None = None) -> int:
+    """How many ids teacher and student have in common: the tokenizer's; what their heads have beyond them is padding.
+
+    Parameters
+    ----------
+    tokenizer, rows : the student's, and the rows of its head.
+    named : hub id or folder of the teacher's tokenizer, to name the tokens that differ; None tries a folder of the teacher's name.
+
+    Raises
+    ------
+    TeacherError : they number tokens differently, or the teacher does not say how and has another number of them.
+    """
+    used, own = used_vocabulary(tokenizer, rows), vocabulary_sha256(tokenizer, rows)
+    if info.vocab_sha256 == own or (not info.vocab_sha256 and info.vocab_size in (rows, used)):
+        return used
+    if not info.vocab_sha256:
         raise TeacherError(
-            f"teacher {info.model} has a vocabulary of {info.vocab_size} entries, the student of {vocab_size}: token-level distillation "
-            "needs the same one. Take a student of the teacher's family; where only padding entries differ, resize the smaller "
-            "embedding (resize_token_embeddings) and save it"
+            f"teacher {info.model} has a vocabulary of {info.vocab_size} entries, the student of {rows}, and does not say of which tokens: "
+            f"they may be padding, or others altogether. Serve it with its tokenizer{_OTHER_WAYS}"
         )
-    if info.vocab_sha256 and info.vocab_sha256 != vocab_sha256:
-        raise TeacherError(
-            f"teacher {info.model} and the student both have {vocab_size} tokens, but not the same ones (SHA-256 over the vocabulary "
-            f"{info.vocab_sha256[:12]}... against {vocab_sha256[:12]}...): take a student of the teacher's family"
-        )
+    sizes = (
+        f"both have {info.vocab_size} tokens, but not the same ones"
+        if info.vocab_size in (rows, used)
+        else f"do not have the same tokens: it has a vocabulary of {info.vocab_size} entries, the student of {rows}"
+    )
+    named = named or (info.model if Path(info.model).is_dir() else None)
+    raise TeacherError(
+        f"teacher {info.model} and the student {sizes} (SHA-256 over the vocabulary {info.vocab_sha256[:12]}... against {own[:12]}...)"
+        f"{_name_differences(info, tokenizer, rows, named)}. Signals on tokens need the same ones{_OTHER_WAYS}"
+    )
+
+
+def _name_differences(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows: int, named: str | None) -> str:
+    """Which ids differ first, where the teacher's tokenizer can be had and its hash proves it to be the teacher's."""
+    if named is None:
+        return ""
+    try:
+        theirs = load_tokenizer(named)
+    except ModelError:
+        return ""
+    if vocabulary_sha256(theirs, info.vocab_size) != info.vocab_sha256:
+        return ""
+    here, there = token_table(tokenizer, rows), token_table(theirs, info.vocab_size)
+    ids = differing_ids(here, there)
+    shown = ", ".join(f"{index} is {_shown(there.get(index))} there and {_shown(here.get(index))} here" for index in ids[:_NAMED_IDS])
+    return f"; of {len(here.keys() | there.keys()):,} ids {len(ids):,} differ, first: {shown}"
+
+
+def _shown(raw: bytes | None) -> str:
+    return "nothing" if raw is None else repr(raw.decode(errors="backslashreplace"))
 
 
 def check_lengths(info: TeacherInfo, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:

@@ -22,7 +22,7 @@ from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
 from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, ConfigError, DataError, TeacherError
-from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, vocabulary_sha256
+from bbopd.modeling import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
@@ -36,6 +36,7 @@ from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.cache import CachedTeacher
+from bbopd.teachers.fitted import fitted
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
@@ -62,6 +63,8 @@ class Session:
     teacher: Teacher | None
     prompts: PromptSet
     compute_dtype: torch.dtype
+    vocab_size: int
+    """Ids that are tokens; what the student's head has beyond them is padding."""
 
     def save_model(self) -> Path:
         """Write the student in Hugging Face format, tokenizer included, as the run's result; it appears whole or not at all."""
@@ -109,15 +112,17 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
 
         objective = make_objective(config.objective)
         want = objective.signal(config.teacher) if teacher is not None else None
+        rows = model.get_input_embeddings().weight.shape[0]
+        vocab_size = used_vocabulary(tokenizer, rows)
         if teacher is not None:
-            vocab_size = model.get_input_embeddings().weight.shape[0]
-            check_vocabulary(teacher.info, vocab_size=vocab_size, vocab_sha256=vocabulary_sha256(tokenizer, vocab_size))
+            named = config.teacher.serve.model if config.teacher.serve is not None else None
+            vocab_size = check_vocabulary(teacher.info, tokenizer, rows, named=named)
             longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
             check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
             if want is not None:
                 objective.check(teacher.info, want)
                 await compare_replicas(teacher, config, prompts, want, progress)
-        asked = _remembering(teacher, config.teacher.cache, stack)
+        asked = fitted(_remembering(teacher, config.teacher.cache, stack), vocab_size)
 
         trainer = Trainer(
             model,
@@ -126,6 +131,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             objective_config=config.objective,
             planned_steps=config.planned_steps,
             compute_dtype=dtype,
+            vocab_size=vocab_size,
             activation_checkpointing=student.activation_checkpointing,
         )
         state = RunState()
@@ -137,7 +143,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
 
         stop_token_ids = end_of_answer_ids(model, tokenizer)
-        engine = await _open_engine(config, model, dtype, stop_token_ids, prompts, folder, stack, progress)
+        engine = await _open_engine(config, model, dtype, vocab_size, stop_token_ids, prompts, folder, stack, progress)
         folder.rewind("rejected.jsonl", state.step - 1, key="weights_version")  # those of later cycles will be made again
         filters = config.data.filters
         log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode, filters.quarantine_bytes))
@@ -179,6 +185,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             teacher=asked,
             prompts=prompts,
             compute_dtype=dtype,
+            vocab_size=vocab_size,
         )
         try:
             yield session
@@ -204,6 +211,7 @@ async def _open_engine(
     config: RunConfig,
     model: PreTrainedModel,
     dtype: torch.dtype,
+    vocab_size: int,
     stop_token_ids: Sequence[int],
     prompts: PromptSet,
     folder: RunFolder,
@@ -212,13 +220,14 @@ async def _open_engine(
 ) -> RolloutEngine:
     """The engine that ``rollouts.engine`` names; its weights come from the loop. One that was started here is stopped with the run."""
     if config.rollouts.engine == "hf":
-        return HFEngine(model, eos_token_ids=stop_token_ids, pad_token_id=stop_token_ids[0], compute_dtype=dtype)
+        return HFEngine(model, eos_token_ids=stop_token_ids, pad_token_id=stop_token_ids[0], vocab_size=vocab_size, compute_dtype=dtype)
     from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 
     progress.activity("loading", "vLLM, in its own process")
     longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
     wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
     options = VLLMOptions(
+        vocab_size=vocab_size,
         max_sequence_tokens=min(wanted, max_positions(model) or wanted),
         dtype=dtype,
         gpu_memory=config.rollouts.gpu_memory,

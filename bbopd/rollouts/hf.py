@@ -48,6 +48,8 @@ class HFEngine:
         Rollouts written at a time, and prompts collected before writing starts.
     max_batch_tokens
         Bound of rows times columns of one batch, hence of the cache: 46 KB a token for a 135M-parameter model in float32.
+    vocab_size
+        Ids from there on only pad the head and are never sampled; None: all are tokens.
     compute_dtype
         Where it is not the weights' own, passes run under autocast.
     """
@@ -60,6 +62,7 @@ class HFEngine:
         pad_token_id: int,
         max_batch: int = 64,
         max_batch_tokens: int = 65536,
+        vocab_size: int | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
@@ -70,6 +73,7 @@ class HFEngine:
             raise ModelError(f"engine hf keeps keys and values only; this model has layers of kind {', '.join(sorted(kinds))}")
         self._stop_ids = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
+        self._vocab_size = vocab_size
         self._max_batch, self._max_batch_tokens = max_batch, max_batch_tokens
         weights_dtype = next(model.parameters()).dtype
         self._autocast_dtype = compute_dtype if compute_dtype not in (None, weights_dtype) else None
@@ -238,7 +242,7 @@ class HFEngine:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1]
+            ).logits[:, -1, : self._vocab_size]
             current_B, logprobs_BT[:B, step] = sample_tokens(logits_BV, uniforms_BT[:B, step], sampling)
             ids_BT[:B, step] = current_B
             written = current_B.tolist()

@@ -43,6 +43,7 @@ class VLLMOptions:
     dtype: torch.dtype = torch.float32  # of weights, activations and the KV cache
     max_batch: int = 0  # sequences written at a time
     gpu_memory: float = 0.4
+    vocab_size: int | None = None  # ids from there on only pad the head and are never sampled; None: all are tokens
     timeout: float = 600.0  # seconds without a sign of life, loading included, before it counts as dead
     trust_remote_code: bool = False
 
@@ -114,6 +115,7 @@ class VLLMEngine:
                 kv_cache_bytes=_kv_cache_bytes(model, options) if device.type == "cpu" else None,
                 gpu_memory=options.gpu_memory,
                 trust_remote_code=options.trust_remote_code,
+                padding=_padding(model, options.vocab_size),
                 window=window.describe(),
             )
         except BaseException:
@@ -286,3 +288,9 @@ def _rollout(prompt: Prompt, draw: int, answer: dict[str, Any], sampling: Sampli
         weights_version=answer["version"],
         draw=draw,
     )
+
+
+def _padding(model: PreTrainedModel, vocab_size: int | None) -> tuple[int, int]:
+    """The ids, from the first up to but without the second, that stand for no token."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    return (rows if vocab_size is None else vocab_size, rows)

@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 _SIGN_OF_LIFE = 1.0  # seconds
+_NEVER = -100.0  # added to a logit: as low as vLLM goes
 
 
 class Wire:
@@ -74,6 +75,7 @@ class Worker:
         self._wire = wire
         self._version = 0
         self._engine = make_engine(settings)
+        self._padding = dict.fromkeys(range(*settings["padding"]), _NEVER) or None
         self._engine.collective_rpc("init_weight_transfer_engine", args=(settings["window"],))
         self._is_draining = self._is_pushing = False
         self._held: list[dict[str, Any]] = []  # asked while weights were on their way
@@ -144,6 +146,7 @@ class Worker:
             seed=message["seed"],
             stop_token_ids=message["stop_ids"],
             ignore_eos=True,  # the trainer's stop ids are all there are
+            logit_bias=self._padding,
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
             detokenize=False,

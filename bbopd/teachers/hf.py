@@ -25,6 +25,7 @@ from bbopd.modeling import (
     packed_hidden,
     resolve_device,
     tokenizer_sha256,
+    used_vocabulary,
     vocabulary_sha256,
 )
 from bbopd.ops import linear_logprobs
@@ -46,7 +47,8 @@ class HFBackend:
     Parameters
     ----------
     model : a causal language model with a linear head, in eval mode.
-    tokenizer : for fingerprints and for the text of completions; without one, level ``text`` is not offered.
+    tokenizer : for fingerprints and for the text of completions; without one, level ``text`` is not offered. Logits beyond its last
+        token only pad the head: they have no probability.
     levels, max_top_k, max_sequence_tokens : what is offered; None takes the model's own limit.
     name, revision : what it calls itself.
     """
@@ -64,9 +66,11 @@ class HFBackend:
     ) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
-        self._head = output_head(model)
+        head = output_head(model)
+        self._rows = head.weight_VD.shape[0]
+        vocab_size = used_vocabulary(tokenizer, self._rows) if tokenizer is not None else self._rows
+        self._head = head.without_padding(vocab_size)
         self._end_ids = _end_of_sequence(model, tokenizer)
-        vocab_size = self._head.weight_VD.shape[0]
         limits = [limit for limit in (max_sequence_tokens, max_positions(model)) if limit]
         self.info = TeacherInfo(
             model=name or type(model).__name__,
@@ -154,7 +158,12 @@ class HFBackend:
         is_greedy = sampling.top_k == 1
         how = {} if is_greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=not is_greedy, eos_token_id=end_ids or None, pad_token_id=0, **how
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=not is_greedy,
+            eos_token_id=end_ids or None,
+            pad_token_id=0,
+            suppress_tokens=list(range(self.info.vocab_size, self._rows)) or None,
+            **how,
         )
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):

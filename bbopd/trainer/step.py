@@ -61,6 +61,8 @@ class Trainer:
         Length of the run, for schedules given as fractions.
     compute_dtype
         torch.bfloat16 multiplies matrices in bfloat16 by autocast; masters and optimizer stay float32.
+    vocab_size
+        Logits from there on only pad the head: they have no probability and no gradient. None: all are of tokens.
     activation_checkpointing
         Keep only layer inputs and run each layer again in the backward pass.
     """
@@ -74,6 +76,7 @@ class Trainer:
         objective_config: ObjectiveConfig,
         planned_steps: int,
         compute_dtype: torch.dtype = torch.float32,
+        vocab_size: int | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         self.model = model
@@ -82,6 +85,7 @@ class Trainer:
         self.objective_config = objective_config
         self.planned_steps = planned_steps
         self.compute_dtype = compute_dtype
+        self.vocab_size = vocab_size
         self.optimizer = build_optimizer(model, train)
         self.head = output_head(model)
         self.steps_done = 0
@@ -164,6 +168,7 @@ class Trainer:
                     bias=self.head.bias,
                     logit_scale=self.head.logit_scale,
                     logit_softcap=self.head.logit_softcap,
+                    vocab_size=self.vocab_size,
                 )
             result.loss.backward()
         return result
