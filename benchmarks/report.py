@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from benchmarks import rates
 from benchmarks.contest import ROOT
 from benchmarks.plots import plot_sweeps
 from benchmarks.records import Record, read, write
@@ -62,6 +63,9 @@ def merge(old: list[Record], new: list[Record]) -> list[Record]:
 
 def remake(path: Path) -> None:
     """The table, and the plots where the file has a sweep, from a CSV file alone."""
+    if path.stem in rates.SCRIPTS:
+        rates.remake(path)
+        return
     records = read(path)
     path.with_suffix(".md").write_text(markdown(path.stem, records))
     plot_sweeps(records, path.parent)

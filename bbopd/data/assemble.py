@@ -6,7 +6,7 @@ Shapes: ``P`` packed tokens, ``S`` sequences, ``N`` response tokens, ``L`` those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -69,13 +69,15 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         np.arange(start + len(rollout.prompt.token_ids) - 1, start + len(rollout.all_ids) - 1)
         for start, rollout in zip(boundaries, rollouts, strict=False)
     ]
-    target_ids = torch.tensor([token for rollout in rollouts for token in rollout.token_ids])
+    rows_N = torch.from_numpy(np.concatenate(target_rows))
+    input_ids = torch.from_numpy(np.fromiter(chain.from_iterable(rollout.all_ids for rollout in rollouts), np.int64, boundaries[-1]))
+    target_ids = input_ids[rows_N + 1]
     labelled = torch.from_numpy(np.repeat([rollout.is_labelled for rollout in rollouts], [len(rollout) for rollout in rollouts]))
     return DistillBatch(
-        input_ids=torch.tensor([token for rollout in rollouts for token in rollout.all_ids]),
+        input_ids=input_ids,
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         boundaries=torch.tensor(boundaries, dtype=torch.int32),
-        target_rows=torch.from_numpy(np.concatenate(target_rows)),
+        target_rows=rows_N,
         target_ids=target_ids,
         labels=torch.where(labelled, target_ids, IGNORE_INDEX),
         token_weight=torch.ones(len(target_ids)),

@@ -50,14 +50,21 @@ def payload_bytes(message: pb.SignalChunk) -> int:
 
 
 def signal_chunks(
-    request_id: int, rollout: Rollout, signal: TeacherSignal, vocab_size: int, resume_from: int = 0, weights_version: int = 0
+    request_id: int,
+    rollout: Rollout,
+    signal: TeacherSignal,
+    vocab_size: int,
+    resume_from: int = 0,
+    weights_version: int = 0,
+    digest: bytes = b"",
 ) -> Iterator[tuple[pb.ScoreResponse, int]]:
     """Cut a checked signal into chunks of whole rows, from row ``resume_from``, each with its payload in bytes; made one at a time.
 
-    Each is filled in inside the response that carries it: protobuf copies a message that is put into another.
+    Each is filled in inside the response that carries it: protobuf copies a message that is put into another. ``digest`` is the
+    `input_sha256` of the question where that is known already.
     """
     arrays = _wire_arrays(signal, vocab_size)
-    digest = input_sha256(rollout, SignalSpec(signal.level, signal.temperature))
+    digest = digest or input_sha256(rollout, SignalSpec(signal.level, signal.temperature))
     row_bytes = sum(array[:1].nbytes for array in arrays.values())
     step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(resume_from, len(rollout), step):
@@ -79,9 +86,9 @@ def _wire_arrays(signal: TeacherSignal, vocab_size: int) -> dict[str, np.ndarray
     if signal.logits is not None:
         arrays["logits"] = np.ascontiguousarray(signal.logits)
     if signal.ids is not None and signal.level == "topk":  # candidates are known to the one who chose them
-        arrays["ids"] = signal.ids.astype(np.uint16 if vocab_size <= 2**16 else np.int32, order="C")
+        arrays["ids"] = signal.ids.astype(np.uint16 if vocab_size <= 2**16 else np.int32, order="C", copy=False)
     if signal.logprobs is not None:
-        arrays["logprobs"] = signal.logprobs.astype(np.float16, order="C")
+        arrays["logprobs"] = signal.logprobs.astype(np.float16, order="C", copy=False)
     if signal.log_tail is not None:
         arrays["log_tail"] = np.ascontiguousarray(signal.log_tail)
     if signal.sampled is not None:
@@ -106,7 +113,8 @@ class SignalAssembler:
         self._want = want
         self._vocab_size = vocab_size
         self._request = request
-        self._digest = input_sha256(rollout, want)
+        self.digest = input_sha256(rollout, want)
+        """SHA-256 of what is scored."""
         self._target_ids = np.array(rollout.token_ids, np.int32)
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -119,10 +127,11 @@ class SignalAssembler:
         try:
             self._check_header(chunk)
             rows = self._decode(chunk)
-            check_signal(rows, self._want, self._target_ids[self.position : self.position + chunk.rows], self._vocab_size, self.position)
+            own = self._target_ids[self.position : self.position + chunk.rows]
+            mass = check_signal(rows, self._want, own, self._vocab_size, self.position)
         except ValueError as error:
             raise BadAnswerError(f"{self._request}: the answer {error}") from None
-        self._store(rows, chunk.rows)
+        self._store(rows, chunk.rows, mass)
         self.position += chunk.rows
 
     def signal(self) -> TeacherSignal:
@@ -143,8 +152,8 @@ class SignalAssembler:
             )
         if chunk.level != LEVEL_NUMBERS[self._want.level]:
             raise ValueError(f"has level {chunk.level}, asked was {LEVEL_NUMBERS[self._want.level]} ({self._want.level})")
-        if chunk.input_sha256 != self._digest:
-            raise ValueError(f"is about other tokens: input_sha256 {chunk.input_sha256.hex()[:16]}…, expected {self._digest.hex()[:16]}…")
+        if chunk.input_sha256 != self.digest:
+            raise ValueError(f"is about other tokens: input_sha256 {chunk.input_sha256.hex()[:16]}…, expected {self.digest.hex()[:16]}…")
 
     def _decode(self, chunk: pb.SignalChunk) -> TeacherSignal:
         """The rows as they came: views of the message's bytes, verified by the checksum."""
@@ -161,21 +170,25 @@ class SignalAssembler:
         if "ids" in arrays:
             if arrays["ids"].dtype.kind not in "iu":
                 raise ValueError(f"has ids {arrays['ids'].dtype}, expected int32 or uint16")
-            arrays["ids"] = arrays["ids"].astype(np.int32)  # NumPy also sorts these several times faster than uint16
+            arrays["ids"] = arrays["ids"].astype(np.int32, copy=False)
+        if "logprobs" in arrays and arrays["logprobs"].dtype == np.float16:
+            arrays["logprobs"] = arrays["logprobs"].astype(np.float32)
         if self._want.level == "candidates":
             assert isinstance(self._rollout, CandidateRollout)
             assert self._rollout.candidate_ids is not None
             arrays["ids"] = self._rollout.candidate_ids[self.position : self.position + chunk.rows].astype(np.int32, copy=False)
         return TeacherSignal(self._want.level, chunk.temperature, **arrays)
 
-    def _store(self, rows: TeacherSignal, count: int) -> None:
+    def _store(self, rows: TeacherSignal, count: int, mass: np.ndarray | None) -> None:
         arrays = {name: getattr(rows, name) for name in _TENSORS if getattr(rows, name) is not None}
-        if rows.logprobs is not None and rows.log_tail is not None:
-            logprobs = rows.logprobs.astype(np.float32)
-            log_mass = np.log(np.exp(logprobs).sum(axis=1) + np.exp(rows.log_tail))
-            arrays["logprobs"], arrays["log_tail"] = logprobs - log_mass[:, None], rows.log_tail - log_mass
+        if mass is not None:
+            log_mass = np.log(mass)
+            arrays["logprobs"], arrays["log_tail"] = arrays["logprobs"] - log_mass[:, None], arrays["log_tail"] - log_mass
         if self._want.level == "candidates":
             del arrays["ids"]
+        if count == len(self._rollout):
+            self._arrays = arrays
+            return
         for name, array in arrays.items():
             if name not in self._arrays:
                 self._arrays[name] = np.empty((len(self._rollout), *array.shape[1:]), array.dtype)

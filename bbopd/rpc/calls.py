@@ -22,6 +22,7 @@ from bbopd.rpc.codec import (
     decode_sampling,
     encode_completion,
     encode_failure,
+    input_sha256,
     peek_level,
 )
 from bbopd.rpc.jobs import Answer, Job
@@ -71,6 +72,8 @@ class _Item:
     """Of the answer; at most, until it is written."""
     inflight_tokens: int = 0
     """What it counts for among its client's: 0 until it was taken."""
+    digest: bytes = b""
+    """`input_sha256` of a rollout."""
     arrived_at: float = field(default_factory=time.monotonic)
 
 
@@ -137,7 +140,7 @@ class _Call:
         tokens = item.prompt_tokens + item.tokens
         self._client.take(item.name, tokens, item.request_bytes, self._retry_after())
         item.inflight_tokens = tokens
-        body = body_sha256(kind, payload) if replay_id else b""
+        body = body_sha256(kind, payload, item.digest) if replay_id else b""
 
         def deliver(answer: Answer) -> None:
             if replay_id and not isinstance(answer, RefusedError):
@@ -263,6 +266,7 @@ class ScoreStream(_Call):
             item.prompt_tokens, item.tokens = len(rollout.prompt.token_ids), len(rollout)
             check_want(want, info)
             check_rollout(rollout, want, info)
+            item.digest = input_sha256(rollout, want)
             self._submit(item, want, rollout, answer_bytes(rollout, want, info.vocab_size), replay_id, resume_from)
         except (ValueError, RefusedError) as error:
             self._fail(item, _refusal(error), 0)
@@ -274,7 +278,7 @@ class ScoreStream(_Call):
         assert isinstance(payload, Rollout)
         assert isinstance(answer, TeacherSignal)
         info = self._served.info
-        chunks = signal_chunks(item.request_id, payload, answer, info.vocab_size, resume_from, info.weights_version)
+        chunks = signal_chunks(item.request_id, payload, answer, info.vocab_size, resume_from, info.weights_version, item.digest)
         self._ready.put_nowait(_Outcome(item, "ok", chunks=chunks, size=size))
         self._give_credit(item.request_bytes)
 

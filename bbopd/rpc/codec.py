@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import struct
 from typing import Any, TypeVar, get_args
 
 import numpy as np
@@ -198,19 +199,18 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
 # ---------------------------------------------------------------- one rollout to score
 
 
-def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0) -> pb.ScoreRequest:
-    item = pb.ScoreItem(
-        request_id=request_id,
-        rollout_id=rollout.rollout_id,
-        token_ids=encode_tensor(np.array(rollout.all_ids, np.int32)),
-        prompt_tokens=len(rollout.prompt.token_ids),
-        want=pb.SignalSpec(level=LEVEL_NUMBERS[want.level], temperature=want.temperature, top_k=want.top_k),
-        resume_from=resume_from,
-    )
+def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0, replay_id: str = "") -> pb.ScoreRequest:
+    request = pb.ScoreRequest()
+    item = request.item
+    item.request_id, item.rollout_id, item.resume_from, item.replay_id = request_id, rollout.rollout_id, resume_from, replay_id
+    item.prompt_tokens = len(rollout.prompt.token_ids)
+    item.token_ids.dtype, item.token_ids.data = pb.DTYPE_INT32, _packed_ids(rollout)
+    item.token_ids.shape.append(len(rollout.all_ids))
+    item.want.level, item.want.temperature, item.want.top_k = LEVEL_NUMBERS[want.level], want.temperature, want.top_k
     candidates = _candidates(rollout, want)
     if candidates is not None:
-        item.candidate_ids.CopyFrom(encode_tensor(candidates))
-    return pb.ScoreRequest(item=item)
+        fill_tensor(item.candidate_ids, candidates)
+    return request
 
 
 def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
@@ -236,11 +236,17 @@ def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
 
 def input_sha256(rollout: Rollout, want: SignalSpec) -> bytes:
     """SHA-256 of what is scored: length of the prompt, all ids, then the candidate ids where there are any, as int32."""
-    digest = hashlib.sha256(np.array([len(rollout.prompt.token_ids), *rollout.all_ids], "<i4").tobytes())
+    digest = hashlib.sha256(len(rollout.prompt.token_ids).to_bytes(4, "little") + _packed_ids(rollout))
     candidates = _candidates(rollout, want)
     if candidates is not None:
         digest.update(candidates.astype("<i4", copy=False).tobytes())
     return digest.digest()
+
+
+def _packed_ids(rollout: Rollout) -> bytes:
+    """All ids of a rollout as little-endian int32; `struct` takes half as long as NumPy for a tuple."""
+    ids = rollout.all_ids
+    return struct.pack(f"<{len(ids)}i", *ids)
 
 
 def _candidates(rollout: Rollout, want: SignalSpec) -> np.ndarray | None:

@@ -93,8 +93,9 @@ def _check_ids(name: str, ids: tuple[int, ...], info: TeacherInfo, room: int = 0
     if limit and len(ids) + room > limit:
         asked = f"{len(ids)} tokens" + (f" and {room} to write" if room else "")
         raise RefusedError("too_long", f"{name} has {asked}, more than teacher {info.model}'s {limit} tokens a sequence")
-    worst = max(ids) if max(ids) >= info.vocab_size else min(ids)
-    if not 0 <= worst < info.vocab_size:
+    smallest, largest = min(ids), max(ids)
+    if smallest < 0 or largest >= info.vocab_size:
+        worst = largest if largest >= info.vocab_size else smallest
         raise RefusedError(
             "invalid", f"{name} holds token id {worst}, outside teacher {info.model}'s vocabulary of {info.vocab_size} entries"
         )

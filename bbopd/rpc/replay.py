@@ -6,7 +6,6 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from bbopd.rpc.codec import input_sha256
 from bbopd.rpc.limits import RefusedError
 from bbopd.types import Completion, Prompt, Rollout, Sampling, SignalSpec, TeacherSignal
 
@@ -15,11 +14,10 @@ __all__ = ["ReplayStore", "body_sha256"]
 _ENTRY_BYTES = 512  # of a name, a digest and their place in the table, about
 
 
-def body_sha256(kind: SignalSpec | Sampling, payload: Rollout | Prompt) -> bytes:
-    """SHA-256 over all that decides an answer: what is asked, how, and of which tokens."""
+def body_sha256(kind: SignalSpec | Sampling, payload: Rollout | Prompt, digest: bytes) -> bytes:
+    """SHA-256 over all that decides an answer: what is asked, how, and of which tokens; ``digest`` is a rollout's `input_sha256`."""
     if isinstance(payload, Rollout):
-        assert isinstance(kind, SignalSpec)
-        return hashlib.sha256(repr(kind).encode() + input_sha256(payload, kind)).digest()
+        return hashlib.sha256(repr(kind).encode() + digest).digest()
     return hashlib.sha256(repr((kind, payload.token_ids)).encode()).digest()
 
 

@@ -24,7 +24,7 @@ def signal_temperature(want: SignalSpec) -> float:
     return 1.0 if want.level == "full" else want.temperature
 
 
-def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray, vocab_size: int, first_row: int = 0) -> None:
+def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray, vocab_size: int, first_row: int = 0) -> np.ndarray | None:
     """Check rows ``first_row …`` of an answer against what was asked.
 
     Parameters
@@ -33,6 +33,10 @@ def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray
     target_ids : [L] int, the response tokens of these rows.
     vocab_size : V.
     first_row : number of the first row, for messages.
+
+    Returns
+    -------
+    np.ndarray or None : [L] float32, the total probability of each row, within `MASS_TOLERANCE` of 1; None at levels without ids.
 
     Raises
     ------
@@ -43,25 +47,25 @@ def check_signal(signal: TeacherSignal, want: SignalSpec, target_ids: np.ndarray
         raise ValueError(f"is {signal.level} at temperature {signal.temperature}, asked was {want.level} at {signal_temperature(want)}")
     if want.level == "full":
         _check_logits(_expect(signal.logits, "logits", (rows, vocab_size), (np.float16, np.float32)), first_row)
-        return
+        return None
     sampled = _expect(signal.sampled, "sampled", (rows,), (np.float32,))
-    _reject(np.isnan(sampled) | (sampled > _ABOVE_ZERO), sampled, "sampled logprob", first_row)
+    _reject_nan_or_positive(sampled, "sampled logprob", first_row)
     if want.level == "sampled":
-        return
+        return None
     width = min(want.top_k, vocab_size) if want.level == "topk" else -1
     ids = _expect(signal.ids, "ids", (rows, width), (np.int32,))
     logprobs = _expect(signal.logprobs, "logprobs", ids.shape, (np.float16, np.float32)).astype(np.float32, copy=False)
     log_tail = _expect(signal.log_tail, "log_tail", (rows,), (np.float32,))
-    _reject(np.isnan(logprobs) | (logprobs > _ABOVE_ZERO), logprobs, "logprob", first_row)
-    _reject(np.isnan(log_tail) | (log_tail > _ABOVE_ZERO), log_tail, "log_tail", first_row)
+    _reject_nan_or_positive(logprobs, "logprob", first_row)
+    _reject_nan_or_positive(log_tail, "log_tail", first_row)
     if want.level == "topk":
-        _reject((ids < 0) | (ids >= vocab_size), ids, f"id outside the vocabulary of {vocab_size}:", first_row)
-        ordered = np.sort(ids, axis=1)
-        _reject(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], "id given twice:", first_row)
-        _reject(logprobs[:, 1:] > logprobs[:, :-1], logprobs[:, 1:], "logprob out of falling order:", first_row)
-    mass = np.exp(logprobs).sum(axis=1) + np.exp(log_tail)
+        _check_ids(ids, vocab_size, first_row)
+        if _neighbours(np.less, logprobs).any():
+            _reject(logprobs[:, 1:] > logprobs[:, :-1], logprobs[:, 1:], "logprob out of falling order:", first_row)
+    mass: np.ndarray = np.einsum("ij->i", np.exp(logprobs)) + np.exp(log_tail)
     _reject(np.abs(mass - 1.0) > MASS_TOLERANCE, mass, "total probability is not 1:", first_row)
     _check_own_token(ids, logprobs, sampled, target_ids, first_row)
+    return mass
 
 
 def signal_from_logits(logits: np.ndarray, rollout: Rollout, want: SignalSpec) -> TeacherSignal:
@@ -128,18 +132,41 @@ def _check_logits(logits: np.ndarray, first_row: int) -> None:
         _reject(np.isnan(shown) | (row_max != 0), shown, "logits must have a maximum of 0, this row's is", first_row)
 
 
+def _check_ids(ids: np.ndarray, vocab_size: int, first_row: int) -> None:
+    """Inside the vocabulary, and none twice in a row."""
+    ordered = np.sort(ids, axis=1)
+    if ids.size and (ordered[:, 0].min() < 0 or ordered[:, -1].max() >= vocab_size):
+        _reject((ids < 0) | (ids >= vocab_size), ids, f"id outside the vocabulary of {vocab_size}:", first_row)
+    if _neighbours(np.equal, ordered).any():
+        _reject(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], "id given twice:", first_row)
+
+
+def _neighbours(compare: np.ufunc, values: np.ndarray) -> np.ndarray:
+    """``compare(left, right)`` of every two neighbours in a row. Over all of the memory at once: rows of 64 alone are slow."""
+    flat = np.ravel(values)
+    found: np.ndarray = compare(flat[:-1], flat[1:])
+    found[values.shape[1] - 1 :: values.shape[1]] = False  # the last of a row and the first of the next
+    return found
+
+
 def _check_own_token(ids: np.ndarray, logprobs: np.ndarray, sampled: np.ndarray, target_ids: np.ndarray, first_row: int) -> None:
     """The response token's own logprob is told twice where it is among the ids: the two disagree in an answer that slipped by a row."""
-    row, column = np.nonzero(ids == np.asarray(target_ids)[:, None])
-    told, own = logprobs[row, column], sampled[row]
+    at = np.flatnonzero(ids == np.asarray(target_ids)[:, None])
+    row = at // ids.shape[1]
+    told, own = np.ravel(logprobs)[at], sampled[row]
     with np.errstate(invalid="ignore"):  # -inf against -inf agrees
         apart = (told != own) & ~(np.abs(told - own) <= MASS_TOLERANCE + 2.0**-10 * np.minimum(np.abs(told), np.abs(own)))
     if apart.any():
-        at = int(apart.argmax())
+        first = int(apart.argmax())
         raise ValueError(
-            f"says {told[at]:.5g} for response token {first_row + int(row[at])} among its ids and {own[at]:.5g} for the same token "
-            "by itself: the rows do not belong to this rollout"
+            f"says {told[first]:.5g} for response token {first_row + int(row[first])} among its ids and {own[first]:.5g} for the same "
+            "token by itself: the rows do not belong to this rollout"
         )
+
+
+def _reject_nan_or_positive(values: np.ndarray, what: str, first_row: int) -> None:
+    if not values.max(initial=-np.inf) <= _ABOVE_ZERO:  # NaN is the maximum of what holds one, and compares False
+        _reject(np.isnan(values) | (values > _ABOVE_ZERO), values, what, first_row)
 
 
 def _expect(array: np.ndarray | None, name: str, shape: tuple[int, ...], dtypes: tuple[type, ...]) -> np.ndarray:

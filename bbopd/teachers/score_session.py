@@ -20,7 +20,6 @@ from bbopd.errors import BadAnswerError, TeacherError
 from bbopd.rpc.answers import SignalAssembler
 from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.channel import MESSAGE_BYTES
-from bbopd.rpc.codec import input_sha256
 from bbopd.rpc.limits import RefusedError, check_rollout, check_want
 from bbopd.teachers.backoff import RetryBudget
 from bbopd.teachers.endpoint import Endpoint
@@ -97,7 +96,7 @@ class ScoreSession:
         self._ready: asyncio.Queue[_Ready | _End] = asyncio.Queue()
         self._ready_bytes = 0
         self._silence = 0.0  # seconds since the last row; a caller that blocks the event loop does not add to it
-        self._changed = asyncio.Event()
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     async def run(self, rollouts: AsyncIterator[Rollout]) -> AsyncGenerator[ScoredRollout, None]:
         """Answers as each is ready. Raises `TeacherError` naming what was finished; errors of the source pass through."""
@@ -193,7 +192,7 @@ class ScoreSession:
         if not self._may_replay or item.failures:
             return ""
         kind = f"{self.want.level} {self.want.temperature!r} {self.want.top_k} {self._info.weights_version} "
-        return hashlib.sha256(kind.encode() + input_sha256(item.rollout, self.want)).hexdigest()
+        return hashlib.sha256(kind.encode() + item.assembler.digest).hexdigest()
 
     def was_made(self, request_id: int) -> bool:
         return 0 < request_id <= self._last_id
@@ -271,13 +270,22 @@ class ScoreSession:
 
     async def until(self, is_true: Callable[[], bool]) -> None:
         while not is_true():
-            self._changed.clear()
-            await self._changed.wait()
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((is_true, turn))
+            await turn
 
     def notify(self) -> None:
-        """Something has changed: items may be given, and whoever waits may go on."""
-        self._assign()
-        self._changed.set()
+        """Something has changed: items may be given, and whoever waits for what is true now goes on (waking the others costs more)."""
+        if self._pending:
+            self._assign()
+        waiting, self._waiting = self._waiting, []
+        for is_true, turn in waiting:
+            if turn.done():  # given up
+                continue
+            if is_true():
+                turn.set_result(None)
+            else:
+                self._waiting.append((is_true, turn))
 
     def _notify_in(self, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds + 0.001, self.notify)

@@ -19,7 +19,7 @@ import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError, TeacherError
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
 from bbopd.rpc.channel import MESSAGE_BYTES, describe
-from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, encode_item
+from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, encode_item, tensor_bytes
 from bbopd.teachers.endpoint import Endpoint, pushback_seconds
 from bbopd.types import Rollout, SignalSpec
 
@@ -103,6 +103,7 @@ class ScoreStream:
         self._unsent: list[tuple[int, int]] = []  # heap of (place, request number): what is sent goes in the order of the source
         self._request_credit = 0
         self._owed_credit = 0  # bytes read and not yet granted again
+        self._silence = 0.0  # seconds without a message while some are due
 
     @property
     def is_ready(self) -> bool:
@@ -149,7 +150,6 @@ class ScoreStream:
         greeting_seconds = min(_GREETING_SECONDS, self._patience)
         await self.endpoint.check_identity(greeting_seconds)
         call = self.endpoint.stub.Score()
-        sender: asyncio.Task[None] | None = None
         try:
             try:
                 opening = pb.ScoreRequest(open=pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=self._window))
@@ -162,17 +162,12 @@ class ScoreStream:
                 raise _BrokenError("it did not accept the stream: it speaks another protocol")
             self._request_credit = first.accept.request_credit_bytes
             self._owed_credit = 0
-            sender = asyncio.create_task(self._send(call))
             self._is_open = True
             self._owner.notify()
-            while (message := await self._read(call, sender)) is not grpc.aio.EOF:
-                self._take(message)
+            await self._read_while_sending(call)
         finally:
             self._is_open = False
             call.cancel()
-            if sender is not None:
-                sender.cancel()
-                await asyncio.gather(sender, return_exceptions=True)
 
     async def _send(self, call: Any) -> None:
         """All writes of one stream: credits first, then items as the replica's credit allows."""
@@ -184,9 +179,8 @@ class ScoreStream:
                 continue
             _, request_id = heapq.heappop(self._unsent)
             item = self._items[request_id]
-            request = encode_item(request_id, item.rollout, self._owner.want, item.assembler.position)
-            request.item.replay_id = self._owner.replay_id(item)
-            self._request_credit -= len(request.item.token_ids.data) + len(request.item.candidate_ids.data)
+            request = encode_item(request_id, item.rollout, self._owner.want, item.assembler.position, self._owner.replay_id(item))
+            self._request_credit -= tensor_bytes(request.item.token_ids) + tensor_bytes(request.item.candidate_ids)
             item.sent_from = item.assembler.position
             await call.write(request)
 
@@ -194,29 +188,35 @@ class ScoreStream:
         """Bytes to grant now: in larger steps, and none while the caller leaves answers untaken."""
         return self._owed_credit if self._owed_credit >= self._window // 8 and not self._owner.is_waiting_for_caller() else 0
 
-    async def _read(self, call: Any, sender: asyncio.Task[None]) -> Any:
-        """The next message. A caller that blocks the event loop does not count as silence of the replica."""
-        reading = asyncio.ensure_future(call.read())
-        poll = min(1.0, self._patience / 4)
-        silence = 0.0
+    async def _read_while_sending(self, call: Any) -> None:
+        """Take messages until the stream ends. A caller that blocks the event loop does not count as silence of the replica."""
+        reader, sender = asyncio.create_task(self._read(call)), asyncio.create_task(self._send(call))
+        poll = min(1.0, self._patience / 16)  # that much less than patience may be enough, as messages do not move the ticks
+        self._silence = 0.0
         try:
-            while True:
-                waits_for = {reading} if sender.done() else {reading, sender}
-                await asyncio.wait(waits_for, timeout=poll, return_when=asyncio.FIRST_COMPLETED)
-                if reading.done():
-                    return reading.result()
+            while not reader.done():
+                waits_for = {reader} if sender.done() else {reader, sender}
+                done, _ = await asyncio.wait(waits_for, timeout=poll, return_when=asyncio.FIRST_COMPLETED)
                 if sender.done():
                     _raise_unless_call_ended(sender)
+                if done:
+                    continue
                 is_due = bool(self._items) and not self._owner.is_waiting_for_caller()
-                silence = silence + poll if is_due else 0.0
-                if silence - poll < self._patience / 2 <= silence:
+                self._silence = self._silence + poll if is_due else 0.0
+                if self._silence - poll < self._patience / 2 <= self._silence:
                     self._ask_again(min(self._items, default=0))
-                if silence >= self._patience:
+                if self._silence >= self._patience:
                     raise _BrokenError(f"it has not answered for {self._patience:g} s")
+            reader.result()
         finally:
-            if not reading.done():
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
+            for task in (reader, sender):
+                task.cancel()
+            await asyncio.gather(reader, sender, return_exceptions=True)
+
+    async def _read(self, call: Any) -> None:
+        while (message := await call.read()) is not grpc.aio.EOF:
+            self._silence = 0.0
+            self._take(message)
 
     # ------------------------------------------------------------ answers
 
