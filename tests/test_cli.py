@@ -225,7 +225,7 @@ def test_sft_runs_without_a_teacher(model, text, tmp_path):
 
 def test_bad_input_is_named_before_anything_is_spent(model, text, tmp_path, capsys):
     config = str(write_config(tmp_path, model, text))
-    other = save_folder(tmp_path / "other", tiny_llama(vocab_size=300), tiny_tokenizer())
+    other = save_folder(tmp_path / "other", tiny_llama(vocab_size=300), tiny_tokenizer((("o", "u"),)))
     (tmp_path / "no_model").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     cases = [
@@ -233,7 +233,7 @@ def test_bad_input_is_named_before_anything_is_spent(model, text, tmp_path, caps
         (["--set", f"student.model={tmp_path / 'no_model'}"], 2, ["no_model"]),
         (["--set", f"data.prompts=[{{jsonl: {tmp_path / 'empty.jsonl'}}}]"], 2, ["empty.jsonl"]),
         (["--set", "teacher.serve=null", "--set", "teacher.target=grpc://127.0.0.1:9"], 3, ["127.0.0.1:9"]),
-        (["--set", f"teacher.serve.model={other}"], 3, ["300", "262"]),
+        (["--set", f"teacher.serve.model={other}"], 3, ["260", "262", "259 is 'ou' there and 'th' here"]),
         (["--set", "train.max_seq_len=100000"], 2, ["100000", "256"]),
         (["--set", "student.init.keep_layers=[0, 9]"], 2, ["9", "4"]),
     ]
