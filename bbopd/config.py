@@ -341,28 +341,40 @@ class FiltersConfig(_Section):
 
 
 class PromptSource(_Section):
-    """One source of prompts: exactly one of ``demo``, ``jsonl``, ``text``, ``dataset``."""
+    """One source of prompts: exactly one of ``demo``, ``jsonl``, ``parquet``, ``text``, ``dataset``."""
 
     demo: bool = False
     """The text that Python itself carries (pydoc topics) and the library's own chat prompts."""
     jsonl: str | None = None
-    """Lines with ``prompt`` or ``messages``, and optionally ``response``."""
+    """Lines with ``prompt``, ``messages`` or ``conversations``, and optionally ``response`` or ``completion``."""
+    parquet: str | None = None
+    """A Parquet file, or a folder of them, with columns like those of ``dataset``."""
     text: str | None = None
     """A plain text file, or a folder of them; documents are cut into prefixes and continuations."""
     dataset: str | None = None
     """A name for datasets.load_dataset, streamed."""
     subset: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str | None = None
+    """Column of rows that is read: a chat where it holds a list, else running text. None takes ``messages``, ``conversations``, ``prompt``
+    or ``text``, whichever is there."""
     limit: Positive | None = None
-    """Documents to take."""
+    """Documents to take; of a ``dataset``, 20,000 where it is not given."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often its prompts are drawn, beside the weights of the other sources. None: as often as it has prompts."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row without a usable question or text; those skipped are counted."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> PromptSource:
-        given = [name for name in ("demo", "jsonl", "text", "dataset") if getattr(self, name)]
+        given = [name for name in ("demo", "jsonl", "parquet", "text", "dataset") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of demo, jsonl, text, dataset; got {given or 'none'}")
+            raise ValueError(f"give exactly one of demo, jsonl, parquet, text, dataset; got {given or 'none'}")
         return self
+
+    @property
+    def name(self) -> str:
+        return str(self.jsonl or self.parquet or self.text or self.dataset or "demo")
 
 
 class DataConfig(_Section):
@@ -373,7 +385,25 @@ class DataConfig(_Section):
     """Tokens of a document that become its true continuation."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of documents set aside for evaluation."""
+    long_prompts: Literal["error", "skip", "truncate"] = "error"
+    """What happens to a question that leaves no room for an answer; ``truncate`` takes its last tokens."""
+    near_duplicates: Similarity | None = None
+    """Similarity to an earlier document from which on one is left out; needs bbopd[data]."""
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Which of ``world_size`` disjoint shares of the draws this run takes."""
+    world_size: Positive = 1
     filters: FiltersConfig = FiltersConfig()
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> DataConfig:
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank {self.rank} of world_size {self.world_size}: ranks count from 0 to {self.world_size - 1}")
+        weighted = [source.name for source in self.prompts if source.weight is not None]
+        if weighted and len(weighted) < len(self.prompts):
+            raise ValueError(
+                f"weight is given to {', '.join(weighted)} but not to every source: give it to all of data.prompts, or to none"
+            )
+        return self
 
 
 class EvalConfig(_Section):

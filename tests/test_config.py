@@ -46,7 +46,7 @@ def test_defaults_are_the_reference_recipe():
         ("student.init.keep_layers=0-3,x", ["student.init.keep_layers", "'x'", "0-11"]),
         ("student.init.keep_layers=[3, 1]", ["student.init.keep_layers", "rising order"]),
         ("objective.ce_weight=1", ["alpha, or ce_weight and kd_weight"]),
-        ("data.prompts=[{jsonl: a, text: b}]", ["exactly one of demo, jsonl, text, dataset"]),
+        ("data.prompts=[{jsonl: a, text: b}]", ["exactly one of demo, jsonl, parquet, text, dataset"]),
         ("data.prompts=[{json: a}]", ["unknown key data.prompts.json", "did you mean data.prompts.jsonl?"]),
         ("objective", ["section.key=value"]),
     ],

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from bbopd.config import FiltersConfig, RunConfig, TeacherConfig
+from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
-from bbopd.data.prompts import PromptStream
 from bbopd.data.rejected import RejectedLog
 from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
 from bbopd.objectives import make_objective

@@ -12,8 +12,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from bbopd.config import DataConfig
-from bbopd.data.prompts import PromptSet, PromptStream, load_prompts, split_documents
-from bbopd.data.sources import Document
+from bbopd.data.documents import Document
+from bbopd.data.draws import PromptStream
+from bbopd.data.prompts import PromptSet, load_prompts, split_documents
 from bbopd.errors import DataError
 from bbopd.types import Prompt
 from tests.tiny_models import tiny_tokenizer
@@ -189,7 +190,7 @@ def test_datasets_are_streamed(tmp_path: Path) -> None:
         assert any(decode(prompt.token_ids) in words(i) for i in range(30))
     with pytest.raises(DataError, match="no column 'body'; it has text, url"):
         load({"dataset": str(folder), "column": "body"})
-    with pytest.raises(DataError, match="column 'url' of row 0 holds int, not text"):
+    with pytest.raises(DataError, match="row 0: column 'url' holds int, not text"):
         load({"dataset": str(folder), "column": "url"})
     with pytest.raises(DataError, match=r"dataset .*nowhere cannot be read: .*local file"):
         load({"dataset": str(tmp_path / "nowhere")})

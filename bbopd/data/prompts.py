@@ -8,22 +8,25 @@ How text becomes tokens:
 * A raw ``prompt`` is tokenised as the tokenizer does by default; ``messages`` go through its chat template with the generation
   prompt, and nothing is added to that. A ``response`` ends with EOS; one that is cut at ``max_seq_len`` does not.
 
-A *document* is trained on or held out as a whole, by the hash of its content: neither order nor seed moves it. Copies are dropped.
+A *document* is trained on or held out as a whole, by the hash of its content: neither order nor seed moves it. Copies are dropped, and
+near-duplicates where ``data.near_duplicates`` says so: the first one in the order of the sources stays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from bbopd.config import DataConfig
-from bbopd.data.sources import Document, read_documents
+from bbopd.data.documents import Document
+from bbopd.data.draws import Share
+from bbopd.data.near_duplicates import NearDuplicates
+from bbopd.data.sources import read_documents
 from bbopd.errors import DataError
 from bbopd.types import Prompt
 
@@ -32,10 +35,16 @@ _ENCODE_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts to train on, in the order of their sources, and those held out, in an order that mixes documents."""
+    """Prompts to train on, in the order of their sources, and those held out, in an order that mixes documents.
+
+    ``shares`` says how often those of each source are drawn, where the sources have weights. ``skipped`` counts what was left out:
+    ``copy`` and ``near_duplicate`` documents, ``long_prompt``, and rows that were ``empty`` or a ``bad_row``.
+    """
 
     train: list[Prompt]
     held_out: list[Prompt]
+    shares: tuple[Share, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -73,23 +82,32 @@ def load_prompts(
             f"data.prompt_tokens {config.prompt_tokens} with data.response_tokens {config.response_tokens} or {max_new_tokens} new tokens "
             f"exceeds train.max_seq_len {max_seq_len}: raise it, or lower them"
         )
-    encode = _Encoder(tokenizer, config, limit, max_seq_len, eos_token_id)
+    skipped: Counter[str] = Counter()
+    encode = _Encoder(tokenizer, config, limit, max_seq_len, eos_token_id, skipped)
+    distinct = _Distinct(config.near_duplicates, skipped)
     train: list[Prompt] = []
     held_out: list[Prompt] = []
+    shares: list[Share] = []
     for source in config.prompts:
-        documents = _distinct(read_documents(source, seed))
+        before = len(train)
+        documents = distinct(read_documents(source, seed, skipped))
         for _, alike in groupby(sorted(documents, key=_kind), key=_kind):
             ours, theirs = split_documents(list(alike), config.held_out)
             train.extend(encode(ours))
             held_out.extend(encode(theirs))
-    named = ", ".join(str(source.jsonl or source.text or source.dataset or "demo") for source in config.prompts)
+        if source.weight is not None:
+            shares.append(Share(len(train) - before, source.weight))
+            if len(train) == before:
+                raise DataError(f"nothing to train on in {source.name}, which has data.prompts.weight {source.weight}{_left_out(skipped)}")
+    named = ", ".join(source.name for source in config.prompts)
     for side, prompts in (("train on", train), ("hold out", held_out)):
         if not prompts:
             raise DataError(
                 f"nothing to {side} in data.prompts ({named}): it takes two documents or more, with running text longer than "
-                f"data.prompt_tokens {config.prompt_tokens} + {config.response_tokens // 4 or 1} tokens"
+                f"data.prompt_tokens {config.prompt_tokens} + {config.response_tokens // 4 or 1} tokens{_left_out(skipped)}"
             )
-    return PromptSet(train=train, held_out=sorted(held_out, key=lambda prompt: hashlib.sha256(prompt.prompt_id.encode()).digest()))
+    held_out.sort(key=lambda prompt: hashlib.sha256(prompt.prompt_id.encode()).digest())
+    return PromptSet(train=train, held_out=held_out, shares=tuple(shares), skipped=dict(skipped))
 
 
 def split_documents(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
@@ -112,15 +130,40 @@ def _kind(document: Document) -> str:
     return "text" if document.text is not None else "question"
 
 
-def _distinct(documents: Iterable[Document]) -> list[Document]:
-    return list({document.content: document for document in reversed(list(documents))}.values())[::-1]
+def _left_out(skipped: Mapping[str, int]) -> str:
+    return f" (left out: {', '.join(f'{reason} {count}' for reason, count in sorted(skipped.items()))})" if skipped else ""
+
+
+class _Distinct:
+    """Lets every document through once: copies are sought within a source, near-duplicates in all of them."""
+
+    def __init__(self, threshold: float | None, skipped: Counter[str]) -> None:
+        self._near = None if threshold is None else NearDuplicates(threshold, None, "data.near_duplicates")
+        self._skipped = skipped
+
+    def __call__(self, documents: Iterable[Document]) -> Iterable[Document]:
+        seen: set[bytes] = set()
+        for document in documents:
+            digest = hashlib.sha256(document.content.encode()).digest()
+            if digest in seen:
+                self._skipped["copy"] += 1
+                continue
+            seen.add(digest)
+            if self._near is not None:
+                if self._near.find(document.asked) is not None:
+                    self._skipped["near_duplicate"] += 1
+                    continue
+                self._near.add(f"{len(seen)} {document.where}", document.asked)
+            yield document
 
 
 class _Encoder:
     """Documents to prompts, by the rules at the top of this file."""
 
-    def __init__(self, tokenizer: Any, config: DataConfig, prompt_limit: int, max_seq_len: int, eos_token_id: int) -> None:
-        self._tokenizer, self._config = tokenizer, config
+    def __init__(
+        self, tokenizer: Any, config: DataConfig, prompt_limit: int, max_seq_len: int, eos_token_id: int, skipped: Counter[str]
+    ) -> None:
+        self._tokenizer, self._config, self._skipped = tokenizer, config, skipped
         self._prompt_limit, self._max_seq_len, self._eos_token_id = prompt_limit, max_seq_len, eos_token_id
         bare = self._ids(["a"], special=False)[0]
         framed = self._ids(["a"], special=True)[0]
@@ -137,7 +180,9 @@ class _Encoder:
                 if document.text is not None:
                     yield from self._windows(document, ids)
                 else:
-                    yield self._question(document, ids if document.response is not None else None)
+                    question = self._question(document, ids if document.response is not None else None)
+                    if question is not None:
+                        yield question
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
@@ -154,13 +199,20 @@ class _Encoder:
                     source=document.where,
                 )
 
-    def _question(self, document: Document, response: list[int] | None) -> Prompt:
+    def _question(self, document: Document, response: list[int] | None) -> Prompt | None:
         ids = self._ids([document.prompt], special=True)[0] if document.prompt is not None else self._chat(document)
         if len(ids) > self._prompt_limit:
-            raise DataError(
-                f"{document.where}: the prompt has {len(ids)} tokens, {self._prompt_limit} fit (train.max_seq_len {self._max_seq_len} less "
-                f"{self._max_seq_len - self._prompt_limit} for the answer): shorten or drop it, or raise train.max_seq_len"
-            )
+            if self._config.long_prompts == "error":
+                raise DataError(
+                    f"{document.where}: the prompt has {len(ids)} tokens, {self._prompt_limit} fit (train.max_seq_len {self._max_seq_len} "
+                    f"less {self._max_seq_len - self._prompt_limit} for the answer): shorten or drop it, raise train.max_seq_len, or set "
+                    "data.long_prompts to skip or truncate"
+                )
+            if self._config.long_prompts == "skip":
+                self._skipped["long_prompt"] += 1
+                return None
+            front = self._prefix if ids[: len(self._prefix)] == self._prefix else []  # BOS stays in front
+            ids = front + ids[len(ids) - self._prompt_limit + len(front) :]
         reference = None if response is None else tuple((*response, self._eos_token_id)[: self._max_seq_len - len(ids)])
         return Prompt(prompt_id=document.name, token_ids=tuple(ids), reference_ids=reference, source=document.where)
 
@@ -173,59 +225,3 @@ class _Encoder:
         except Exception as error:  # a template raises what it likes, most often jinja2's own errors
             raise DataError(f"{document.where}: the chat template refuses these messages: {error}") from error
         return list(ids)
-
-
-class PromptStream:
-    """Endless draws from ``prompts``, epoch after epoch, each in an order that (seed, epoch) alone decides.
-
-    Labelled prompts and prompts to answer are two independent sequences. ``position`` counts what each has given; setting it on a
-    new stream over the same prompts and seed goes on exactly there.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        if not prompts:
-            raise DataError("there are no prompts to draw from")
-        self._draws = {
-            "labelled": _Draws([prompt for prompt in prompts if prompt.reference_ids], seed, 0),
-            "prompts": _Draws(prompts, seed, 1),
-        }
-
-    def next_labelled(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts with a known continuation. Raises `DataError` where there is none at all."""
-        return self._draws["labelled"].take(count)
-
-    def next_prompts(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts for the student to answer, labelled or not."""
-        return self._draws["prompts"].take(count)
-
-    @property
-    def position(self) -> dict[str, int]:
-        return {name: draws.position for name, draws in self._draws.items()}
-
-    @position.setter
-    def position(self, value: dict[str, int]) -> None:
-        for name, draws in self._draws.items():
-            draws.position = value[name]
-
-
-class _Draws:
-    def __init__(self, prompts: Sequence[Prompt], seed: int, stream: int) -> None:
-        self.position = 0
-        self._prompts, self._seed, self._stream = prompts, seed, stream
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def take(self, count: int) -> list[Prompt]:
-        if count and not self._prompts:
-            raise DataError(
-                "no prompt has a known continuation: add text or responses to data.prompts, or set rollouts.on_policy_fraction=1"
-            )
-        taken = [self._at(self.position + offset) for offset in range(count)]
-        self.position += count
-        return taken
-
-    def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed % 2**64, self._stream, epoch]).permutation(len(self._prompts))
-        return self._prompts[self._order[place]]

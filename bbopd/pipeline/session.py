@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 
 from bbopd.config import CacheConfig, FiltersConfig, RunConfig, StudentConfig, TeacherConfig
+from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.near_duplicates import AcceptedAnswers
-from bbopd.data.prompts import PromptSet, PromptStream, load_prompts
+from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, ConfigError, DataError, TeacherError
@@ -94,6 +95,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
         prompts = await asyncio.to_thread(read_prompts, config, tokenizer)
         check_labels(config, prompts)
+        if prompts.skipped:
+            progress.note(f"left out of the data: {', '.join(f'{reason} {count}' for reason, count in sorted(prompts.skipped.items()))}")
         folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
         stack.enter_context(folder.lock())
         for change in changes:
@@ -172,7 +175,13 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             parts=Parts(
                 trainer=trainer,
                 engine=engine,
-                prompts=PromptStream(prompts.train, config.train.seed),
+                prompts=PromptStream(
+                    prompts.train,
+                    config.train.seed,
+                    shares=prompts.shares,
+                    rank=config.data.rank,
+                    world_size=config.data.world_size,
+                ),
                 gate=gate,
                 teacher=asked,
                 want=want,
