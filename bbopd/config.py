@@ -15,6 +15,7 @@ from bbopd.types import Divergence, Level
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+_API_SCHEMES = ("openai://", "https://")
 Similarity = Annotated[float, Field(ge=0.3, le=1.0)]  # Jaccard index
 StepsOrFraction = Annotated[int, Field(ge=0)] | Fraction  # an int is a number of steps, a float a share of the run
 
@@ -152,11 +153,52 @@ class CacheConfig(_Section):
     """Where an answer cannot be kept: go on without keeping, after a warning, or stop."""
 
 
+class ApiConfig(_Section):
+    """How an OpenAI-compatible endpoint is asked."""
+
+    scoring: Literal["auto", "prompt_logprobs", "sglang", "echo", "none"] = "auto"
+    """How it scores given tokens: vLLM's ``prompt_logprobs``, SGLang's ``/generate``, ``echo`` with ``logprobs``; ``auto`` tries them."""
+    writing: Literal["auto", "completions", "chat"] = "auto"
+    """How it writes: from token ids, or from messages; ``auto`` gives ids to an endpoint that scores by ids, messages to others."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Prompt and answer together, the answer counted as long as it may be."""
+    max_sequence_tokens: Positive | None = None
+    """Prompt and answer together; None takes what the endpoint says of itself."""
+
+
+class PricesConfig(_Section):
+    """What a teacher costs, for a million tokens."""
+
+    prompt: Annotated[float, Field(ge=0)] = 0.0
+    answer: Annotated[float, Field(ge=0)] = 0.0
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
+
+
+class BudgetConfig(_Section):
+    """How much a teacher may cost; the run stops with a checkpoint before it would cost more."""
+
+    limit: Annotated[float, Field(gt=0)]
+    """In the currency of the prices. Raise it, and the same command goes on."""
+    path: str | None = None
+    """The file that keeps the sum; runs that name the same one share it. None: ``spending.db`` in the run's folder."""
+
+
 class TeacherConfig(_Section):
     """The model that is asked."""
 
     target: str | tuple[str, ...] | None = None
-    """``grpc://host:port``, or a list of such: replicas of one teacher, among which the work is spread."""
+    """``grpc://host:port``, or a list of such: replicas of one teacher, among which the work is spread. Or an OpenAI-compatible endpoint:
+    ``openai://host:port/v1`` on this machine, ``https://host/v1`` anywhere."""
+    model: str | None = None
+    """Its name at an OpenAI-compatible endpoint; None: the only one there."""
+    tokenizer: str | None = None
+    """Hub id or folder of that model's tokenizer, where the endpoint cannot show its own."""
+    api: ApiConfig | None = None
+    """For an OpenAI-compatible endpoint."""
+    prices: PricesConfig | None = None
+    """None: what the teacher says of itself."""
+    budget: BudgetConfig | None = None
     serve: ServeConfig | None = None
     """Start one beside the run, as a process of its own, on loopback."""
     tls: ClientTlsConfig | None = None
@@ -192,11 +234,23 @@ class TeacherConfig(_Section):
         if self.target is not None and (not self.targets or len(set(self.targets)) != len(self.targets)):
             raise ValueError(f"{list(self.targets)} must be one or more addresses, each once")
         for target in self.targets:
-            if not target.startswith("grpc://"):
-                raise ValueError(f"{target!r} is not an address this version speaks: use grpc://host:port")
+            if not target.startswith(("grpc://", *_API_SCHEMES)):
+                raise ValueError(
+                    f"{target!r} is not an address this version speaks: use grpc://host:port, or, for an OpenAI-compatible endpoint, "
+                    "openai://localhost:8000/v1 on this machine and https://host/v1 anywhere"
+                )
+            if target.startswith(_API_SCHEMES) and len(self.targets) > 1:
+                raise ValueError(f"{target!r} cannot be one of several targets: put one address that balances before them")
+        if not self.is_api and (self.model or self.tokenizer or self.api):
+            raise ValueError("model, tokenizer and api belong to an OpenAI-compatible target (openai://… or https://…)")
         if self.serve is not None and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: a teacher that is started beside the run answers on loopback alone")
         return self
+
+    @property
+    def is_api(self) -> bool:
+        """Whether the target is an OpenAI-compatible endpoint."""
+        return any(target.startswith(_API_SCHEMES) for target in self.targets)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -37,6 +37,12 @@ class BadAnswerError(TeacherError):
     """One teacher answer that failed validation; the request may be retried."""
 
 
+class BudgetSpentError(TeacherError):
+    """The money set aside for a teacher is spent: a run stops with a checkpoint, and goes on with a larger budget."""
+
+    exit_code = 7
+
+
 class TrainingError(BbopdError):
     """A training step that must not be applied (NaN, infinite gradient)."""
 

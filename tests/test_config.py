@@ -38,7 +38,7 @@ def test_defaults_are_the_reference_recipe():
         ("objective.ramp=10000", ["objective.ramp is 10000 steps", "about 735 steps", "train.on_policy_tokens"]),
         ("train.warmup=800", ["train.warmup is 800 steps", "735"]),
         ("teacher.topk=64", ["objective.temperature 2.0", "teacher.topk", "teacher.signal=full"]),
-        ("teacher.target=openai://x", ["openai://x", "grpc://host:port"]),
+        ("teacher.target=http://x", ["http://x", "grpc://host:port"]),
         ("rollouts.max_new_tokens=1024", ["1024", "no room for a prompt", "train.max_seq_len"]),
         ("rollouts.on_policy_fraction=1.0", ["objective.ramp without labelled tokens", "objective.ramp=0"]),
         ("rollouts.on_policy_fraction=0", ["train.labelled_tokens"]),

@@ -146,7 +146,7 @@ class LiveDisplay:
 def describe_losses(metrics: Mapping[str, Any]) -> str:
     return (
         f"loss {metrics['loss']:.3f} (ce {metrics['ce']:.3f}, kd {metrics['kd']:.3f})  lr {metrics['lr']:.2e}  "
-        f"grad norm {metrics['grad_norm']:.2f}"
+        f"grad norm {metrics['grad_norm']:.2f}" + (f"  cost {metrics['teacher_cost']:.4g}" if "teacher_cost" in metrics else "")
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from bbopd.cli.display import LiveDisplay, PlainDisplay, make_display
 from bbopd.config import RunConfig
-from bbopd.errors import BbopdError
+from bbopd.errors import BbopdError, BudgetSpentError
 from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.samples import student_answers, teacher_answers
 from bbopd.evaluate.suite import EvalSuite
@@ -40,8 +41,13 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
     ``sample_prompts`` are answered by the student before, the student after and the teacher. Raises `BbopdError`.
     """
     console = Console()
-    with make_display(console, plain=plain) as display:
-        status = asyncio.run(_run(config, display, sample_prompts))
+    try:
+        with make_display(console, plain=plain) as display:
+            status = asyncio.run(_run(config, display, sample_prompts))
+    except BudgetSpentError:
+        if RunFolder(Path(config.output)).read_json("summary.json") is not None:
+            write_report(config.output)
+        raise
     folder = RunFolder(Path(config.output))
     report = write_report(folder.root)
     if status == "stopped":
@@ -98,7 +104,7 @@ async def _turn(
             with timeline.activity("saving"):
                 model_path = session.save_model()
     except BbopdError as caught:
-        status, error = "failed", str(caught)
+        status, error = "stopped" if isinstance(caught, BudgetSpentError) else "failed", str(caught)
         raise
     finally:
         metrics.trace(timeline.to_json())
@@ -123,6 +129,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "tokens_per_second": {name: round(count / busy[name], 1) for name, count in tokens.items() if count and busy.get(name)},
         "rejected": state.rejected,
         "teacher_retries": state.teacher_retries,
+        "teacher_cost": None if session.parts.spending is None else asdict(session.parts.spending()),
         "samples": _samples(folder),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }

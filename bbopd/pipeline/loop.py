@@ -23,6 +23,7 @@ from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.progress import Budget, Progress
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Activity, Timeline
+from bbopd.teachers.budget import Spending
 from bbopd.trainer.step import Trainer
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
@@ -61,6 +62,7 @@ class Parts:
     want: SignalSpec | None
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None  # of an engine with weights of its own
+    spending: Callable[[], Spending] | None = None  # of a teacher that costs money
 
 
 class Loop:
@@ -243,12 +245,16 @@ class Loop:
                 "trained_tokens": state.trained_tokens,
                 "elapsed": round(self._timeline.elapsed, 3),
                 **self._engine_figures,
+                **self._cost(),
             }
             self._metrics.step(line)
             self._progress.advance(line, self._budget(phase))
             self._warn_of_tail(metrics.teacher_tail_mass)
             if self._steps_are_spent():
                 return
+
+    def _cost(self) -> dict[str, float]:
+        return {} if self._parts.spending is None else {"teacher_cost": round(self._parts.spending().total, 9)}
 
     # ------------------------------------------------------------ budgets, saving, evaluation
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from bbopd.config import CacheConfig, FiltersConfig, RunConfig, StudentConfig, TeacherConfig
+from bbopd.config import FiltersConfig, RunConfig, StudentConfig, TeacherConfig
 from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.near_duplicates import AcceptedAnswers
@@ -32,11 +32,10 @@ from bbopd.pipeline.loop import Parts
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
+from bbopd.pipeline.teacher import open_api, open_budget, remembering
 from bbopd.rollouts.agreement import AgreementCheck
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.security import ClientAccess
-from bbopd.teachers.answer_store import AnswerStore
-from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
@@ -46,6 +45,8 @@ from bbopd.types import Prompt, Rollout, RolloutEngine, SignalSpec, Teacher, Tea
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bbopd.teachers.openai import OpenAITeacher
 
 _COMPARED_PROMPTS = 4  # by which replicas are compared
 _COMPARED_TOKENS = 64  # of each
@@ -108,7 +109,11 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             raise
-        teacher, process = await starting
+        remote, process = await starting
+        budget = open_budget(config.teacher, remote, folder, stack)
+        teacher: RemoteTeacher | OpenAITeacher | None = remote
+        if config.teacher.is_api:
+            teacher = await open_api(config.teacher, model, tokenizer, budget, stack, progress)
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
@@ -125,7 +130,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             if want is not None:
                 objective.check(teacher.info, want)
                 await compare_replicas(teacher, config, prompts, want, progress)
-        asked = fitted(_remembering(teacher, config.teacher.cache, stack), vocab_size)
+        asked = fitted(remembering(teacher, budget, config.teacher, folder, stack), vocab_size)
 
         trainer = Trainer(
             model,
@@ -187,6 +192,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 want=want,
                 save=save,
                 agreement=_agreement(config, model, dtype),
+                spending=None if budget is None else budget.spending,
             ),
             state=state,
             model=model,
@@ -275,7 +281,7 @@ async def start_teacher(
     config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress
 ) -> tuple[RemoteTeacher | None, TeacherProcess | None]:
     """The teacher, where the run has one, and its process, where that was started here."""
-    targets, process = config.targets, None
+    targets, process = () if config.is_api else config.targets, None
     if config.serve is not None:
         progress.activity("loading", "student, and teacher in its own process")
         process = await TeacherProcess.start(config.serve, log_path=folder.teacher_log, timeout=config.start_timeout)
@@ -299,18 +305,11 @@ async def start_teacher(
     return teacher, process
 
 
-def _remembering(teacher: RemoteTeacher | None, cache: CacheConfig | None, stack: AsyncExitStack) -> Teacher | None:
-    """The teacher, behind the answers of it that are kept where there is a cache."""
-    if teacher is None or cache is None:
-        return teacher
-    cached = CachedTeacher(teacher, AnswerStore(cache.path, max_bytes=cache.max_bytes), on_full=cache.on_full)
-    stack.push_async_callback(cached.close)
-    return cached
-
-
-async def compare_replicas(teacher: RemoteTeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress) -> None:
+async def compare_replicas(
+    teacher: RemoteTeacher | OpenAITeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress
+) -> None:
     """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
-    if len(config.teacher.targets) < 2:
+    if len(config.teacher.targets) < 2 or not isinstance(teacher, RemoteTeacher):
         return
     rollouts = texts_to_compare(prompts, teacher.info)
     progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")

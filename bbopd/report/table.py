@@ -106,6 +106,16 @@ def speed_rows(data: RunData) -> list[SpeedRow]:
     ]
 
 
+def cost_line(data: RunData) -> str:
+    """What the teacher has cost, all attempts at the run together; empty where it costs nothing that is known."""
+    cost = data.summary.get("teacher_cost")
+    if not cost:
+        return ""
+    line = f"{cost['paid'] + cost['reserved']:.6g} {cost['currency']}" + (f" of {cost['limit']:.6g}" if cost["limit"] else "")
+    line += f", {cost['requests']:,} requests, {cost['prompt_tokens'] + cost['answer_tokens']:,} tokens"
+    return line + (f"; {cost['reserved']:.3g} of it for requests whose outcome is not known" if cost["reserved"] else "")
+
+
 def change(numbers: Sequence[float | None], *, is_share: bool) -> str:
     """From the first known number to the last: relative in percent, or, for a share, in percentage points."""
     known = [number for number in numbers if number is not None]
@@ -152,6 +162,8 @@ def plain_lines(run: RunData | str | Path) -> list[str]:
         lines.append(
             f"{row.title}: {' -> '.join(value or '-' for value in row.values)} {row.unit}" + (f" ({row.change})" if row.change else "")
         )
+    if cost := cost_line(data):
+        lines.append(f"cost of the teacher: {cost}")
     speeds = speed_rows(data)
     for speed in speeds:
         parts = [

@@ -57,6 +57,14 @@ class Token:
         """Whether both are the same, in a time that does not tell how much of them is."""
         return hmac.compare_digest(self._digest, other._digest)
 
+    def header(self) -> str:
+        """What an HTTP request brings as ``Authorization``."""
+        return f"Bearer {self._text}"
+
+    def hidden_in(self, text: str) -> str:
+        """``text`` without the token, which some servers repeat when they refuse it."""
+        return text.replace(self._text, "[token]")
+
     def call_credentials(self) -> grpc.CallCredentials:
         return grpc.access_token_call_credentials(self._text)
 

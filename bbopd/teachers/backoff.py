@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable
 
-__all__ = ["RetryBudget", "backoff"]
+__all__ = ["Health", "RetryBudget", "backoff"]
 
 _FIRST = 0.1  # seconds
 _LONGEST = 15.0  # seconds
@@ -18,6 +19,36 @@ def backoff(failures: int) -> float:
     The random part keeps many clients of a teacher that comes back from asking it all at once.
     """
     return min(_LONGEST, _FIRST * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+
+
+class Health:
+    """How a server has behaved of late, and until when it is left alone. Times are those of the running event loop, in seconds."""
+
+    def __init__(self) -> None:
+        self.faults = 0
+        """Failures since it last did what was asked."""
+        self.trouble = ""
+        """The last failure, in words."""
+        self._rests_until = 0.0
+
+    @property
+    def rest_seconds(self) -> float:
+        """How long it is still left alone; 0 where it may be asked."""
+        return max(0.0, self._rests_until - asyncio.get_running_loop().time())
+
+    def note_failure(self, trouble: str, retry_after: float = 0.0, *, since: int | None = None) -> None:
+        """Leave it alone for a while: longer after every failure in a row, and at least as long as it asked for itself.
+
+        ``since`` is what ``faults`` was when it was asked: many requests that fail together are one failure.
+        """
+        self.trouble = trouble
+        if since is None or since == self.faults:
+            self.faults += 1
+            retry_after = max(retry_after, backoff(self.faults))
+        self._rests_until = max(self._rests_until, asyncio.get_running_loop().time() + retry_after)
+
+    def note_success(self) -> None:
+        self.faults = 0
 
 
 class RetryBudget:

@@ -15,7 +15,7 @@ from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.channel import fetch_info, open_channel
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_info
 from bbopd.rpc.security import ClientAccess
-from bbopd.teachers.backoff import backoff
+from bbopd.teachers.backoff import Health
 from bbopd.types import TeacherInfo
 
 __all__ = ["Endpoint", "common_info", "connect_endpoints", "pushback_seconds"]
@@ -33,37 +33,19 @@ _IDENTITY = (
 )
 
 
-class Endpoint:
-    """A connection to one replica. Times are those of the running event loop, in seconds."""
+class Endpoint(Health):
+    """A connection to one replica."""
 
     def __init__(self, target: str, channel: grpc.aio.Channel, info: TeacherInfo) -> None:
+        super().__init__()
         self.target = target
         self.info = info
         self.stub = teacher_pb2_grpc.TeacherServiceStub(channel)
         self.inflight_tokens = 0
         """Tokens of all that was given to it and is not answered yet."""
-        self.faults = 0
-        """Failures since it last did what was asked."""
-        self.trouble = ""
-        """The last failure, in words."""
         self.refusal = ""
         """Why it is not asked again in this pass, where that is so."""
         self._channel = channel
-        self._rests_until = 0.0
-
-    @property
-    def rest_seconds(self) -> float:
-        """How long it is still left alone; 0 where it may be asked."""
-        return max(0.0, self._rests_until - asyncio.get_running_loop().time())
-
-    def note_failure(self, trouble: str, retry_after: float = 0.0) -> None:
-        """Leave it alone for a while: longer after every failure in a row, and at least as long as it asked for itself."""
-        self.faults += 1
-        self.trouble = trouble
-        self._rests_until = max(self._rests_until, asyncio.get_running_loop().time() + max(retry_after, backoff(self.faults)))
-
-    def note_success(self) -> None:
-        self.faults = 0
 
     async def check_identity(self, seconds: float) -> None:
         """Ask it once more who it is: what listens there may have been started anew.

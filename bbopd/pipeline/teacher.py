@@ -1,0 +1,84 @@
+"""The teacher of a run as the loop asks it: an endpoint found out about, what it costs counted, its answers kept."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from bbopd.config import CacheConfig, TeacherConfig
+from bbopd.errors import ConfigError
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.progress import Progress
+from bbopd.teachers.answer_store import AnswerStore
+from bbopd.teachers.budget import Budget, Prices
+from bbopd.teachers.cache import CachedTeacher
+from bbopd.teachers.paid import PaidTeacher
+from bbopd.teachers.remote import RemoteTeacher
+from bbopd.types import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bbopd.teachers.openai import OpenAITeacher
+
+
+async def open_api(
+    config: TeacherConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    budget: Budget | None,
+    stack: AsyncExitStack,
+    progress: Progress,
+) -> OpenAITeacher:
+    """An OpenAI-compatible endpoint, asked about the student's own tokens."""
+    try:
+        from bbopd.teachers.openai import OpenAITeacher
+    except ModuleNotFoundError as error:
+        if error.name != "httpx2":
+            raise
+        raise ConfigError(f"teacher.target {config.targets[0]} needs httpx2, which is not installed: pip install 'bbopd[openai]'") from None
+    progress.activity("loading", f"what {config.targets[0]} offers")
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    teacher = await OpenAITeacher.connect(config, tokenizer=tokenizer, vocab_size=vocab_size, budget=budget)
+    stack.push_async_callback(teacher.close)
+    for note in teacher.notes:
+        progress.note(f"{teacher.target} refused to score by {note}")
+    return teacher
+
+
+def open_budget(config: TeacherConfig, teacher: RemoteTeacher | None, folder: RunFolder, stack: AsyncExitStack) -> Budget | None:
+    """Where what the teacher costs is counted; None where it costs nothing that is known."""
+    if config.prices is not None:
+        prices = Prices(config.prices.prompt, config.prices.answer, config.prices.currency)
+    elif teacher is not None and teacher.info.price_per_million_tokens:
+        price = teacher.info.price_per_million_tokens
+        prices = Prices(price, price, teacher.info.currency or "USD")
+    elif config.budget is not None:
+        raise ConfigError("teacher.budget is set, but not what the teacher costs: set teacher.prices (prompt, answer: per million tokens)")
+    else:
+        return None
+    limits = config.budget
+    path = folder.root / "spending.db" if limits is None or limits.path is None else limits.path
+    budget = Budget(path, prices, None if limits is None else limits.limit)
+    stack.callback(budget.close)
+    return budget
+
+
+def remembering(
+    teacher: RemoteTeacher | OpenAITeacher | None, budget: Budget | None, config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack
+) -> Teacher | None:
+    """The teacher; behind a budget, where it is paid and does not see to that itself; and behind the answers of it that are kept.
+
+    What is paid for is kept in any case: in the run's folder, where the configuration names no place.
+    """
+    asked: Teacher | None = teacher
+    if isinstance(teacher, RemoteTeacher) and budget is not None:
+        asked = PaidTeacher(teacher, budget)
+    cache = config.cache
+    if cache is None and budget is not None:
+        cache = CacheConfig(path=str(folder.root / "answers.db"))
+    if asked is None or cache is None:
+        return asked
+    cached = CachedTeacher(asked, AnswerStore(cache.path, max_bytes=cache.max_bytes), on_full=cache.on_full)
+    stack.push_async_callback(cached.close)
+    return cached

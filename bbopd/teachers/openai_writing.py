@@ -1,0 +1,117 @@
+"""A teacher's own answers from an OpenAI-compatible endpoint: from token ids where it takes them, from messages elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bbopd.rpc.limits import RefusedError
+from bbopd.teachers.openai_client import ApiClient, Question
+from bbopd.types import Completion, FinishReason, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Writer"]
+
+_BYTES_PER_TOKEN = 256
+_ANSWER_BYTES = 65_536  # beside its tokens
+_PLACE = "\N{BLACK QUESTION MARK ORNAMENT}place of the question\N{BLACK QUESTION MARK ORNAMENT}"
+
+
+class Writer:
+    """Makes requests for answers, and answers out of what comes.
+
+    Parameters
+    ----------
+    tokenizer : the student's: prompts are its ids, and text that comes without ids is turned into them.
+    by_ids : prompts go out as token ids, to ``/completions``; else as messages, to ``/chat/completions``.
+    takes_more : the endpoint knows ``top_k``, ``stop_token_ids`` and ``return_token_ids``, which OpenAI's does not.
+    """
+
+    def __init__(self, client: ApiClient, model: str, tokenizer: PreTrainedTokenizerBase, *, by_ids: bool, takes_more: bool) -> None:
+        self._client = client
+        self._model = model
+        self._tokenizer = tokenizer
+        self._by_ids = by_ids
+        self._takes_more = takes_more
+        self._frame = _chat_frame(tokenizer)
+
+    def question(self, prompt: Prompt, sampling: Sampling) -> Question[Completion]:
+        """The request for one answer. Raises `RefusedError` for what this endpoint cannot be asked."""
+        asked = {"prompt": list(prompt.token_ids)} if self._by_ids else {"messages": self._messages(prompt)}
+        return Question(
+            name=f"prompt {prompt.prompt_id}",
+            url=f"{self._client.address.url}/{'completions' if self._by_ids else 'chat/completions'}",
+            body={"model": self._model, **asked, **self._how(sampling)},
+            read=lambda said: self._completion(said, prompt, sampling),
+            prompt_tokens=len(prompt.token_ids),
+            answer_tokens=sampling.max_new_tokens,
+            max_bytes=_ANSWER_BYTES + _BYTES_PER_TOKEN * (sampling.max_new_tokens + len(prompt.token_ids)),
+        )
+
+    def _how(self, sampling: Sampling) -> dict[str, Any]:
+        is_greedy = sampling.top_k == 1
+        how: dict[str, Any] = {
+            "max_tokens" if self._by_ids or self._takes_more else "max_completion_tokens": sampling.max_new_tokens,
+            "temperature": 0.0 if is_greedy else sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        if self._takes_more:
+            more = {"top_k": 0 if is_greedy else sampling.top_k, "stop_token_ids": list(sampling.stop_token_ids), "repetition_penalty": 1.0}
+            return how | more | {"return_token_ids": True}
+        if sampling.top_k > 1:
+            raise RefusedError(
+                "not_offered", f"teacher {self._model} does not know top_k {sampling.top_k}: set it to 0 (none) or 1 (greedy)"
+            )
+        return how
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        """The question of a prompt in the student's chat format; a prompt in none is the question itself."""
+        text = str(self._tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
+        before, after = self._frame
+        if before and text.startswith(before):
+            question = text.removeprefix(before)
+            if not question.endswith(after) or before in question:
+                raise RefusedError(
+                    "invalid",
+                    f"prompt {prompt.prompt_id} is a conversation of several messages in the student's format, of which a chat endpoint "
+                    "can be given one: use an endpoint that takes token ids (teacher.api.writing=completions), or prompts of one message",
+                )
+            text = question.removesuffix(after)
+        return [{"role": "user", "content": text}]
+
+    def _completion(self, said: Any, prompt: Prompt, sampling: Sampling) -> Completion:
+        (choice,) = said["choices"]
+        text = choice["text"] if self._by_ids else choice["message"]["content"]
+        reason = choice["finish_reason"]
+        if not isinstance(text, str) or reason not in ("stop", "length", "eos"):
+            raise ValueError(f"finish_reason is {reason!r} and the text a {type(text).__name__}: expected stop or length, and a text")
+        is_whole = reason != "length"
+        ids = self._ids(choice, text, is_whole=is_whole)
+        if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+            raise ValueError(f"it holds token ids {min(ids)}..{max(ids)}")
+        if len(ids) > sampling.max_new_tokens:
+            if "token_ids" in choice:
+                raise ValueError(f"it has {len(ids)} tokens, asked were at most {sampling.max_new_tokens}")
+            ids, is_whole = ids[: sampling.max_new_tokens], False  # the student's tokens are not the teacher's
+        finish: FinishReason = "stop" if is_whole else "length"
+        return Completion(prompt, ids, text, finish)
+
+    def _ids(self, choice: Mapping[str, Any], text: str, *, is_whole: bool) -> tuple[int, ...]:
+        given = choice.get("token_ids")
+        if given is not None:
+            return tuple(int(token) for token in given)
+        ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        return (*ids, int(end)) if is_whole and end is not None else tuple(ids)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before and after the one question of a conversation; empty where there is no template."""
+    if not tokenizer.chat_template:
+        return "", ""
+    messages = [{"role": "user", "content": _PLACE}]
+    before, _, after = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)).partition(_PLACE)
+    return before, after
