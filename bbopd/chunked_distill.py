@@ -62,8 +62,7 @@ def _run_chunks(
     needs_grad = any(gradient is not None for gradient in (dH_ND, dW_VD, db_V))
     logits = Logits(kernels, student, chunk)
     teacher_logits = Logits(kernels, case.teacher, chunk) if isinstance(case.teacher, Head) else None
-    in_place = grad_dtype == torch.float32 or not kernels.rounds or not needs_grad
-    grad_nS = logits.buffer if in_place else torch.empty_like(logits.buffer, dtype=grad_dtype)
+    grad_nS = logits.gradient(grad_dtype)
     with torch.accelerator.device_index(device.index):
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
@@ -79,7 +78,7 @@ def _run_chunks(
                 part.on_support()
             else:
                 part.dense(teacher)
-            grad_nV = grad_nS[:n, :V].to(grad_dtype)
+            grad_nV = grad_nS[:n, :V]
             if dH_ND is not None:
                 multiply(grad_nV, student.weight, dH_ND[rows])
             if dW_VD is not None:

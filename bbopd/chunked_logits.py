@@ -44,7 +44,7 @@ class Rows:
     V: int
     temperature: float
     statistics: Tensor  # [3, n] each row's maximum m, the logarithms of the sums of exp((z - m) / T) and of exp(z - m)
-    gradient: Tensor | None  # [n, S] written, float32 or bfloat16; it may be the logits themselves
+    gradient: Tensor | None  # [n, S] written, float32 or bfloat16; each row may begin where its logits do, which it then overwrites
     labels: Tensor | None  # [n, 1] int64, -1 for one that is not among these columns
     ce_grad: Tensor | None  # [n, 1] the factor of q - onehot(label), q at temperature 1
     kd_grad: Tensor | None = None  # [n, 1] the factor of the divergence's gradient; without a teacher that of q - onehot(id), q at T
@@ -59,7 +59,6 @@ class RowKernels(Protocol):
 
     name: str  # what ``impl`` calls the engine
     emulated: bool  # on a CPU, in an emulation of the kernels
-    rounds: bool  # whether gradients can be written in bfloat16, rounded to nearest
 
     def finish(self, logits: Tensor, bias: Tensor | None, inner: float | None, outer: float) -> None:
         """Logits [n, S] become ``outer * (z + bias)``, or with ``inner`` ``outer * tanh(inner * (z + bias))``, in place; bias [S]."""
@@ -120,6 +119,10 @@ class Logits:
         self.inner = None if head.softcap is None else head.scale / head.softcap
         self.outer = head.scale if head.softcap is None else head.softcap
 
+    def gradient(self, dtype: torch.dtype) -> Tensor:
+        """Room for the gradient of a chunk, [chunk, S], in the logits' own memory: what is narrower leaves the end of each row unused."""
+        return self.buffer.view(dtype)[:, : self.buffer.shape[1]]
+
     def multiply(self, rows: slice) -> Tensor:
         """``hidden @ weight.T`` of ``rows``, [n, S]."""
         z_nS = self.buffer[: rows.stop - rows.start]
@@ -142,7 +145,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return out.zero_()
     if a.dtype == b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda and a.dtype == b.dtype:
+    if not a.is_cpu and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     if out.dtype == torch.float32:
         return torch.mm(a.float(), b.float(), out=out)

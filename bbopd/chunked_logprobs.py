@@ -17,7 +17,7 @@ from bbopd import op_checks
 from bbopd.chunked_logits import CHUNK_LOGITS, Logits, RowKernels
 from bbopd.reference_distill import head_of
 from bbopd.reference_logprobs import empty_results, log_probs_around
-from bbopd.reference_math import Support, take_ids
+from bbopd.reference_math import Support, take_ids, without_autocast
 
 
 def register(name: str, kernels: RowKernels) -> Any:
@@ -47,7 +47,7 @@ def register(name: str, kernels: RowKernels) -> Any:
         token_ids = None if token_ids is None else token_ids.contiguous()
         selection = kernels.selection_bytes(V, top_k) if top_k else 0
         chunk = min(chunk_tokens or max(1, 4 * CHUNK_LOGITS // (4 * V + selection)), max(N, 1))
-        with torch.autocast(device.type, enabled=False), torch.accelerator.device_index(device.index):
+        with without_autocast(device), torch.accelerator.device_index(device.index):
             logits = Logits(kernels, head_of(hidden, weight, bias, logit_scale, logit_softcap, V), chunk)
             for start in range(0, N, chunk):
                 rows = slice(start, min(start + chunk, N))

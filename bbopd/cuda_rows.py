@@ -18,7 +18,6 @@ class CudaRows:
     """Launches by ``kernels``: the extension ``bbopd._cuda``, or an emulation of it on tensors of a CPU."""
 
     name = "cuda"
-    rounds = True
 
     def __init__(self, kernels: Any, emulated: bool = False) -> None:
         self.kernels, self.emulated = kernels, emulated

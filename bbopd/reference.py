@@ -17,7 +17,7 @@ from torch import Tensor
 from bbopd import op_checks
 from bbopd.reference_distill import METRICS, Distillation, head_of, run
 from bbopd.reference_logprobs import linear_logprobs
-from bbopd.reference_math import RATIO_CAP
+from bbopd.reference_math import RATIO_CAP, without_autocast
 from bbopd.reference_tokens import TokenWeights, check_values
 from bbopd.reference_vocabulary import WHOLE, Shard, Whole, describe, refuse
 from bbopd.types import CandidateTeacher, DistillLoss, FullTeacher, OpTeacher, SampledTeacher, TopKTeacher
@@ -252,7 +252,7 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
             rows = weight.shape[0], op_checks.vocabulary_of(teacher_logits, teacher_weight)
             shard = Shard.agree(group, *rows, vocab_size, options | describe(shared, own))
             vocabulary, V, total = shard, shard.columns, shard.total
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             if check:
                 vocabulary.check(
                     lambda: check_values(labels, token_weight, normalizer, valid, ids, logprobs, extra, kind, total, ignore_index), shared

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bbopd import op_checks
 from bbopd.reference_distill import chunk_rows, head_of
-from bbopd.reference_math import Support, softmax_in_place, stable_top_k, support_log_probs, take_support
+from bbopd.reference_math import Support, softmax_in_place, stable_top_k, support_log_probs, take_support, without_autocast
 from bbopd.types import TokenLogprobs
 
 
@@ -102,7 +102,7 @@ def _linear_logprobs(
     found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
         hidden, token_ids, candidate_ids, top_k, dtype
     )
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V).to(dtype)
         chunk, block = chunk_rows(V, device)
         chunk = min(chunk_tokens or chunk, max(N, 1))

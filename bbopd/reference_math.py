@@ -9,6 +9,7 @@ synchronises with a GPU. docs/objective.md derives the formulas.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ RATIO_CAP = 1e4
 _INFINITY_STAND_IN = 1e30  # a teacher logit of +inf takes all the mass of its row, without inf - inf
 _LOWEST = -1e9  # stands in for -inf in a difference of log-probabilities
 _EXP_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}  # its exponential is finite, that of its negative still normal
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """In which products are of the dtypes that they are given; tensors on "meta", of which memory is counted, have no autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def softmax_in_place(u_nV: Tensor, prob_nV: Tensor) -> tuple[Tensor, Tensor]:

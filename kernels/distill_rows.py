@@ -7,11 +7,12 @@ the end of a row only, always in the same order. The mathematics is that of csrc
 import triton
 import triton.language as tl
 
-from bbopd.kernels.logits import is_set, load_logits
+from bbopd.kernels.logits import INTERPRETED, is_set, load_logits
 
 LOG_P_FLOOR = tl.constexpr(-30.0)  # reverse KL reads a smaller log p (a masked token) as this
 LOWEST = tl.constexpr(-1e9)  # stands in for -inf in a difference of log-probabilities
 EXP_LIMIT = tl.constexpr(80.0)  # its exponential is finite, and that of its negative normal
+CUTS_SHORT = tl.constexpr(INTERPRETED)  # the interpreter's bfloat16, where it should round
 
 
 # ---------------------------------------------------------------- mathematics
@@ -95,6 +96,15 @@ def log_prob(z, row_max, log_sum, inverse_temperature):
     return log_p - log_sum
 
 
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """``x`` rounded to the nearest number of a type, ties to even."""
+    if CUTS_SHORT and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), x)  # NaN stays
+    return x.to(DTYPE)
+
+
 # ---------------------------------------------------------------- kernels
 
 
@@ -142,7 +152,7 @@ def row_divergence(
 @triton.jit
 def row_gradient(
     logits,  # [n, stride] float32
-    gradient,  # [n, stride], written: by hidden @ weight.T; it may be logits itself
+    gradient,  # [n, stride], written: by hidden @ weight.T; each row may begin where its logits do, and overwrite them
     teacher,  # [n, teacher_width or more] of any float type, or None
     signal,  # [n] bool: rows of the teacher to read, or None for all
     student_statistics,  # [3, n] float32: each row's maximum, the logarithm of its sum at T and of that at 1
@@ -154,6 +164,7 @@ def row_gradient(
     ids,  # [n] int64, or None for q without onehot(id)
     V,
     stride,
+    gradient_stride,
     teacher_stride,
     teacher_width,
     inverse_temperature,  # 1 / T, or None at T = 1
@@ -200,4 +211,5 @@ def row_gradient(
             gradient_B += ce_factor * gap_B
         if inverse_cap is not None:
             gradient_B *= 1.0 - (z_B * inverse_cap) * (z_B * inverse_cap)
-        tl.store(gradient + row * stride + column_B, gradient_B.to(gradient.dtype.element_ty), mask=column_B < stride)
+        tl.debug_barrier()  # narrower numbers than the logits go where other threads' logits of this block were
+        tl.store(gradient + row * gradient_stride + column_B, narrowed(gradient_B, gradient.dtype.element_ty), mask=column_B < stride)

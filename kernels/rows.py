@@ -20,7 +20,6 @@ __all__ = ["INTERPRETED", "TritonRows"]
 class TritonRows:
     name = "triton"
     emulated = INTERPRETED
-    rounds = not INTERPRETED  # the interpreter cuts bfloat16 short where it should round
 
     def finish(self, logits: Tensor, bias: Tensor | None, inner: float | None, outer: float) -> None:
         finish_logits[(logits.shape[0],)](logits, bias, logits.stride(0), inner, outer, **LAUNCH)
@@ -88,6 +87,7 @@ class TritonRows:
             rows.ids,
             rows.V,
             rows.logits.stride(0),
+            0 if rows.gradient is None else rows.gradient.stride(0),
             0 if full is None else full.logits.stride(0),
             0 if full is None else full.logits.shape[1],
             _inverse(rows.temperature),

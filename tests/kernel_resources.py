@@ -26,9 +26,9 @@ CAPABILITIES = (80, 90, 100)  # A100, H100, B200
 REGISTER_FILE, LARGEST_SHARE = 65536, 2  # of a multiprocessor, that two rows at least be worked on at a time
 
 TYPES = {"gradient": "*bf16", "teacher": "*bf16", "signal": "*i1", "labels": "*i64", "ids": "*i64", "token_ids": "*i64", "keys": "*i64"}
-TYPES |= dict.fromkeys(("V", "stride", "width", "teacher_stride", "teacher_width", "kept"), "i32")
+TYPES |= dict.fromkeys(("V", "stride", "gradient_stride", "width", "teacher_stride", "teacher_width", "kept"), "i32")
 TYPES |= dict.fromkeys(("inner", "outer", "inverse_temperature", "inverse_cap", "mix"), "fp32")
-ALIGNED = ("logits", "bias", "teacher", "gradient", "stride", "width", "teacher_stride", "teacher_width")
+ALIGNED = ("logits", "bias", "teacher", "gradient", "stride", "gradient_stride", "width", "teacher_stride", "teacher_width")
 
 
 @dataclass(frozen=True, slots=True)

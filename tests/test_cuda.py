@@ -24,7 +24,7 @@ from bbopd.cuda_rows import CudaRows
 from bbopd.reference import linear_distill_with, register
 from bbopd.reference_logprobs import linear_logprobs_with
 from bbopd.types import DIVERGENCES
-from tests import distill_cases, logprobs_cases
+from tests import distill_cases, in_place, logprobs_cases
 from tests.cuda_build import ARCHITECTURES, KERNELS, THREADS, build_emulation, compile_kernels
 from tests.distill_oracle import compare, draw, logits_of, make_teacher, oracle
 
@@ -267,6 +267,18 @@ def test_gradients_are_rounded_to_nearest(rows: CudaRows) -> None:
     rows.gradient(replace(given, gradient=rounded_nS))
     torch.testing.assert_close(exact_nS, z_nS.exp())
     assert torch.equal(rounded_nS, exact_nS.bfloat16())
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", in_place.KINDS)
+def test_gradients_go_where_the_logits_were(
+    kind: str, dtype: torch.dtype, order: str, rows: CudaRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BBOPD_EMULATION", order)
+    apart, over = in_place.gradients(rows, kind, dtype)
+    assert apart.any(1).all()
+    assert torch.equal(apart, over)
 
 
 # ---------------------------------------------------------------- the build

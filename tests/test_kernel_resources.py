@@ -14,6 +14,7 @@ if triton.knobs.runtime.interpret:
 from tests import kernel_resources  # noqa: E402
 from tests.kernel_resources import CAPABILITIES, LARGEST_SHARE, REGISTER_FILE, VARIANTS, Usage  # noqa: E402
 
+IN_ORDER = re.compile(r"ld\.global|st\.global|bar\.sync|cp\.async|^\s*(?:@%\w+ )?bra|^\$L__BB\w+:", re.MULTILINE)
 OTHER_VERSION = 16  # registers by which another Triton's allocation may differ
 
 
@@ -31,6 +32,13 @@ def test_the_table_names_every_kernel_and_variant() -> None:
     assert all(usage.kernel == VARIANTS[usage.variant].kernel for usage in table)
 
 
+def assert_stores_wait(ptx: str) -> None:
+    """A store to global memory comes after a barrier that all loads before it precede: it may go where other threads read."""
+    order = "".join({"ld.global": "l", "st.global": "s", "bar.sync": "b"}.get(found, "|") for found in IN_ORDER.findall(ptx))
+    assert re.search("bs", order)
+    assert not re.search("s", re.sub("bs+", "", order)), order
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_kernel_keeps_to_its_resources(name: str, capability: int, compiled: dict[Any, tuple[Usage, str]]) -> None:
@@ -39,6 +47,8 @@ def test_a_kernel_keeps_to_its_resources(name: str, capability: int, compiled: d
     assert (usage.stack, usage.spilled) == (0, 0)
     assert usage.registers * usage.threads * LARGEST_SHARE <= REGISTER_FILE
     assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx)  # 16 bytes at a time
+    if usage.kernel == "row_gradient":
+        assert_stores_wait(ptx)
     if usage.triton == known.triton:
         assert usage == known
     else:

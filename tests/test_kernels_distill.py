@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import in_place
 from tests.devices import ON_CPU, ON_GPU
 from tests.distill_cases import AGAIN, ANSWERED, NEAR, OPCHECK, REFUSED, REFUSED_ON_CPU, SAME, assert_exact, assert_exact_near
 
@@ -24,6 +25,8 @@ CHILD = """
 import sys, torch
 from bbopd import linear_distill, reference
 from bbopd.kernels import distill
+from bbopd.kernels.rows import TritonRows
+from tests import in_place
 from tests.devices import ON_CPU, ON_GPU
 from tests.distill_cases import answer, moved
 
@@ -48,6 +51,8 @@ for name, question in torch.load(questions, weights_only=False).items():
         # not test_aot_dispatch_dynamic: it differentiates ce and kd as well, which have no gradient
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         answered[name] = torch.library.opcheck(torch.ops.bbopd.linear_distill_triton.default, recorded[0], test_utils=tests)
+for kind in in_place.KINDS:
+    answered["in place " + kind] = in_place.gradients(TritonRows(), kind, torch.bfloat16, device)
 torch.save(answered, answers)
 """
 
@@ -89,6 +94,13 @@ def test_equal_logits_have_no_divergence_and_no_gradient(name: str, answers: dic
 def test_repeats_and_a_second_backward_are_bitwise_equal(name: str, answers: dict[str, Any]) -> None:
     once, again = answers[name]
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", in_place.KINDS)
+def test_gradients_go_where_the_logits_were(kind: str, answers: dict[str, Any]) -> None:
+    apart, over = answers[f"in place {kind}"]
+    assert apart.any(1).all()
+    assert torch.equal(apart, over)
 
 
 @pytest.mark.parametrize("name", OPCHECK)

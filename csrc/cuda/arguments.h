@@ -40,8 +40,9 @@ struct StatisticsArguments {
 struct DistillArguments {
   Index n;
   int V;
-  Matrix logits;               // [n, V or more] float32
-  Matrix gradient;             // [n, V or more] float32 or bfloat16, written; null where none is needed
+  Matrix logits;  // [n, V or more] float32
+  // [n, V or more] float32 or bfloat16, written: each row may begin where its logits do; null where none is needed
+  Matrix gradient;
   const float* statistics;     // [3, n] the maximum, the logarithms of the sums at T and at 1
   const std::int64_t* labels;  // [n], or null
   const float* ce_grad;        // [n] the factor of q - onehot(label), q at temperature 1; or null

@@ -49,22 +49,35 @@ inline DistillAligned alignment_of(const DistillArguments& a) {
   return {is_aligned(a.logits), is_aligned(a.gradient), is_aligned(a.teacher)};
 }
 
+// What a thread has read of a row and its teacher's. A row's gradient may begin where its logits do: all threads have
+// read their four, and a barrier is passed, before the first of them writes, to bytes that came no later in the row.
+struct FourOfRow {
+  float z[4], log_p[4];
+};
+
 // Cross-entropy, beside it a sampled token, the tail of a support, or nothing.
 template <class Block>
 BBOPD_IN_BLOCK void sparse_row(Block& block, const DistillArguments& a, DistillAligned aligned, Index row) {
   const DistillRow of(a, row, true);
-  block.lanes([&](int thread) {
-    for (int column = 4 * thread; column < a.V; column += kStep) {
-      float z[4], g[4];
-      read(a.logits, aligned.logits, row, column, a.V, z);
+  typename Block::template PerThread<FourOfRow> part;
+  for (int first = 0; first < a.V; first += kStep) {
+    block.each([&](int thread) {
+      const int column = first + 4 * thread;
+      if (column < a.V) read(a.logits, aligned.logits, row, column, a.V, part[thread].z);
+    });
+    block.lanes([&](int thread) {
+      const int column = first + 4 * thread;
+      if (column >= a.V) return;
+      const FourOfRow& four = part[thread];
+      float g[4];
       for (int i = 0; i < 4; ++i) {
         float gap = 0.0F;
-        if (of.has_kd) gap = std::exp(of.log_q(z[i])) - (column + i == of.id ? 1.0F : 0.0F);
-        g[i] = of.gradient(z[i], column + i, gap);
+        if (of.has_kd) gap = std::exp(of.log_q(four.z[i])) - (column + i == of.id ? 1.0F : 0.0F);
+        g[i] = of.gradient(four.z[i], column + i, gap);
       }
       write(a.gradient, aligned.gradient, row, column, a.V, g);
-    }
-  });
+    });
+  }
 }
 
 // A row's divergence, its sum of q h, and how many log p were read as the floor.
@@ -136,30 +149,37 @@ BBOPD_IN_BLOCK void full_row(Block& block, const DistillArguments& a, DistillAli
     mean = shares.mean;
   }
   if (has_gradient) {
-    block.lanes([&](int thread) {
-      Shares sums{0.0F, 0.0F, 0};
-      for (int column = 4 * thread; column < a.V; column += kStep) {
-        float z[4], log_p[4] = {}, g[4];
-        read(a.logits, aligned.logits, row, column, a.V, z);
-        if (has_signal) read_log_p(column, log_p);
+    typename Block::template PerThread<FourOfRow> fours;
+    block.lanes([&](int thread) { part[thread] = {0.0F, 0.0F, 0}; });
+    for (int first = 0; first < a.V; first += kStep) {
+      block.each([&](int thread) {
+        const int column = first + 4 * thread;
+        if (column >= a.V) return;
+        read(a.logits, aligned.logits, row, column, a.V, fours[thread].z);
+        if (has_signal) read_log_p(column, fours[thread].log_p);
+      });
+      block.lanes([&](int thread) {
+        const int column = first + 4 * thread;
+        if (column >= a.V) return;
+        const FourOfRow& four = fours[thread];
+        float g[4];
         for (int i = 0; i < 4; ++i) {
           float of_divergence = 0.0F;
           if (has_signal) {
-            const auto both = rows::class_of<kind, rows::Scalar<float>>(log_p[i], of.log_q(z[i]));
+            const auto both = rows::class_of<kind, rows::Scalar<float>>(four.log_p[i], of.log_q(four.z[i]));
             const auto term = term_of(both);
             if constexpr (has_mean) {
               of_divergence = term.qh - both.q * mean;
             } else {
               of_divergence = term.qh;
-              sums.add(term, both.floored);
+              part[thread].add(term, both.floored);
             }
           }
-          g[i] = of.gradient(z[i], column + i, of_divergence);
+          g[i] = of.gradient(four.z[i], column + i, of_divergence);
         }
         write(a.gradient, aligned.gradient, row, column, a.V, g);
-      }
-      part[thread] = sums;
-    });
+      });
+    }
     if constexpr (!has_mean) write_shares(reduce(block, part, room));
   }
 }

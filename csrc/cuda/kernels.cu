@@ -74,8 +74,9 @@ __global__ void __launch_bounds__(kThreads)
   sparse_row(block, arguments, aligned, blockIdx.x);
 }
 
+// six blocks of a multiprocessor leave registers enough that none is spilled
 template <Divergence kind>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     full_rows(const __grid_constant__ DistillArguments arguments, DistillAligned aligned) {
   __shared__ Shares room[kWarps];
   DeviceBlock block;
