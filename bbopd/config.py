@@ -101,6 +101,10 @@ class ServeConfig(_Section):
     """A teacher that this library hosts: the file of ``bbopd serve``, or ``teacher.serve`` to start one beside a run."""
 
     model: str
+    engine: Literal["hf", "vllm"] = "hf"
+    """``hf``: transformers, every level. ``vllm``: top-k, sampled and text, at temperature 1, the tail derived as 1 minus the sum."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Share of the GPU's memory that vllm may count on."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7070
     """0 takes a free port."""

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bbopd.errors import EngineError
-from bbopd.rollouts.vllm import require_vllm
+from bbopd.vllm_setup import require_vllm
 from tests.test_cli import WORDS, bbopd, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
@@ -55,4 +55,4 @@ def test_an_engine_that_disagrees_stops_the_run(folder):
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
 def test_without_vllm_the_way_to_it_is_named():
     with pytest.raises(EngineError, match=r"pip install 'bbopd\[vllm\]'"):
-        require_vllm()
+        require_vllm("rollouts.engine")

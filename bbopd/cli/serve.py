@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from bbopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from bbopd.config import ServeConfig
+    from bbopd.rpc.backend import TeacherBackend
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,6 +25,7 @@ _log = logging.getLogger("bbopd.serve")
 
 _SETTINGS = """settings, in teacher.yaml or by --set (all of them: docs/teachers.md):
   model, revision, dtype, device       what is loaded, and how
+  engine, gpu_memory                   hf, or vllm (docs/teachers.md says what that offers); its share of a GPU
   levels, max_top_k                    what is offered
   max_sequence_tokens, batch_tokens    tokens of one sequence, and of one forward pass
   host, port                           where; any host but loopback needs tls and a token:
@@ -54,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, then finish what is under way. Returns the exit code; raises `BbopdError`."""
     config = _configuration(args)
+    if config.engine == "vllm":
+        _prepare_vllm(config)
     if args.parent_pid is not None:
         threading.Thread(target=_follow_parent, args=(args.parent_pid,), daemon=True, name="bbopd-parent").start()
 
@@ -62,15 +67,33 @@ def run(args: argparse.Namespace) -> int:
 
     set_up_logs(config.log)
     access = ServerAccess.from_config(config)
-    from bbopd.teachers.hf import HFBackend
-
     _log.info("loading %s", config.model)
     started = time.monotonic()
-    backend = HFBackend.from_config(config)
+    backend = _backend(config)
     offers = ", ".join(offer.level for offer in backend.info.offers)
     _log.info("loaded in %.1f s: %d entries of vocabulary, offers %s", time.monotonic() - started, backend.info.vocab_size, offers)
     serve(backend, config, access, args.ready_file)
     return 0
+
+
+def _prepare_vllm(config: ServeConfig) -> None:
+    """Go on in the environment that vLLM wants: this process is started anew unless it has that already."""
+    from bbopd.modeling import resolve_device
+    from bbopd.vllm_setup import enter_engine_environment, require_vllm
+
+    require_vllm("engine")
+    for note in enter_engine_environment(resolve_device(config.device).type):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _backend(config: ServeConfig) -> TeacherBackend:
+    if config.engine == "vllm":
+        from bbopd.teachers.vllm import VLLMBackend
+
+        return VLLMBackend.from_config(config)
+    from bbopd.teachers.hf import HFBackend
+
+    return HFBackend.from_config(config)
 
 
 def _configuration(args: argparse.Namespace) -> ServeConfig:

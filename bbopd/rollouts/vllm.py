@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib.util
 import math
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +21,10 @@ from torch import Tensor
 
 from bbopd.errors import DataError, EngineError, ModelError
 from bbopd.rollouts.vllm_client import EngineClient, Written
-from bbopd.rollouts.vllm_environment import engine_environment
 from bbopd.rollouts.vllm_process import EngineProcess
 from bbopd.rollouts.vllm_weights import WeightWindow
 from bbopd.types import Prompt, Rollout, Sampling
+from bbopd.vllm_setup import engine_environment, kv_bytes_of_token, require_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +87,7 @@ class VLLMEngine:
         EngineError
             vLLM is not installed, does not know the architecture, or was not ready in time.
         """
-        require_vllm()
+        require_vllm("rollouts.engine")
         device = next(model.parameters()).device
         place = Path(folder).absolute()
         options = options if options.max_batch else replace(options, max_batch=_MAX_BATCH[device.type])
@@ -233,17 +231,6 @@ class VLLMEngine:
             )
 
 
-def require_vllm() -> None:
-    """Raises `EngineError` where vLLM is not installed in this environment."""
-    with suppress(ValueError):
-        if importlib.util.find_spec("vllm") is not None:
-            return
-    raise EngineError(
-        "rollouts.engine is vllm, but vLLM is not installed here: pip install 'bbopd[vllm]' on a machine with a GPU; on a CPU, "
-        "`make vllm` sets up an environment with vLLM's CPU build; or set rollouts.engine=hf"
-    )
-
-
 def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
     """The student's config.json as vLLM reads it: its class named, and nothing of how its weights were stored."""
     config = copy.deepcopy(model.config)
@@ -258,10 +245,7 @@ def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
 
 def _kv_cache_bytes(model: PreTrainedModel, options: VLLMOptions) -> int:
     """Memory for keys and values of a whole batch at its longest, as far as a quarter of what is free; what finds no room waits."""
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    of_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * options.dtype.itemsize
+    of_token = kv_bytes_of_token(model.config.get_text_config(decoder=True), options.dtype.itemsize)
     of_sequence = of_token * math.ceil(options.max_sequence_tokens / _KV_BLOCK) * _KV_BLOCK
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(2 * of_sequence, min(options.max_batch * of_sequence, free // 4))

@@ -102,6 +102,7 @@ async def _info_is_sane(probe: Probe) -> str:
     require(other == again, "GetInfo answers differently from one call to the next")
     unknown = [name for name in _HASHES if not getattr(info, name)]
     shown = f"{info.model}, {info.vocab_size} tokens, offers {', '.join(levels)}"
+    shown += ", the tail derived as 1 minus the sum" if any(offer.tail == "derived" for offer in info.offers) else ""
     return shown + (f"; unknown: {', '.join(unknown)}" if unknown else "")
 
 

@@ -78,7 +78,9 @@ def _bad_items(probe: Probe) -> list[tuple[str, Change, str]]:
         ]
     for level in LEVELS:
         if level != "text" and info.offer(level) is None:
-            cases.append((f"level {level}, which is not offered", _plain(wanting(level=LEVEL_NUMBERS[level], top_k=0)), "NOT_OFFERED"))
+            ask = wanting(level=LEVEL_NUMBERS[level], top_k=0)
+            ask = _with_candidates(ask) if level == "candidates" else _plain(ask)
+            cases.append((f"level {level}, which is not offered", ask, "NOT_OFFERED"))
     if info.offer("candidates"):
         cases += _bad_candidates(probe)
     return cases
@@ -104,6 +106,17 @@ def _bad_candidates(probe: Probe) -> list[tuple[str, Change, str]]:
         ("a candidate outside the vocabulary", asking([[probe.info.vocab_size]] * rows), "INVALID"),
         ("a candidate below -1", asking([[-2]] * rows), "INVALID"),
     ]
+
+
+def _with_candidates(change: Change) -> Change:
+    """For level candidates: one id for every response token."""
+
+    def both(item: pb.ScoreItem) -> None:
+        rows = len(item.token_ids.data) // 4 - item.prompt_tokens
+        item.candidate_ids.CopyFrom(encode_tensor(np.ones((rows, 1), np.int32)))
+        change(item)
+
+    return both
 
 
 def _plain(change: Change) -> Change:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from bbopd.rollouts.vllm_environment import engine_environment, physical_cores
+from bbopd.vllm_setup import engine_environment, physical_cores
 
 
 def topology(folder: Path, siblings: dict[int, str]) -> Path:

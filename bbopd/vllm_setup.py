@@ -1,20 +1,28 @@
-"""The environment that makes vLLM quick on a CPU, found and set by itself.
+"""What student and teacher share of vLLM: whether it is there, the environment that makes it quick on a CPU, what its cache takes.
 
-Three things decide: Intel's OpenMP in place of GNU's, a thread bound to each physical core, and an allocator that keeps memory. Two of
-them must be there before a process starts (``LD_PRELOAD``), so the engine's process is started with them and nobody else's is changed.
+Of the environment three things decide: Intel's OpenMP in place of GNU's, a thread bound to each physical core, and an allocator that
+keeps memory. Two of them must be there before a process starts (``LD_PRELOAD``): the process of a run's engine is started with them, a
+teacher's is started anew in its place.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from bbopd.errors import EngineError
 
 _OPENMP = ("intel-openmp", "libiomp5.so", "pip install intel-openmp")
 _ALLOCATOR = "libtcmalloc_minimal.so.4"
+_STARTED_ANEW = "BBOPD_ENGINE_PROCESSORS"  # those that a process might use before it was started anew
 _LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 
 # Values that someone has set already are kept: this is a default, not a verdict.
@@ -53,6 +61,39 @@ def engine_environment(device_type: str, base: Mapping[str, str] | None = None) 
             defaults["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
             defaults["KMP_BLOCKTIME"] = "5"  # milliseconds that an idle thread keeps its core; the trainer wants it next
     return EngineEnvironment({**defaults, **variables}, tuple(notes))
+
+
+def require_vllm(setting: str) -> None:
+    """Raises `EngineError` where vLLM is not installed in this environment; ``setting`` is what asks for it."""
+    with suppress(ValueError):
+        if importlib.util.find_spec("vllm") is not None:
+            return
+    raise EngineError(
+        f"{setting} is vllm, but vLLM is not installed here: pip install 'bbopd[vllm]' on a machine with a GPU; on a CPU, "
+        f"`make vllm` sets up an environment with vLLM's CPU build; or set {setting}=hf"
+    )
+
+
+def enter_engine_environment(device_type: str) -> tuple[str, ...]:
+    """Start this very command anew, in this process, with an engine's environment; where it has been, return the notes on that.
+
+    OpenMP, once it is there, binds the main thread to one core, which further threads would inherit: that is undone.
+    """
+    if (processors := os.environ.pop(_STARTED_ANEW, None)) is None:
+        variables = dict(engine_environment(device_type).variables)
+        variables[_STARTED_ANEW] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)
+    os.sched_setaffinity(0, {int(processor) for processor in processors.split(",")})
+    return tuple(_preloads()[1]) if device_type == "cpu" else ()
+
+
+def kv_bytes_of_token(config: Any, itemsize: int) -> int:
+    """Bytes of keys and values of one token, for a decoder of which ``config`` is the Hugging Face configuration."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * itemsize
 
 
 def _stem(path: str) -> str:
