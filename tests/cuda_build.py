@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bbopd.types import DIVERGENCES
+from tests.resource_table import Usage
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
@@ -31,34 +32,32 @@ THREADS = 256
 """Of a block, in each of them (`kThreads` in csrc/cuda/block.h)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a kernel takes: registers of a thread, bytes of shared memory of a block, of stack and of spilled registers of a thread."""
-
-    registers: int
-    shared: int
-    stack: int
-    spilled: int
-
-
-def compile_kernels(architecture: str, cubin: Path) -> dict[str, Usage]:
+def compile_kernels(architecture: str) -> dict[str, Usage]:
     """Compile the kernels for an architecture, every warning an error, with the options of CMakeLists.txt; what each of `KERNELS` takes."""
     nvcc = shutil.which("nvcc")
     assert nvcc is not None
     options = ["-std=c++20", "--expt-relaxed-constexpr", "--fmad=false", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
-    target = ["-cubin", f"-arch={architecture}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", str(SOURCE), "-o", str(cubin)]
-    done = subprocess.run([nvcc, *options, *target], capture_output=True, text=True, timeout=240)
+    target = ["-cubin", f"-arch={architecture}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}", str(SOURCE), "-o"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        done = subprocess.run([nvcc, *options, *target, cubin.name], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    version = re.search(r"release .*V(\S+)", subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout)
+    assert version is not None
     found, names = {}, "|".join({name.split()[0] for name in KERNELS})
     for part in done.stderr.split("Compiling entry function ")[1:]:
         kernel = re.match(rf"'\w*\d({names})(?:I\w*?DivergenceE(\d))?", part)  # of a mangled name
         assert kernel is not None, part
         name = kernel[1] if kernel[2] is None else f"{kernel[1]} {DIVERGENCES[int(kernel[2])]}"
         found[name] = Usage(
+            kernel=kernel[1],
+            variant=name,
+            capability=_number(r"sm_(\d+)", architecture),
             registers=_number(r"Used (\d+) registers", part),
             shared=_number(r"(\d+) bytes smem", part),
             stack=_number(r"(\d+) bytes stack frame", part),
             spilled=_number(r"(\d+) bytes spill stores", part) + _number(r"(\d+) bytes spill loads", part),
+            threads=THREADS,
+            compiler=f"nvcc {version[1]}",
         )
     return found
 

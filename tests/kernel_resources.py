@@ -1,14 +1,16 @@
-"""Registers and shared memory of every Triton kernel, compiled for three GPUs: ``python -m tests.kernel_resources`` writes the table."""
+"""Registers and shared memory of every Triton kernel, compiled for three GPUs.
+
+``python -m tests.kernel_resources`` writes the table, and those of the CUDA kernels; it needs nvcc.
+"""
 
 from __future__ import annotations
 
-import csv
 import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from triton.compiler import ASTSource
 
 from bbopd.kernels import logits
 from bbopd.types import DIVERGENCES
+from tests import resource_table
+from tests.cuda_build import ARCHITECTURES, KERNELS, compile_kernels
+from tests.resource_table import Usage
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "docs" / "kernel_resources.csv"
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
-REGISTER_FILE, LARGEST_SHARE = 65536, 2  # of a multiprocessor, that two rows at least be worked on at a time
 
 TYPES = {"gradient": "*bf16", "teacher": "*bf16", "signal": "*i1", "labels": "*i64", "ids": "*i64", "token_ids": "*i64", "keys": "*i64"}
 TYPES |= dict.fromkeys(("V", "stride", "gradient_stride", "width", "teacher_stride", "teacher_width", "kept"), "i32")
@@ -39,21 +42,6 @@ class Variant:
     constants: dict[str, Any] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     fuses: bool = False  # multiplies and adds at once
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """One line of the table: ``stack`` and ``spilled`` in bytes a thread, ``shared`` in bytes a program."""
-
-    kernel: str
-    variant: str
-    capability: int
-    registers: int
-    shared: int
-    stack: int
-    spilled: int
-    threads: int
-    triton: str
 
 
 _NO_TEACHER: dict[str, Any] = dict.fromkeys(("teacher", "signal", "teacher_statistics", "mean"))
@@ -133,7 +121,7 @@ def compile_variant(name: str, capability: int) -> tuple[Usage, str]:
         told["STACK"],
         told["LOCAL"],
         32 * warps,
-        triton.__version__,
+        f"triton {triton.__version__}",
     )
     return usage, compiled.asm["ptx"]
 
@@ -144,18 +132,10 @@ def compile_all() -> list[tuple[Usage, str]]:
     return [compile_variant(name, capability) for name, capability in product(VARIANTS, CAPABILITIES)]
 
 
-def read() -> list[Usage]:
-    with TABLE.open(newline="") as file:
-        types = {one.name: int if one.type == "int" else str for one in fields(Usage)}
-        return [Usage(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
-
-
 def main() -> None:
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [one.name for one in fields(Usage)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(usage) for usage, _ in compile_all())
-    print(TABLE)
+    cuda = [compile_kernels(architecture) for architecture in ARCHITECTURES]
+    resource_table.write([*(usage for usage, _ in compile_all()), *(lines[name] for name in KERNELS for lines in cuda)])
+    print(resource_table.TABLE)
 
 
 if __name__ == "__main__":
