@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from bbopd.rpc.server import start_server
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.fake import FakeBackend
-from tests.test_cli import WORDS, bbopd, losses, write_config
+from tests.test_cli import WORDS, bbopd, losses, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 SMALL = {"cold_start_tokens": 50, "on_policy_tokens": 100}
@@ -52,6 +53,11 @@ async def test_a_run_of_two_replicas_and_one_that_repeats_it_from_the_cache(tmp_
         assert result.returncode == 0, result.stderr
         assert losses(second) == losses(first)
         compared = 3 * 4  # rounds of four texts
+        summaries = [json.loads((run / "summary.json").read_text())["teacher_cache"] for run in (first, second)]
+        assert summaries[0]["misses"] == sum(count for _, _, count, _ in stats.rows)
+        assert summaries[1]["hits"] >= summaries[0]["misses"] > 0
+        assert summaries[1]["misses"] == steps(second)[-1]["cache_misses"] == 0 < steps(second)[-1]["cache_hits"]
+        assert "answers were kept from before" in (second / "report.html").read_text()
         assert [sum(backend.calls) - before for backend, before in zip(backends, scored, strict=True)] == [compared, compared]
     finally:
         for server in servers:

@@ -129,6 +129,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "tokens_per_second": {name: round(count / busy[name], 1) for name, count in tokens.items() if count and busy.get(name)},
         "rejected": state.rejected,
         "teacher_retries": state.teacher_retries,
+        "teacher_cache": None if session.parts.cache_counts is None else dict(session.parts.cache_counts),
         "teacher_cost": None if session.parts.spending is None else asdict(session.parts.spending()),
         "samples": _samples(folder),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},

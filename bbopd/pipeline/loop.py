@@ -63,6 +63,7 @@ class Parts:
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None  # of an engine with weights of its own
     spending: Callable[[], Spending] | None = None  # of a teacher that costs money
+    cache_counts: Mapping[str, int] | None = None  # of one whose answers are kept: hits, misses and more, in this session
 
 
 class Loop:
@@ -254,7 +255,11 @@ class Loop:
                 return
 
     def _cost(self) -> dict[str, float]:
-        return {} if self._parts.spending is None else {"teacher_cost": round(self._parts.spending().total, 9)}
+        counts = self._parts.cache_counts or {}
+        figures: dict[str, float] = {f"cache_{name}": counts[name] for name in ("hits", "misses") if name in counts}
+        if self._parts.spending is not None:
+            figures["teacher_cost"] = round(self._parts.spending().total, 9)
+        return figures
 
     # ------------------------------------------------------------ budgets, saving, evaluation
 

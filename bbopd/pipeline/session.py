@@ -36,6 +36,7 @@ from bbopd.pipeline.teacher import open_api, open_budget, remembering
 from bbopd.rollouts.agreement import AgreementCheck
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.security import ClientAccess
+from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
@@ -130,7 +131,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             if want is not None:
                 objective.check(teacher.info, want)
                 await compare_replicas(teacher, config, prompts, want, progress)
-        asked = fitted(remembering(teacher, budget, config.teacher, folder, stack), vocab_size)
+        kept = remembering(teacher, budget, config.teacher, folder, stack)
+        asked = fitted(kept, vocab_size)
 
         trainer = Trainer(
             model,
@@ -193,6 +195,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 save=save,
                 agreement=_agreement(config, model, dtype),
                 spending=None if budget is None else budget.spending,
+                cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
             ),
             state=state,
             model=model,

@@ -11,7 +11,7 @@ from typing import Any
 from bbopd.errors import BbopdError
 from bbopd.report.charts import charts
 from bbopd.report.load import RunData, load_run
-from bbopd.report.table import KL_NOTE, SPEED_NOTE, cost_line, result_rows, speed_rows, stage_titles
+from bbopd.report.table import KL_NOTE, SPEED_NOTE, cache_line, cost_line, result_rows, speed_rows, stage_titles
 
 _CSS = """
 :root{color-scheme:light dark;--page:#fcfcfb;--card:#fff;--ink:#22262b;--quiet:#646b75;--faint:#c3c8d0;
@@ -81,6 +81,7 @@ def _head(data: RunData) -> str:
         ("Command", data.about("command")),
         ("Model", data.summary.get("model_path")),
         ("Cost of the teacher", cost_line(data)),
+        ("Cache of the teacher", cache_line(data)),
     ]
     known = [(name, str(value)) for name, value in lines if value]
     return f"<h1>Distillation run {escape(data.name)}</h1>{_facts(known)}"

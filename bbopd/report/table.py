@@ -116,6 +116,16 @@ def cost_line(data: RunData) -> str:
     return line + (f"; {cost['reserved']:.3g} of it for requests whose outcome is not known" if cost["reserved"] else "")
 
 
+def cache_line(data: RunData) -> str:
+    """How much of what the teacher was asked it had been asked before, in the last session of the run; empty where nothing is kept."""
+    counts = data.summary.get("teacher_cache")
+    if not counts:
+        return ""
+    asked = counts["hits"] + counts["misses"]
+    lost = "".join(f", {counts[name]:,} {name}" for name in ("unstored", "corrupt") if counts[name])
+    return f"{counts['hits']:,} of {asked:,} answers were kept from before{lost}"
+
+
 def change(numbers: Sequence[float | None], *, is_share: bool) -> str:
     """From the first known number to the last: relative in percent, or, for a share, in percentage points."""
     known = [number for number in numbers if number is not None]
