@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from bbopd.errors import DataError, ModelError
+from bbopd.rollouts.cache import RowCache
 from bbopd.rollouts.hf import HFEngine
+from bbopd.rollouts.requests import Requests
 from bbopd.rollouts.sampling import draw_uniforms, sample_tokens
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
@@ -249,6 +252,136 @@ async def test_prompts_are_checked_before_anything_is_written() -> None:
     ] == [8]
     with pytest.raises(ValueError, match="must be positive"):
         await anext(engine.generate(stream([]), Sampling(8, temperature=0.0)))
+
+
+# ---------------------------------------------------------------- rows that leave and rows that join
+
+
+def watch_steps(model: torch.nn.Module) -> list[tuple[int, int, int]]:
+    """Rows, columns read and the column written of every pass from now on that writes a token."""
+    steps: list[tuple[int, int, int]] = []
+
+    def note(module: torch.nn.Module, args: tuple[object, ...], options: dict[str, Any]) -> None:
+        cache = options.get("past_key_values")
+        if isinstance(cache, RowCache) and cache.targets is None:  # no prefill
+            steps.append((options["input_ids"].shape[0], cache.column + 1 - cache.first, cache.column))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return steps
+
+
+@pytest.mark.parametrize(("make", "new_tokens"), [(tiny_llama, 80), (tiny_gemma2, 24), (tiny_mistral, 80)])
+def test_waiting_prompts_take_the_rows_that_get_free(make: type, new_tokens: int) -> None:
+    model = make(seed=1)
+    prompts = make_prompts(np.random.default_rng(0).integers(1, 20, 28).tolist(), seed=5)
+    eos, sampling = tuple(range(2, 8)), Sampling(new_tokens, seed=4)
+    together = write(engine_for(model, eos=eos), prompts, sampling)
+    assert {rollout.finish_reason for rollout in together} == {"stop", "length"}
+    steps = watch_steps(model)
+    joined = write(engine_for(model, eos=eos, max_batch=6), prompts, sampling)
+    assert [rollout.token_ids for rollout in joined] == [rollout.token_ids for rollout in together]
+    for rollout in joined[::3]:
+        np.testing.assert_allclose(rollout.logprobs, exact_logprobs(model, rollout), atol=2e-4)
+    tokens = sum(map(len, joined))
+    assert sum(rows for rows, _, _ in steps) == tokens
+    assert len(steps) < 1.5 * max(tokens / 6, new_tokens)  # a batch that is refilled only when empty takes about twice as many
+    assert max(columns for _, columns, _ in steps) <= 19 + new_tokens  # what all active rows have left behind is not read
+
+
+def test_rows_move_where_there_are_no_columns_left_or_a_prompt_needs_more() -> None:
+    model = tiny_llama(seed=1)
+    lengths = np.random.default_rng(1).choice([1] * 11 + [30], 160)
+    prompts = make_prompts([30, 1, *lengths.tolist()], seed=1)
+    eos, sampling = tuple(range(2, 40)), Sampling(20, seed=1)
+    together = write(engine_for(model, eos=eos, max_batch=200), prompts, sampling)
+    steps = watch_steps(model)
+    assert [rollout.token_ids for rollout in write(engine_for(model, eos=eos, max_batch=4), prompts, sampling)] == [
+        rollout.token_ids for rollout in together
+    ]
+    changes = np.diff([column for _, _, column in steps])
+    assert (changes < 1).any()  # back, to the beginning
+    assert (changes > 1).any()  # on, for a prompt longer than what the others have written
+
+
+def test_a_longer_prompt_waits_for_the_next_batch() -> None:
+    model = tiny_llama(seed=1)
+    prompts = make_prompts([3, 4, 30, 2, 5, 31], seed=5)
+    eos, sampling = tuple(range(2, 60)), Sampling(12, seed=1)
+    alone = write(engine_for(model, eos=eos, max_batch=1), prompts, sampling)
+    steps = watch_steps(model)
+    joined = write(engine_for(model, eos=eos, max_batch=2), prompts, sampling)
+    assert [rollout.token_ids for rollout in joined] == [rollout.token_ids for rollout in alone]
+    assert max(columns for _, columns, _ in steps) > 30
+
+
+async def test_which_rows_share_a_batch_does_not_depend_on_who_is_faster() -> None:
+    model = tiny_llama(seed=1)
+    prompts = make_prompts([5, 20, 5, 1, 8, 13, 5, 9, 2, 7], seed=7)
+    steps = watch_steps(model)
+
+    async def hesitant(pauses: list[float]) -> AsyncIterator[Prompt]:
+        for prompt, pause in zip(prompts, pauses, strict=True):
+            await asyncio.sleep(pause)
+            yield prompt
+
+    seen = []
+    for pauses in ([0.0] * 10, [0.03, 0.0] * 5, [0.0] * 6 + [0.05] * 4):
+        engine = engine_for(model, eos=tuple(range(2, 20)), max_batch=3)
+        rollouts = [rollout async for rollout in engine.generate(hesitant(pauses), Sampling(20, seed=1))]
+        seen.append(([rollout.rollout_id for rollout in rollouts], list(steps)))
+        steps.clear()
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0][0]) == 10
+
+
+async def test_a_stream_that_fails_ends_the_writing() -> None:
+    async def failing() -> AsyncIterator[Prompt]:
+        for prompt in make_prompts([4] * 3):
+            yield prompt
+        await asyncio.sleep(0.05)
+        raise DataError("no more")
+
+    engine = engine_for(tiny_llama(max_positions=4096), eos=(), max_batch=2)
+    with pytest.raises(DataError, match="no more"):
+        async for _ in engine.generate(failing(), Sampling(3000)):
+            pass
+    assert not engine._in_use.locked()
+
+
+async def test_weights_come_in_between_rollouts_of_a_long_stream() -> None:
+    engine = engine_for(tiny_llama(seed=1), eos=tuple(range(2, 40)), max_batch=3)
+    versions = []
+
+    async def endless() -> AsyncIterator[Prompt]:
+        while True:
+            for prompt in make_prompts([4, 5, 6, 3]):
+                yield prompt
+
+    rollouts = engine.generate(endless(), Sampling(12))
+    for push in range(1, 4):
+        await asyncio.wait_for(engine.load_weights([], push), timeout=60)
+        while not versions or versions[-1] < push:
+            versions.append((await anext(rollouts)).weights_version)
+    await rollouts.aclose()  # type: ignore[attr-defined]
+    assert versions == sorted(versions)
+
+
+async def test_a_stream_that_waits_for_answers_is_served() -> None:
+    answered = asyncio.Event()
+
+    async def reluctant() -> AsyncIterator[Prompt]:
+        for prompt in make_prompts([4, 6, 5]):
+            yield prompt
+            await answered.wait()
+
+    requests = Requests(8, patience=0.05)
+    feeding = asyncio.create_task(requests.feed(reluctant(), lambda prompt: None))
+    assert [request.draw for request in await asyncio.to_thread(requests.take_first, 8)] == [0]  # and not eight
+    answered.set()
+    await feeding
+    assert [request.draw for request in requests.take(8)] == [1, 2]
+    assert requests.is_over
+    assert requests.take_first(8) == []
 
 
 async def test_no_prompts_no_rollouts() -> None:

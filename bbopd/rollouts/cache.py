@@ -85,13 +85,14 @@ class _Layer(CacheLayerMixin):
             return key_states, value_states
         self.keys[: cache.active, :, cache.column] = key_states[:, :, 0]
         self.values[: cache.active, :, cache.column] = value_states[:, :, 0]
-        return self.keys[: cache.active, :, : cache.column + 1], self.values[: cache.active, :, : cache.column + 1]
+        read = (slice(cache.active), slice(None), slice(cache.first, cache.column + 1))
+        return self.keys[read], self.values[read]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.cache.targets is not None else self.cache.column
+        return 0 if self.cache.targets is not None else self.cache.column - self.cache.first
 
     def get_max_length(self) -> int:
         return self.cache.columns
@@ -102,13 +103,14 @@ class RowCache(Cache):
 
     Prompts are right-padded where they are computed and stored without their padding, ending before ``column``. While ``targets``
     is set, a forward pass is a prefill: its sequence ``i`` goes to the rows ``targets[i][0]``, with its first ``targets[i][1]``
-    tokens. Otherwise a pass adds one token to each of the first ``active`` rows, at ``column``.
+    tokens. Otherwise a pass adds one token to each of the first ``active`` rows, at ``column``, and reads from ``first`` on, before which
+    no active row has anything.
     """
 
     def __init__(self, layers: int, rows: int, columns: int, column: int, dtype: torch.dtype | None) -> None:
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.rows, self.columns, self.column, self.dtype = rows, columns, column, dtype
-        self.active = rows
+        self.active, self.first = rows, 0
         self.targets: Sequence[tuple[Sequence[int], int]] | None = None
 
     def drop_row(self, row: int) -> None:
@@ -116,6 +118,19 @@ class RowCache(Cache):
         self.active -= 1
         if row == self.active:
             return
+        used = slice(self.first, self.column + 1)
+        for block in self._blocks():
+            block[row, :, used] = block[self.active, :, used]
+
+    def move(self, by: int) -> None:
+        """Let every active row end ``by`` columns further on (back, where that is negative)."""
+        used, there = slice(self.first, self.column), slice(self.first + by, self.column + by)
+        for block in self._blocks():
+            block[: self.active, :, there] = block[: self.active, :, used].clone()  # the two may overlap
+        self.first, self.column = self.first + by, self.column + by
+
+    def _blocks(self) -> Iterator[Tensor]:
         for layer in self.layers:
-            for block in (layer.keys, layer.values):
-                block[row, :, : self.column + 1] = block[self.active, :, : self.column + 1]
+            if layer.is_initialized:
+                yield layer.keys
+                yield layer.values
