@@ -291,8 +291,12 @@ class RolloutsConfig(_Section):
     on_policy_fraction: Fraction = 0.5
     """Share of a cycle's sequences that the student writes (GKD's lambda)."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
-    """Cycles a rollout may be old. Sampling takes turns with training, so rollouts are always 0 old; 1 sends each to the teacher as it
-    ends, and 0 all together in the order of drawing, so that a resumed run repeats an uninterrupted one (with the hf engine)."""
+    """Update cycles that may begin between a push of weights and the training on what they wrote.
+
+    0: cycles take turns, each in the order of drawing, so that a resumed run repeats an uninterrupted one (with the hf engine).
+    1: an engine with weights of its own (vllm) writes the next cycle while this one is trained; hf still takes turns, but each rollout
+    goes to the teacher as it ends.
+    """
 
 
 class ObjectiveConfig(_Section):

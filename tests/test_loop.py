@@ -16,8 +16,9 @@ from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, Train
 from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
-from bbopd.pipeline.loop import Loop, Parts
+from bbopd.pipeline.loop import Loop
 from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.parts import Parts, at_once, in_executor
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.rollouts.fake import FakeEngine
@@ -85,7 +86,7 @@ class Watcher:
 class Rig:
     """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
 
-    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None) -> None:
+    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None) -> None:
         self.config = config
         self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
@@ -121,6 +122,8 @@ class Rig:
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
             want=objective.signal(config.teacher),
             save=save,
+            overlaps=executor is not None,
+            run_blocking=at_once if executor is None else in_executor(executor),
         )
         self.metrics = RunMetrics(self.folder, from_step=state.step)
         self.watcher = Watcher(self, *(at_step or (0, None)))

@@ -79,7 +79,7 @@ async def test_a_run_leaves_the_trace_of_what_it_did(tmp_path) -> None:
     content = json.loads((tmp_path / "run" / "trace.json").read_text())
     events = content["traceEvents"]
     check_events(events)
-    steps = [event["args"] for event in events if event["ph"] == "X" and event["cat"] == "training"]
+    steps = [event["args"] for event in events if event["ph"] == "X" and event["name"] == "training"]
     lines = rig.folder.read_lines("metrics.jsonl")
     assert [step["tokens"] for step in steps] == [line["tokens"] for line in lines]
     tokens = Counter()

@@ -13,9 +13,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, rollout_of
 from bbopd.data.streams import each
-from bbopd.pipeline.timing import Timeline
+from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.timing import Activity, Timeline
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
 
 Answer = TypeVar("Answer")
@@ -46,18 +48,18 @@ async def collect_cycle(
     accept: Callable[[Rollout], bool],
     stream: bool,
     timeline: Timeline,
-    on_activity: Callable[[str], None],
+    progress: Progress,
 ) -> CycleItems:
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
-    rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``on_activity``
-    hears "sampling" while the student writes and "scoring" once only the teacher is waited for; ``timeline`` gets a span for every sequence
-    that is written or scored. Raises what the engine or the teacher
-    raises; both are then closed.
+    rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
+    ``progress`` hear "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the
+    teacher raises; both are then closed.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
+    switch = _Switch(timeline, progress)
     labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
 
     async def asked() -> AsyncGenerator[Prompt, None]:
@@ -75,7 +77,7 @@ async def collect_cycle(
     async def written() -> AsyncGenerator[Rollout, None]:
         if not rollout_prompts:
             return
-        on_activity("sampling")
+        switch.to("sampling")
         async with aclosing(as_generator(engine.generate(asked(), sampling))) as rollouts:
             async for rollout in rollouts:
                 sampling_items.leave(rollout.draw, rollout.rollout_id, tokens=len(rollout), version=rollout.weights_version)
@@ -86,13 +88,13 @@ async def collect_cycle(
         finished: AsyncIterator[Rollout] = written()
         if not stream:
             finished = each(sorted([rollout async for rollout in finished], key=lambda rollout: rollout.draw))
-            on_activity("scoring")
+            switch.to("scoring")
         async with aclosing(as_generator(finished)) as rollouts:
             async for rollout in rollouts:
                 if accept(rollout):
                     result.accepted += 1
                     yield rollout
-        on_activity("scoring")
+        switch.to("scoring")
         for rollout in labelled:
             yield rollout
 
@@ -110,8 +112,21 @@ async def collect_cycle(
     finally:
         sampling_items.close()
         scoring_items.close()
+        switch.end()
     result.items.sort(key=lambda item: rollout_of(item).draw)
     return result
+
+
+def sampling_of(config: RunConfig, cycle: int) -> Sampling:
+    """How the rollouts of update cycle ``cycle`` (from 0, over the whole run) are written."""
+    rollouts = config.rollouts
+    return Sampling(
+        max_new_tokens=rollouts.max_new_tokens,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        seed=config.train.seed * 1_000_003 + cycle,
+    )
 
 
 def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
@@ -136,3 +151,21 @@ async def as_generator(source: AsyncIterator[Answer]) -> AsyncGenerator[Answer, 
         close = getattr(source, "aclose", None)
         if close is not None:
             await close()
+
+
+class _Switch:
+    """Moves the timeline from one activity to the next without nesting."""
+
+    def __init__(self, timeline: Timeline, progress: Progress) -> None:
+        self._timeline, self._progress = timeline, progress
+        self._current: Activity | None = None
+
+    def to(self, name: str) -> None:
+        self.end()
+        self._progress.activity(name)
+        self._current = self._timeline.begin(name)
+
+    def end(self) -> None:
+        if self._current is not None:
+            self._timeline.end(self._current)
+            self._current = None

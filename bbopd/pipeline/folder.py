@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -168,9 +168,15 @@ class RunFolder:
 
     def rewind(self, name: str, step: int, *, key: str = "step") -> None:
         """Drop lines whose ``key`` is past ``step``: they are of updates that the checkpoint does not hold, and will be made again."""
+        self._keep(name, [line for line in self.read_lines(name) if line[key] <= step])
+
+    def keep_lines(self, name: str, count: int) -> None:
+        """Drop all lines but the first ``count``."""
+        self._keep(name, self.read_lines(name)[:count])
+
+    def _keep(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         path = self.root / name
         temporary = path.with_suffix(".tmp")
-        lines = [line for line in self.read_lines(name) if line[key] <= step]
         try:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
             temporary.replace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bbopd.data.filters import RolloutFilter
-from bbopd.data.rejected import RejectedLog
+from bbopd.data.rejected import RejectedLog, Rejection
 from bbopd.types import Rollout
 
 
@@ -24,14 +24,18 @@ class RolloutGate:
         """Decide on ``rollout``. Raises `RolloutsRejectedError` once too few of the last ones have passed."""
         rejection = self._filter.check(rollout)
         if rejection is not None:
-            self._counts[rejection.reason] = self._counts.get(rejection.reason, 0) + 1
-            self._log.write(rollout, rejection)
+            self.reject(rollout, rejection)
         self._filter.kept.count(rejection)
         return rejection is None
 
+    def reject(self, rollout: Rollout, rejection: Rejection) -> None:
+        """Count and keep a sequence that will not be trained on; not only the filters have reasons (bad_update, stale)."""
+        self._counts[rejection.reason] = self._counts.get(rejection.reason, 0) + 1
+        self._log.write(rollout, rejection)
+
     @property
     def counts(self) -> Mapping[str, int]:
-        """Rejected rollouts by reason, of the whole run."""
+        """Rejected sequences by reason, of the whole run."""
         return self._counts
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
-from bbopd.pipeline.loop import Parts
+from bbopd.pipeline.parts import Parts, at_once, in_executor
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
@@ -154,13 +155,15 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
 
         stop_token_ids = end_of_answer_ids(model, tokenizer)
         engine = await _open_engine(config, model, dtype, vocab_size, stop_token_ids, prompts, folder, stack, progress)
-        folder.rewind("rejected.jsonl", state.step - 1, key="weights_version")  # those of later cycles will be made again
+        folder.keep_lines("rejected.jsonl", sum(state.rejected.values()))  # those after the checkpoint will be made again
         filters = config.data.filters
         log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode, filters.quarantine_bytes))
         accepted = _accepted_answers(filters, folder, state, stack)
         judge = RolloutFilter(filters, stop_token_ids, decode=tokenizer.decode, text_checks=checks, accepted=accepted)
         gate = RolloutGate(judge, log, state.rejected)
 
+        overlaps = config.rollouts.engine != "hf" and config.rollouts.max_staleness > 0  # hf writes with the trainer's own weights
+        executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bbopd-trainer")) if overlaps else None
         retries_before = state.teacher_retries
 
         def save(now: RunState) -> None:
@@ -196,6 +199,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 agreement=_agreement(config, model, dtype),
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
+                overlaps=overlaps,
+                run_blocking=at_once if executor is None else in_executor(executor),
             ),
             state=state,
             model=model,

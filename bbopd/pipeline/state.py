@@ -11,19 +11,26 @@ from bbopd.errors import CheckpointError
 
 @dataclass(slots=True)
 class RunState:
-    """Counters of one run, always at the boundary between two update cycles."""
+    """Counters of one run, between two optimizer steps.
+
+    Sequences are rollouts and labelled ones, each counted once however often it is begun: ``drawn`` = ``trained`` + those ``rejected`` +
+    those ``pending``.
+    """
 
     step: int = 0  # optimizer steps
     cold_start_steps: int = 0  # those of the cold start
-    cycle: int = 0  # update cycles, cold start included
+    cycle: int = 0  # update cycles drawn, cold start included
     cold_start_tokens: int = 0  # labelled response tokens trained in the cold start
     labelled_tokens: int = 0  # labelled response tokens trained after it
     on_policy_tokens: int = 0  # response tokens of rollouts trained
     position: dict[str, int] = field(default_factory=dict)  # of the prompt stream; empty before the first draw
+    drawn: int = 0  # sequences
+    trained: int = 0  # sequences
+    rejected: dict[str, int] = field(default_factory=dict)  # sequences, by reason
+    pending: list[dict[str, Any]] = field(default_factory=list)  # sequences drawn and not done with, as prompts to begin again
     sampled_tokens: int = 0
     scored_tokens: int = 0
     trained_tokens: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)  # rollouts, by the filter's reason
     teacher_retries: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by activity; they add up to the run's own
     busy_seconds: dict[str, float] = field(default_factory=dict)  # by activity, each for itself

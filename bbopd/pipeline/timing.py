@@ -15,6 +15,8 @@ Clock = Callable[[], float]  # seconds, monotonic
 
 _BEHIND = ("sampling", "scoring")  # of activities in the background, the first one here that is under way gets the second
 
+_SHORTEST_WAIT = 1e-4  # seconds; what takes less is the event loop's own
+
 
 @dataclass(eq=False, slots=True)
 class Activity:
@@ -68,15 +70,19 @@ class Timeline:
 
     @contextmanager
     def wait(self, stage: str, reason: str) -> Iterator[None]:
-        """``stage`` can do nothing, for ``reason``: a span of the trace where it took any time at all."""
+        """``stage`` can do nothing, for ``reason``: a span of the trace, unless it took no time to speak of."""
         start = self.clock()
         try:
             yield
         finally:
-            end = self.clock()
-            if end - start > 1e-6:
-                self._waits[stage, reason] += end - start
-                self.trace.add(stage, f"wait: {reason}", start, end)
+            self.waited(stage, reason, start)
+
+    def waited(self, stage: str, reason: str, start: float) -> None:
+        """As `wait`, once it is over: since ``start``."""
+        end = self.clock()
+        if end - start > _SHORTEST_WAIT:
+            self._waits[stage, reason] += end - start
+            self.trace.add(stage, f"wait: {reason}", start, end)
 
     def carry_on(self, seconds: Mapping[str, float], busy_seconds: Mapping[str, float]) -> None:
         """Add what earlier sessions of the same run have spent; the trace and its figures are of this one alone."""
@@ -98,8 +104,8 @@ class Timeline:
         """By stage and reason, of this session; waits still going on are not in it."""
         return dict(self._waits)
 
-    def items(self, stage: str) -> Items:
-        return Items(self, stage)
+    def items(self, stage: str, *, idle: str = "") -> Items:
+        return Items(self, stage, idle)
 
     @property
     def elapsed(self) -> float:
@@ -131,18 +137,24 @@ class Timeline:
 
 
 class Items:
-    """Sequences that are in one stage side by side, each a span of the trace; the stage is busy while there is any."""
+    """Sequences that are in one stage side by side, each a span of the trace; the stage is busy while there is any.
 
-    def __init__(self, timeline: Timeline, stage: str) -> None:
-        self._timeline, self._stage = timeline, stage
+    Where ``idle`` is given, the time between two of them is a wait for that reason.
+    """
+
+    def __init__(self, timeline: Timeline, stage: str, idle: str) -> None:
+        self._timeline, self._stage, self._idle = timeline, stage, idle
         self._since: dict[int, float] = {}
         self._busy: Activity | None = None
+        self._idle_since = timeline.clock()
 
     def __len__(self) -> int:
         return len(self._since)
 
     def enter(self, key: int) -> None:
         if self._busy is None:
+            if self._idle:
+                self._timeline.waited(self._stage, self._idle, self._idle_since)
             self._busy = self._timeline.begin(self._stage, is_behind=True)
         self._since[key] = self._timeline.clock()
 
@@ -151,9 +163,14 @@ class Items:
         if not self._since:
             self.close()
 
+    def idle_from_now(self) -> None:
+        """What was waited for until now had another reason."""
+        self._idle_since = self._timeline.clock()
+
     def close(self) -> None:
         """Whatever is still in the stage has been given up."""
         self._since.clear()
         if self._busy is not None:
             self._timeline.end(self._busy, is_traced=False)  # the items' own spans say more
             self._busy = None
+        self.idle_from_now()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,19 @@ class StepMetrics:
     seconds: float
     teacher_tail_mass: float | None  # mean mass outside the teacher's ids; None where it gives whole distributions
     floored: int  # logprobs of the teacher that a reverse term read as their floor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What `Trainer.accumulate` has found; the gradients themselves are with the parameters."""
+
+    micro_batches: Sequence[DistillBatch]
+    totals: Mapping[str, Tensor]
+    labelled_tokens: int
+    signal_tokens: int
+    ce_weight: float
+    kd_weight: float
+    seconds: float
 
 
 class Trainer:
@@ -101,6 +114,10 @@ class Trainer:
         TrainingError
             The loss or the gradient is NaN or infinite. Weights and optimizer are as they were before the call.
         """
+        return self.update(self.accumulate(micro_batches))
+
+    def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients:
+        """The first, long part of `train_step`: weights are read, not changed. `update` must follow, with what this returns."""
         started = time.perf_counter()
         labelled = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         signals = [_signalled_tokens(batch) for batch in micro_batches]
@@ -119,6 +136,18 @@ class Trainer:
                 totals["floored"] += result.metrics.get("floored", 0)
                 if signal and "teacher_tail_mass" in result.metrics:
                     totals["teacher_tail_mass"] += result.metrics["teacher_tail_mass"] * (signal / signalled)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        finally:
+            self.model.eval()
+        return Gradients(micro_batches, totals, labelled, signalled, ce_weight, kd_weight, time.perf_counter() - started)
+
+    def update(self, gradients: Gradients) -> StepMetrics:
+        """The second, short part of `train_step`: weights change. Raises as that does."""
+        started = time.perf_counter()
+        micro_batches, totals = gradients.micro_batches, gradients.totals
+        try:
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
             loss = self._finite(totals["loss"], grad_norm)
             lr = learning_rate_at(self.steps_done, self.planned_steps, self.train)
@@ -127,7 +156,6 @@ class Trainer:
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-            self.model.eval()
         self.steps_done += 1
         return StepMetrics(
             step=self.steps_done,
@@ -136,14 +164,14 @@ class Trainer:
             kd=totals["kd"].item(),
             lr=lr,
             grad_norm=grad_norm.item(),
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
+            ce_weight=gradients.ce_weight,
+            kd_weight=gradients.kd_weight,
             tokens=sum(batch.response_tokens for batch in micro_batches),
-            labelled_tokens=labelled,
-            signal_tokens=signalled,
+            labelled_tokens=gradients.labelled_tokens,
+            signal_tokens=gradients.signal_tokens,
             rollout_tokens=sum(batch.rollout_tokens for batch in micro_batches),
             packed_tokens=sum(batch.packed_tokens for batch in micro_batches),
-            seconds=time.perf_counter() - started,
+            seconds=gradients.seconds + time.perf_counter() - started,
             teacher_tail_mass=totals["teacher_tail_mass"].item() if "teacher_tail_mass" in totals else None,
             floored=int(totals["floored"].item()),
         )

@@ -1,0 +1,106 @@
+"""What a loop turns, as protocols, so that any piece may be a fake; and how it runs what would block it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from bbopd.data.rejected import Rejection
+from bbopd.pipeline.state import RunState
+from bbopd.teachers.budget import Spending
+from bbopd.trainer.step import Gradients, StepMetrics
+from bbopd.types import DistillBatch, Prompt, Rollout, RolloutEngine, SignalSpec, Teacher
+
+Answer = TypeVar("Answer")
+
+
+class Prompts(Protocol):
+    """Where a loop draws from; ``position`` is all its state."""
+
+    position: dict[str, int]
+
+    def next_prompts(self, count: int) -> list[Prompt]: ...
+    def next_labelled(self, count: int) -> list[Prompt]: ...
+
+
+class Gate(Protocol):
+    """What decides on a finished rollout, and keeps count of all that will not be trained on."""
+
+    def begin_cycle(self) -> None: ...
+    def accepts(self, rollout: Rollout) -> bool: ...
+    def reject(self, rollout: Rollout, rejection: Rejection) -> None: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+
+class Trains(Protocol):
+    """The trainer, as far as a loop knows it."""
+
+    planned_steps: int
+
+    def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients: ...
+    def update(self, gradients: Gradients) -> StepMetrics: ...
+    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class Blocking(Protocol):
+    """Runs a call that takes long, and gives what it returns."""
+
+    def __call__(self, call: Callable[..., Answer], /, *arguments: Any) -> Awaitable[Answer]: ...
+
+
+async def at_once(call: Callable[..., Answer], /, *arguments: Any) -> Answer:
+    """Nothing else goes on meanwhile."""
+    return call(*arguments)
+
+
+def in_executor(executor: Executor) -> Blocking:
+    """The event loop goes on meanwhile."""
+
+    async def run(call: Callable[..., Answer], /, *arguments: Any) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(executor, call, *arguments)
+
+    return run
+
+
+async def to_the_end(work: Awaitable[Answer]) -> tuple[Answer, asyncio.CancelledError | None]:
+    """What ``work`` gives, even where this task is cancelled meanwhile: a thread cannot be, and must not be left behind.
+
+    The cancellation comes back with it, to be raised once the result is booked.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return task.result(), cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a loop turns; built by `session.open_session`, or from fakes in a test.
+
+    ``overlaps`` says that the engine writes while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave
+    the event loop free, and run one call after another. ``agreement`` checks such an engine. ``spending`` is that on a
+    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session.
+    """
+
+    trainer: Trains
+    engine: RolloutEngine
+    prompts: Prompts
+    gate: Gate
+    teacher: Teacher | None
+    want: SignalSpec | None
+    save: Callable[[RunState], None]
+    agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
+    spending: Callable[[], Spending] | None = None
+    cache_counts: Mapping[str, int] | None = None
+    overlaps: bool = False
+    run_blocking: Blocking = at_once

@@ -1,0 +1,115 @@
+"""One optimizer step as the loop sees it: batches assembled, trained on, booked, and told to whoever watches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from bbopd.config import RunConfig
+from bbopd.data.assemble import Item, assemble, rollout_of
+from bbopd.data.rejected import Rejection
+from bbopd.errors import TrainingError
+from bbopd.pipeline.books import Books
+from bbopd.pipeline.budgets import Budgets
+from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.parts import Parts, to_the_end
+from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.state import RunState
+from bbopd.pipeline.timing import Timeline
+from bbopd.trainer.step import StepMetrics
+
+_LARGE_TAIL = 0.2  # share of a top-k teacher's mass outside its ids
+
+
+class Updates:
+    """Trains ``parts.trainer`` step by step and keeps ``state`` and ``books`` true to what it has done."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        state: RunState,
+        books: Books,
+        *,
+        metrics: RunMetrics,
+        timeline: Timeline,
+        progress: Progress,
+    ) -> None:
+        self._config, self._parts, self._state, self._books = config, parts, state, books
+        self._budgets = Budgets(config, state)
+        self._metrics, self._timeline, self._progress = metrics, timeline, progress
+        self._has_warned_of_tail = False
+        self.weights_in_use = asyncio.Lock()
+        """Held while they change; whoever needs them as they are may hold it too."""
+
+    async def step(
+        self, phase: str, micro_items: Sequence[Sequence[Item]], numbers: Sequence[int], cycle: int, figures: Mapping[str, Any]
+    ) -> None:
+        """Train once on ``micro_items``, the sequences ``numbers`` of the books; ``figures`` join its line in metrics.jsonl.
+
+        A step that has begun is finished and booked even where this task is cancelled. Raises `TrainingError` where it must not be
+        applied; its sequences are then rejected, so that going on skips them.
+        """
+        items = [item for micro in micro_items for item in micro]
+        tokens = sum(len(rollout_of(item)) for item in items)
+        self._progress.activity("training")
+        with self._timeline.activity("training", step=self._state.step + 1, cycle=cycle, tokens=tokens, sequences=len(items)):
+            try:
+                metrics, cancelled = await to_the_end(self._train(micro_items))
+            except TrainingError as error:
+                for item in items:
+                    self._parts.gate.reject(rollout_of(item), Rejection("bad_update", detail=str(error)))
+                self._books.reject(numbers)
+                raise
+        state = self._state
+        state.step = metrics.step
+        state.trained_tokens += metrics.tokens
+        state.on_policy_tokens += metrics.rollout_tokens
+        if phase == "cold_start":
+            state.cold_start_steps += 1
+            state.cold_start_tokens += metrics.labelled_tokens
+        else:
+            state.labelled_tokens += metrics.labelled_tokens
+        self._books.train(numbers)
+        line = {
+            "phase": phase,
+            **asdict(metrics),
+            "cycle": cycle,
+            "on_policy_tokens": state.on_policy_tokens,
+            "trained_tokens": state.trained_tokens,
+            "elapsed": round(self._timeline.elapsed, 3),
+            **figures,
+            **self._cost(),
+        }
+        self._metrics.step(line)
+        self._progress.advance(line, self._budgets.progress(phase, self._timeline.elapsed))
+        self._warn_of_tail(metrics.teacher_tail_mass)
+        if cancelled is not None:
+            raise cancelled
+
+    async def _train(self, micro_items: Sequence[Sequence[Item]]) -> StepMetrics:
+        run, trainer = self._parts.run_blocking, self._parts.trainer
+        gradients = await run(lambda: trainer.accumulate([assemble(items, self._parts.want) for items in micro_items]))
+        with self._timeline.wait("training", "the engine is given the weights"):
+            await self.weights_in_use.acquire()
+        try:
+            return await run(trainer.update, gradients)
+        finally:
+            self.weights_in_use.release()
+
+    def _cost(self) -> dict[str, float]:
+        counts = self._parts.cache_counts or {}
+        figures: dict[str, float] = {f"cache_{name}": counts[name] for name in ("hits", "misses") if name in counts}
+        if self._parts.spending is not None:
+            figures["teacher_cost"] = round(self._parts.spending().total, 9)
+        return figures
+
+    def _warn_of_tail(self, tail_mass: float | None) -> None:
+        if tail_mass is not None and tail_mass > _LARGE_TAIL and not self._has_warned_of_tail:
+            self._has_warned_of_tail = True
+            self._progress.note(
+                f"the teacher's {self._config.teacher.topk} ids leave {tail_mass:.0%} of its mass in the tail, where the student "
+                "learns only the total: raise teacher.topk, lower objective.temperature, or set teacher.signal=full"
+            )

@@ -1,0 +1,57 @@
+"""The back edge: the trainer's weights into the engine, and whether both then mean the same by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bbopd.data.streams import each
+from bbopd.pipeline.parts import Parts, to_the_end
+from bbopd.pipeline.timing import Timeline
+from bbopd.types import Prompt, Rollout, Sampling
+
+_PROBES = 8  # short answers by which an engine is checked right after a push
+
+
+class Weights:
+    """Pushes ``parts.trainer``'s weights into ``parts.engine`` and knows which it has; ``figures`` of it are for metrics.jsonl."""
+
+    def __init__(self, parts: Parts, timeline: Timeline) -> None:
+        self._parts, self._timeline = parts, timeline
+        self._pushed: int | None = None
+        self.figures: dict[str, float] = {}
+
+    async def push(self, version: int) -> bool:
+        """Give the engine the weights as they are now, unless it has them; whether that was needed.
+
+        A push that has begun is finished even where this task is cancelled: an engine with half of it would be of no more use.
+        """
+        if self._pushed == version:
+            return False
+        with self._timeline.activity("sampling", is_behind=self._parts.overlaps, span="push of weights", version=version):
+            started = self._timeline.clock()
+            _, cancelled = await to_the_end(self._parts.engine.load_weights(self._parts.trainer.weights(), version))
+            self.figures["push_seconds"] = round(self._timeline.clock() - started, 4)
+        self._pushed = version
+        if cancelled is not None:
+            raise cancelled
+        return True
+
+    async def probe(self, prompts: Sequence[Prompt], sampling: Sampling, *, tokens: int) -> list[Rollout]:
+        """The beginnings of answers to a few ``prompts``, ``tokens`` in all, for `check`. They are drawn, and trained on, by nobody."""
+        if self._parts.agreement is None:
+            return []
+        asked = prompts[:_PROBES]
+        short = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, -(-tokens // len(asked)))))
+        with self._timeline.activity("sampling", is_behind=True, span="probe"):
+            return [rollout async for rollout in self._parts.engine.generate(each(asked), short)]
+
+    async def check(self, rollouts: Sequence[Rollout]) -> None:
+        """Hold what the engine wrote to the trainer's weights, which must still be those pushed last. Raises `EngineError`."""
+        if self._parts.agreement is None or not rollouts:
+            return
+        assert self._pushed is not None, "a push comes first"
+        found, cancelled = await to_the_end(self._parts.run_blocking(self._parts.agreement, rollouts, self._pushed))
+        self.figures |= found
+        if cancelled is not None:
+            raise cancelled
