@@ -188,6 +188,17 @@ class BudgetConfig(_Section):
     """The file that keeps the sum; runs that name the same one share it. None: ``spending.db`` in the run's folder."""
 
 
+class AnswersConfig(_Section):
+    """How a teacher writes its own answers; each prompt has one, the same whenever it comes again."""
+
+    max_new_tokens: Positive = 256
+    """Of the teacher's tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """1 is greedy."""
+
+
 class TeacherConfig(_Section):
     """The model that is asked."""
 
@@ -211,7 +222,10 @@ class TeacherConfig(_Section):
     """Holds the token that the teacher wants."""
     token_env: str | None = None
     """The environment variable that holds it."""
-    signal: Literal["full", "topk", "none"] = "full"
+    signal: Literal["full", "topk", "text", "none"] = "full"
+    """``text``: the teacher's own written answers, for ``objective.name: seqkd``; no vocabulary in common is needed."""
+    answers: AnswersConfig = AnswersConfig()
+    """How the teacher writes them."""
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids a token, where ``signal`` is topk. Giving it alone selects ``signal: topk``."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
@@ -302,8 +316,8 @@ class RolloutsConfig(_Section):
 class ObjectiveConfig(_Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["sft"] = "forward_kl"
-    """A divergence, or ``sft``: cross-entropy on labelled text alone, no teacher."""
+    name: Divergence | Literal["sft", "seqkd"] = "forward_kl"
+    """A divergence, or cross-entropy alone: ``sft`` on labelled text, without a teacher; ``seqkd`` on answers that the teacher writes."""
     alpha: Fraction | None = None
     """Short for ce_weight = alpha, kd_weight = 1 - alpha. 0.5 where nothing is given."""
     ce_weight: Annotated[float, Field(ge=0)] | None = None
@@ -326,9 +340,14 @@ class ObjectiveConfig(_Section):
         return self
 
     @property
+    def is_cross_entropy(self) -> bool:
+        """Whether there is no signal on tokens, hence no KD and no rollouts."""
+        return self.name in ("sft", "seqkd")
+
+    @property
     def weights(self) -> tuple[float, float]:
         """The targets (ce_weight, kd_weight), before any ramp."""
-        if self.name == "sft":
+        if self.is_cross_entropy:
             return (1.0, 0.0)
         if self.ce_weight is not None or self.kd_weight is not None:
             return (self.ce_weight or 0.0, self.kd_weight or 0.0)
@@ -495,6 +514,12 @@ class RunConfig(_Section):
         objective, train, rollouts = self.objective, self.train, self.rollouts
         if objective.name != "sft" and self.teacher.signal == "none":
             raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target or teacher.serve")
+        if (objective.name == "seqkd") != (self.teacher.signal == "text") and objective.name != "sft":
+            raise ValueError(
+                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd learns from what the teacher writes "
+                "(text), the divergences from its signal on tokens (full, topk); set objective.name=seqkd with teacher.signal=text, or "
+                "neither of them"
+            )
         if self.teacher.signal == "topk" and objective.name != "sft" and objective.temperature != 1.0:
             raise ValueError(
                 f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
@@ -515,7 +540,7 @@ class RunConfig(_Section):
             raise ValueError(
                 f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all"
             )
-        has_ramp = objective.ramp > 0 and objective.name != "sft"
+        has_ramp = objective.ramp > 0 and not objective.is_cross_entropy
         if has_ramp and rollouts.on_policy_fraction == 1.0 and train.cold_start_tokens == 0:
             raise ValueError(
                 "objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, "
@@ -532,7 +557,7 @@ class RunConfig(_Section):
 
     @property
     def writes_rollouts(self) -> bool:
-        return self.objective.name != "sft" and self.rollouts.on_policy_fraction > 0
+        return not self.objective.is_cross_entropy and self.rollouts.on_policy_fraction > 0
 
     @property
     def rollouts_per_cycle(self) -> int:
@@ -543,7 +568,9 @@ class RunConfig(_Section):
         """Optimizer steps that the budgets allow where every answer is as long as it may be; shorter answers make more of them."""
         train, rollouts = self.train, self.rollouts
         on_policy = self.rollouts_per_cycle * rollouts.max_new_tokens
-        labelled = rollouts.per_update * self.data.response_tokens
+        labelled = rollouts.per_update * (
+            self.teacher.answers.max_new_tokens if self.objective.name == "seqkd" else self.data.response_tokens
+        )
         steps = _cycles(train.cold_start_tokens, labelled) * self._steps_of(labelled)
         if self.writes_rollouts:
             mixed = on_policy + (rollouts.per_update - self.rollouts_per_cycle) * self.data.response_tokens

@@ -112,12 +112,31 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as token ids. ``reference_ids`` is its true continuation, where there is one (labelled text)."""
+    """A question as token ids. ``reference_ids`` is its true continuation, where there is one (labelled text).
+
+    ``text`` or ``messages`` (role and content) is what it was before any tokenizer, where that is known. A prompt without ids is for a
+    teacher that turns text into ids by itself (`TeacherInfo.takes_text`).
+    """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     reference_ids: tuple[int, ...] | None = None
     source: str = ""
+    text: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def most_tokens(self) -> int:
+        """Its tokens; of text the most that any tokenizer makes, one a byte and some around every message."""
+        if self.token_ids:
+            return len(self.token_ids)
+        parts = [self.text, *(role + content for role, content in self.messages)]
+        return sum(len(part.encode()) for part in parts) + 16 * len(parts)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it has no ids, and something to make them of."""
+        return not self.token_ids and bool(self.text or self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +223,7 @@ class TeacherInfo:
     price_per_million_tokens: float = 0.0
     currency: str = ""
     max_requests_per_second: float = 0.0  # of one client; 0: unknown
+    takes_text: bool = False  # writes answers to prompts that are text or messages, by its own tokenizer
 
     def offer(self, level: Level) -> Offer | None:
         return next((offer for offer in self.offers if offer.level == level), None)

@@ -72,6 +72,16 @@ CASES = {
         "The teacher has as many tokens as the student, and some of them are others: every answer would look all right.",
         (Teacher("foreign", name="foreign"),),
     ),
+    "text": Case(
+        "Another tokenizer, and the teacher's text",
+        "The same teacher, heard by what it writes (`objective.name=seqkd`, `teacher.signal=text`): no token needs to be the same.",
+        (Teacher("foreign", name="foreign"),),
+        {
+            "teacher": {"signal": "text", "answers": {"max_new_tokens": 16}},
+            "objective": {"name": "seqkd"},
+            "train": {"labelled_tokens": 4000},
+        },
+    ),
     "too_long": Case(
         "Answers longer than the teacher allows",
         "The teacher takes 24 tokens a sequence, a prompt with its answer may have more.",

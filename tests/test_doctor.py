@@ -80,6 +80,11 @@ def test_a_broken_run_fails_one_check_and_says_the_way_out(findings, case, faili
         assert [line.name for line in lines] == [check.name for check in CHECKS], "one failure hides no other line"
 
 
+def test_a_run_on_text_needs_no_token_in_common(findings):
+    assert {line.status for line in findings["text"]} == {"pass", "skip"}
+    assert "which text does without" in of(findings["text"], "vocabulary").detail
+
+
 def test_the_page_shows_what_the_doctor_says(findings):
     assert without_figures(written()) == without_figures(page(findings)), "run `python -m tests.doctor_page` and look at what has changed"
 

@@ -41,7 +41,7 @@ def served(**options: object) -> TeacherConfig:
 
 
 def test_the_table_holds_every_name_a_config_can_give() -> None:
-    assert set(OBJECTIVES) == {*DIVERGENCES, "sft"}
+    assert set(OBJECTIVES) == {*DIVERGENCES, "sft", "seqkd"}
     for name in OBJECTIVES:
         assert make_objective(ObjectiveConfig(name=name)).name == name
 
@@ -105,7 +105,7 @@ def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
             SignalSpec("full"),
             "teacher tiny offers topk.*fits: forward_kl, jsd, skew_forward_kl, skew_reve",
         ),
-        ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "an objective that fits: sft"),
+        ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "an objective that fits: seqkd"),
         ("forward_kl", Offer("topk", 64), SignalSpec("topk", 2.0, 8), "temperature 2.0, but teacher tiny applies 1.0 to 1.0"),
         ("jsd", Offer("topk", 20), SignalSpec("topk", 1.0, 64), "top 64 ids a token, but teacher tiny gives at most 20"),
     ],

@@ -87,7 +87,7 @@ async def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
             config.eval,
             byte_counts_V=token_byte_counts(tokenizer),
             engine=None if args.window else HFEngine(model, eos_token_ids=end_ids, pad_token_id=end_ids[0], vocab_size=vocab_size),
-            teacher=fitted(teacher, vocab_size),
+            teacher=None if teacher is None else fitted(teacher, vocab_size),
             vocab_size=vocab_size,
         )
         result = await suite.run("eval", model, 0)

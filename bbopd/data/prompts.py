@@ -201,6 +201,7 @@ class _Encoder:
 
     def _question(self, document: Document, response: list[int] | None) -> Prompt | None:
         ids = self._ids([document.prompt], special=True)[0] if document.prompt is not None else self._chat(document)
+        asked: dict[str, Any] = {"text": document.prompt or "", "messages": document.messages or ()}
         if len(ids) > self._prompt_limit:
             if self._config.long_prompts == "error":
                 raise DataError(
@@ -212,9 +213,9 @@ class _Encoder:
                 self._skipped["long_prompt"] += 1
                 return None
             front = self._prefix if ids[: len(self._prefix)] == self._prefix else []  # BOS stays in front
-            ids = front + ids[len(ids) - self._prompt_limit + len(front) :]
+            ids, asked = front + ids[len(ids) - self._prompt_limit + len(front) :], {}
         reference = None if response is None else tuple((*response, self._eos_token_id)[: self._max_seq_len - len(ids)])
-        return Prompt(prompt_id=document.name, token_ids=tuple(ids), reference_ids=reference, source=document.where)
+        return Prompt(prompt_id=document.name, token_ids=tuple(ids), reference_ids=reference, source=document.where, **asked)
 
     def _chat(self, document: Document) -> list[int]:
         if not getattr(self._tokenizer, "chat_template", None):

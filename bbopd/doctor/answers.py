@@ -26,6 +26,7 @@ from bbopd.types import FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, S
 
 __all__ = ["check_agreement", "check_determinism", "check_own_words", "check_zero"]
 
+_NO_SIGNAL = "the run takes the teacher's text alone, no signal on tokens"
 _ROUNDS = 3
 _GREEDY_TOKENS = 16
 _GREEDY_NATS = 0.25  # two logits that bfloat16 cannot tell apart may change places
@@ -40,6 +41,9 @@ async def check_determinism(setup: SetUp) -> Verdict:
     assert setup.teacher is not None
     assert setup.prompts is not None
     assert setup.want is not None
+    if setup.want.level == "text":
+        setup.steady = True
+        return Verdict("skip", _NO_SIGNAL)
     rollouts, limit = texts_to_compare(setup.prompts, setup.teacher.info), setup.config.teacher.max_replica_difference
     if isinstance(setup.teacher, RemoteTeacher):
         difference = await setup.teacher.compare_replicas(rollouts, setup.want, limit=limit, rounds=_ROUNDS)
@@ -110,6 +114,8 @@ async def check_zero(setup: SetUp) -> Verdict:
     assert setup.prompts is not None
     assert setup.want is not None
     assert setup.objective is not None
+    if setup.want.level == "text":
+        return Verdict("skip", _NO_SIGNAL)
     scored = list((await _score(setup, texts_to_compare(setup.prompts, setup.teacher.info)[:1])).values())
     batch = assemble(scored, setup.want)
     N = min(_PROBE_ROWS, batch.response_tokens)

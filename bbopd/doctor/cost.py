@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bbopd.config import RunConfig
-from bbopd.data.assemble import Item, assemble, split_into_steps
+from bbopd.data.assemble import Item, assemble, rollout_of, split_into_steps
 from bbopd.data.prompts import PromptSet
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
@@ -19,7 +19,7 @@ from bbopd.errors import TeacherError
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.pipeline.folder import RunFolder
-from bbopd.pipeline.session import end_of_answer_ids
+from bbopd.pipeline.session import end_of_answer_ids, prompts_to_label, writing_teacher
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import answer_bytes
 from bbopd.trainer.checkpoint import require_space
@@ -30,6 +30,7 @@ __all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
 
 _PROBE_SEQUENCES = 8
 _PROBE_TOKENS = 128  # of an answer
+_WRITTEN_BYTES = 8  # of a written token: its id, and its text, about
 _GIB = 2**30
 
 
@@ -67,6 +68,8 @@ def _free_bytes(path: Path) -> int:
 def _bytes_per_token(setup: SetUp) -> int:
     assert setup.teacher is not None
     assert setup.want is not None
+    if setup.want.level == "text":
+        return _WRITTEN_BYTES
     return answer_bytes(Rollout("one", Prompt("one", (0,)), (0,)), setup.want, setup.teacher.info.vocab_size)
 
 
@@ -86,8 +89,9 @@ def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> For
     """Tokens of ``config``'s run where an answer has ``answer_tokens`` in the mean. Evaluation is not counted."""
     train, rollouts = config.train, config.rollouts
     prompt = _mean([len(prompt.token_ids) for prompt in prompts.train])
-    labelled = [prompt for prompt in prompts.train if prompt.reference_ids]
-    reference = _mean([len(one.reference_ids or ()) for one in labelled])
+    is_written = config.objective.name == "seqkd"
+    labelled = [prompt for prompt in prompts.train if prompt.reference_ids or is_written]
+    reference = answer_tokens if is_written else _mean([len(one.reference_ids or ()) for one in labelled])
     labelled_prompt = _mean([len(one.token_ids) for one in labelled])
     per_cycle = config.rollouts_per_cycle
     answers = train.on_policy_tokens / answer_tokens if config.writes_rollouts else 0.0
@@ -157,17 +161,30 @@ async def check_cost(setup: SetUp) -> Verdict:
     if "scoring" in rates:
         parts.append(f"{total.sequence_tokens:,.0f} tokens scored, {_size(total.response_tokens * _bytes_per_token(setup))} of answers")
         assert setup.teacher is not None
-        price = setup.teacher.info.price_per_million_tokens
-        if price:
-            parts.append(f"{total.sequence_tokens * price / 1e6:,.2f} {setup.teacher.info.currency}".rstrip())
-        else:
-            parts.append("the teacher names no price")
+        cost, currency = _money(setup, total)
+        parts.append(f"{cost:,.2f} {currency}".rstrip() if cost else "no price is known (teacher.prices)")
     said = "; ".join(parts)
+    limit = config.teacher.budget.limit if config.teacher.budget is not None else math.inf
+    if "scoring" in rates and cost > limit:
+        return warned(
+            f"{said}: more than teacher.budget.limit {limit:,.2f}, where the run would stop with a checkpoint; raise it, or train less"
+        )
     if setup.want is not None and "scoring" not in rates:
         return warned(f"{said}; scoring was left out, as the longest sequences have no room at the teacher")
     if config.writes_rollouts and "sampling" not in rates:
         return warned(f"{said}; how fast {config.rollouts.engine} samples is seen in the run: watch its first cycles")
     return passed(said)
+
+
+def _money(setup: SetUp, total: Forecast) -> tuple[float, str]:
+    """What the teacher will cost, and in which currency; 0 where no price is known. What it scores is priced as prompts are."""
+    assert setup.teacher is not None
+    info, prices = setup.teacher.info, setup.config.teacher.prices
+    prompt, answer, currency = info.price_per_million_tokens, info.price_per_million_tokens, info.currency
+    if prices is not None:
+        prompt, answer, currency = prices.prompt, prices.answer, prices.currency
+    written = total.response_tokens if setup.config.teacher.signal == "text" else 0.0
+    return ((total.sequence_tokens - written) * prompt + written * answer) / 1e6, currency
 
 
 async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
@@ -177,13 +194,21 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
     if config.writes_rollouts and config.rollouts.engine == "hf":
         items.extend(await _write(setup, measured))
     if config.rollouts_per_cycle < config.rollouts.per_update or not items:
-        labelled = [prompt for prompt in setup.prompts.train if prompt.reference_ids][:_PROBE_SEQUENCES]
+        assert setup.eos_token_id is not None
+        prompts = prompts_to_label(config, setup.prompts, setup.eos_token_id)
+        labelled = [prompt for prompt in prompts if prompt.reference_ids][:_PROBE_SEQUENCES]
         items.extend(as_labelled(prompt, draw=len(items) + number) for number, prompt in enumerate(labelled))
     if setup.teacher is not None and setup.want is not None and setup.has_room:
+        asked = setup.teacher
+        if setup.want.level == "text":
+            assert setup.tokenizer is not None
+            asked = writing_teacher(config, setup.teacher, setup.tokenizer, shares_ids=setup.vocab_size is not None)
         started = time.perf_counter()
-        answers = setup.teacher.score(each([item for item in items if isinstance(item, Rollout)]), setup.want)
+        answers = asked.score(each([item for item in items if isinstance(item, Rollout)]), setup.want)
         items = [scored async for scored in answers]
         measured.scoring = (sum(len(scored.rollout) for scored in items if not isinstance(scored, Rollout)), time.perf_counter() - started)
+    if setup.want is not None and setup.want.level == "text" and items:
+        measured.answer_tokens = _mean([len(rollout_of(item)) for item in items])
     if items:
         measured.training = await asyncio.to_thread(_train, setup, trainer, items)
     return measured

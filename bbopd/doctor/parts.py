@@ -11,6 +11,8 @@ from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer
 from bbopd.objectives import make_objective
 from bbopd.pipeline.session import check_labels, check_positions, end_of_text, load_student, read_prompts, start_teacher
+from bbopd.pipeline.teacher import open_api, open_budget
+from bbopd.types import Teacher
 
 __all__ = ["check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]
 
@@ -106,7 +108,13 @@ async def check_student(setup: SetUp) -> Verdict:
 async def check_teacher(setup: SetUp) -> Verdict:
     """Every replica answers, and says that it is the same teacher."""
     config = setup.config
+    teacher: Teacher | None
     teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, _Silent())
+    if config.teacher.is_api:
+        if setup.model is None or setup.tokenizer is None:
+            return Verdict("skip", "an OpenAI-compatible endpoint is asked about the student's tokens: needs the student")
+        budget = open_budget(config.teacher, None, setup.scratch, setup.stack)
+        teacher = await open_api(config.teacher, setup.model, setup.tokenizer, budget, setup.stack, _Silent())
     if teacher is None:
         return Verdict("skip", "the run has none")
     setup.teacher = teacher

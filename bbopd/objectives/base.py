@@ -82,7 +82,8 @@ def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mappin
     offer = info.offer(want.level)
     offered = [one.level for one in info.offers]
     if offer is None:
-        fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered) & set(SIGNALS)] or ["sft"]
+        fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered) & set(SIGNALS)]
+        fitting = [*fitting, *(["seqkd (with teacher.signal=text)"] if "text" in offered else [])] or ["sft"]
         levels = ", ".join(offered) or "nothing"
         raise TeacherError(
             f"{name} asks for the {want.level} signal, but teacher {info.model} offers {levels}: "

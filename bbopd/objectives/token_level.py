@@ -43,7 +43,7 @@ class TokenLevel:
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
         level = teacher.signal
         if level == "none" or level not in self.needs:
-            fitting = [name for name, needs in NEEDS.items() if level in needs] or ["sft"]
+            fitting = [name for name, needs in NEEDS.items() if level in needs] or ["seqkd" if level == "text" else "sft"]
             usable = [need for need in self.needs if need in SIGNALS]
             raise ConfigError(
                 f"objective.name {self.name} cannot use teacher.signal {level}: set teacher.signal to {' or '.join(usable)}, "

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED_IDS = 3
-_OTHER_WAYS = ": take a student of the teacher's family"
+_OTHER_WAYS = (
+    ": take a student of the teacher's family, or learn from what the teacher writes (objective.name=seqkd with teacher.signal=text)"
+)
 
 
 def check_vocabulary(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows: int, *, named: str | None = None) -> int:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,10 @@ from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
+from bbopd.teachers.written import WritingTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, RolloutEngine, SignalSpec, Teacher, TeacherInfo
+from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher, TeacherInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class Session:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher | None
+    """Who scores the student's tokens, for measures; None where nobody can."""
     prompts: PromptSet
     compute_dtype: torch.dtype
     vocab_size: int
@@ -124,16 +126,28 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         want = objective.signal(config.teacher) if teacher is not None else None
         rows = model.get_input_embeddings().weight.shape[0]
         vocab_size = used_vocabulary(tokenizer, rows)
+        measured = asked = kept = None
         if teacher is not None:
-            named = config.teacher.serve.model if config.teacher.serve is not None else None
-            vocab_size = check_vocabulary(teacher.info, tokenizer, rows, named=named)
-            longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
-            check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
             if want is not None:
                 objective.check(teacher.info, want)
+            measured = asked = kept = remembering(teacher, budget, config.teacher, folder, stack)
+            assert asked is not None, "there is a teacher"
+            try:
+                named = config.teacher.serve.model if config.teacher.serve is not None else None
+                vocab_size = check_vocabulary(teacher.info, tokenizer, rows, named=named)
+            except TeacherError:
+                if want is None or want.level != "text":
+                    raise
+                progress.note(f"teacher {teacher.info.model} has other tokens than the student: how far they agree is not measured")
+                measured = None
+            else:
+                measured = asked = fitted(asked, vocab_size)
+                longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+                check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
+            if want is not None and want.level == "text":
+                asked = writing_teacher(config, asked, tokenizer, shares_ids=measured is not None)
+            elif want is not None:
                 await compare_replicas(teacher, config, prompts, want, progress)
-        kept = remembering(teacher, budget, config.teacher, folder, stack)
-        asked = fitted(kept, vocab_size)
 
         trainer = Trainer(
             model,
@@ -186,7 +200,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 trainer=trainer,
                 engine=engine,
                 prompts=PromptStream(
-                    prompts.train,
+                    prompts_to_label(config, prompts, end_of_text(tokenizer)),
                     config.train.seed,
                     shares=prompts.shares,
                     rank=config.data.rank,
@@ -205,7 +219,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             state=state,
             model=model,
             tokenizer=tokenizer,
-            teacher=asked,
+            teacher=measured,
             prompts=prompts,
             compute_dtype=dtype,
             vocab_size=vocab_size,
@@ -313,6 +327,22 @@ async def start_teacher(
     return teacher, process
 
 
+def writing_teacher(config: RunConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, *, shares_ids: bool) -> WritingTeacher:
+    """``teacher`` as it is heard at level ``text``. Raises `TeacherError` where it can be asked in no tokens but its own."""
+    answers = config.teacher.answers
+    sampling = Sampling(
+        answers.max_new_tokens, temperature=answers.temperature, top_p=answers.top_p, top_k=answers.top_k, seed=config.train.seed
+    )
+    return WritingTeacher(teacher, tokenizer, sampling, max_seq_len=config.train.max_seq_len, shares_ids=shares_ids)
+
+
+def prompts_to_label(config: RunConfig, prompts: PromptSet, eos_token_id: int) -> list[Prompt]:
+    """The prompts to train on; where the teacher writes all labels, each has a place for one, whether or not an answer is known."""
+    if config.objective.name != "seqkd":
+        return prompts.train
+    return [replace(prompt, reference_ids=(eos_token_id,)) for prompt in prompts.train]
+
+
 async def compare_replicas(
     teacher: RemoteTeacher | OpenAITeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress
 ) -> None:
@@ -365,6 +395,8 @@ def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTr
 
 
 def check_labels(config: RunConfig, prompts: PromptSet) -> None:
+    if config.objective.name == "seqkd":
+        return
     labelled = config.rollouts.per_update - config.rollouts_per_cycle
     if (labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
         raise DataError(

@@ -13,6 +13,7 @@ import grpc
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.answers import answer_bytes, signal_chunks
+from bbopd.rpc.backend import TeacherBackend, with_ids
 from bbopd.rpc.clients import Client, Clients
 from bbopd.rpc.codec import (
     PROTOCOL_VERSION,
@@ -56,6 +57,7 @@ class Served:
     clients: Clients
     replays: ReplayStore
     observer: Observer
+    backend: TeacherBackend
     is_draining: bool = False
 
 
@@ -320,7 +322,7 @@ class Generation(_Call):
             self.end_if_done()
 
     def _take(self, message: pb.GeneratePrompt, sampling: Sampling) -> None:
-        item = _Item(message.request_id, "prompt", "text", len(message.token_ids.data))
+        item = _Item(message.request_id, "prompt", "text", message.ByteSize())
         self._accept(item)
         try:
             self._client.count_request(f"item {item.request_id}")
@@ -328,6 +330,10 @@ class Generation(_Call):
             item.name = f"prompt {prompt.prompt_id}"
             item.prompt_tokens, item.tokens = len(prompt.token_ids), sampling.max_new_tokens
             check_prompt(prompt, sampling, self._served.info)
+            if prompt.is_text:
+                prompt = with_ids(prompt, self._served.backend)
+                item.prompt_tokens = len(prompt.token_ids)
+                check_prompt(prompt, sampling, self._served.info)
             self._submit(item, sampling, prompt, 0, replay_id, 0)
         except (ValueError, RefusedError) as error:
             self._deliver(item, Prompt("", ()), 0, 0, _refusal(error))

@@ -152,6 +152,7 @@ def encode_info(info: TeacherInfo) -> pb.GetInfoResponse:
         max_requests_per_second=info.max_requests_per_second,
         price_per_million_tokens=info.price_per_million_tokens,
         currency=info.currency,
+        takes_text=info.takes_text,
     )
     numbers = {name: number for number, name in _TAILS.items()}
     for offer in info.offers:
@@ -191,6 +192,7 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
         max_request_tokens=message.max_request_tokens,
         max_requests_per_second=message.max_requests_per_second,
         price_per_million_tokens=message.price_per_million_tokens,
+        takes_text=message.takes_text,
         **names,
         **hashes,
     )
@@ -301,13 +303,23 @@ def decode_sampling(message: pb.Sampling) -> Sampling:
 
 
 def encode_prompt(request_id: int, prompt: Prompt) -> pb.GeneratePrompt:
+    if prompt.is_text:
+        messages = [pb.ChatMessage(role=role, content=content) for role, content in prompt.messages]
+        return pb.GeneratePrompt(request_id=request_id, prompt_id=prompt.prompt_id, text="" if messages else prompt.text, messages=messages)
     return pb.GeneratePrompt(
         request_id=request_id, prompt_id=prompt.prompt_id, token_ids=encode_tensor(np.array(prompt.token_ids, np.int32))
     )
 
 
 def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
-    return Prompt(_decode_label(message.prompt_id, "prompt_id"), _decode_ids(message.token_ids, "token_ids"))
+    """Raises `ValueError` for a prompt that is not exactly one of ids, text and messages."""
+    name = _decode_label(message.prompt_id, "prompt_id")
+    given = [part for part, is_there in (("text", message.text), ("messages", message.messages)) if is_there]
+    if not given:
+        return Prompt(name, _decode_ids(message.token_ids, "token_ids"))
+    if len(given) > 1 or message.HasField("token_ids"):
+        raise ValueError("a prompt is token_ids, text or messages: give one of them")
+    return Prompt(name, (), text=message.text, messages=tuple((one.role, one.content) for one in message.messages))
 
 
 def encode_completion(request_id: int, completion: Completion, weights_version: int = 0) -> pb.GeneratedText:

@@ -16,6 +16,9 @@ from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 
 __all__ = ["Code", "RefusedError", "check_prompt", "check_rollout", "check_sampling", "check_want"]
 
+CHARACTERS_PER_TOKEN = 64  # of text, at most, that is turned into tokens at all
+_ANY_TOKENS = 2**20
+
 Code = Literal["invalid", "too_long", "not_offered", "bad_signal", "internal", "unavailable", "over_limit", "mismatch"]
 
 
@@ -67,6 +70,9 @@ def check_rollout(rollout: Rollout, want: SignalSpec, info: TeacherInfo) -> None
 def check_prompt(prompt: Prompt, sampling: Sampling, info: TeacherInfo) -> None:
     """Whether the teacher can answer one prompt. Raises `RefusedError` naming the prompt."""
     name = f"prompt {prompt.prompt_id}"
+    if prompt.is_text:
+        _check_text(name, prompt, info)
+        return
     if not prompt.token_ids:
         raise RefusedError("invalid", f"{name} is empty")
     _check_ids(name, prompt.token_ids, info, room=sampling.max_new_tokens)
@@ -86,6 +92,15 @@ def check_sampling(sampling: Sampling, info: TeacherInfo) -> None:
     ):
         if not valid:
             raise RefusedError("invalid", f"sampling.{field} {getattr(sampling, field)!r} cannot be used (top_k=1 is greedy)")
+
+
+def _check_text(name: str, prompt: Prompt, info: TeacherInfo) -> None:
+    if not info.takes_text:
+        raise RefusedError("not_offered", f"{name} is text, and teacher {info.model} takes token ids alone: give it those of its tokenizer")
+    size = len(prompt.text) + sum(len(role) + len(content) for role, content in prompt.messages)
+    most = CHARACTERS_PER_TOKEN * (info.max_sequence_tokens or _ANY_TOKENS)
+    if size > most:
+        raise RefusedError("too_long", f"{name} has {size:,} characters, teacher {info.model} looks at {most:,}: shorten it")
 
 
 def _check_ids(name: str, ids: tuple[int, ...], info: TeacherInfo, room: int = 0) -> None:

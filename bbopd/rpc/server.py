@@ -124,7 +124,7 @@ async def start_server(
     clients = Clients(limits)
     observer.clients.set_function(lambda: len(clients))
     observer.inflight_bytes.set_function(lambda: clients.pending_bytes)
-    service = _TeacherService(Served(info, scheduler, clients, ReplayStore(replay_bytes), observer), live)
+    service = _TeacherService(Served(info, scheduler, clients, ReplayStore(replay_bytes), observer, backend), live)
     checks = health.HealthServicer()
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -41,9 +41,9 @@ class FittedTeacher:
                 yield completion
 
 
-def fitted(teacher: Teacher | None, vocab_size: int) -> Teacher | None:
+def fitted(teacher: Teacher, vocab_size: int) -> Teacher:
     """``teacher``, of whose ids the first ``vocab_size`` are tokens; itself where it has no others."""
-    return teacher if teacher is None or teacher.info.vocab_size <= vocab_size else FittedTeacher(teacher, vocab_size)
+    return teacher if teacher.info.vocab_size <= vocab_size else FittedTeacher(teacher, vocab_size)
 
 
 def without_padding(signal: TeacherSignal, vocab_size: int) -> TeacherSignal:

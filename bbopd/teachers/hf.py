@@ -30,6 +30,7 @@ from bbopd.modeling import (
 )
 from bbopd.ops import linear_logprobs
 from bbopd.rpc.backend import CandidateRollout
+from bbopd.rpc.limits import RefusedError
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class HFBackend:
             tokenizer_sha256=tokenizer_sha256(tokenizer) if tokenizer else "",
             chat_template_sha256=chat_template_sha256(tokenizer) if tokenizer else "",
             max_sequence_tokens=min(limits, default=0),
+            takes_text=tokenizer is not None and "text" in levels,
         )
 
     @classmethod
@@ -170,6 +172,19 @@ class HFBackend:
             torch.manual_seed(_mixed_seed(sampling.seed, prompts))
             written = self._model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         return [self._completion(prompt, answer, end_ids) for prompt, answer in zip(prompts, written, strict=True)]
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids as the tokenizer makes them by default, or as its chat template writes messages down."""
+        assert self._tokenizer is not None, "without a tokenizer, no text is taken"
+        if not prompt.messages:
+            return tuple(self._tokenizer(prompt.text)["input_ids"])
+        if not self._tokenizer.chat_template:
+            raise RefusedError("not_offered", f"teacher {self.info.model} has no chat template for messages: send the prompt as text")
+        messages = [{"role": role, "content": content} for role, content in prompt.messages]
+        try:
+            return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # a template raises what it likes, most often jinja2's own errors
+            raise RefusedError("invalid", f"the chat template of teacher {self.info.model} refuses these messages: {error}") from None
 
     def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Hidden states [N, D] of the rows that predict a response token; the last token of a sequence predicts none of them."""

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from bbopd.errors import BadAnswerError, BbopdError, TeacherError
-from bbopd.rpc.backend import TeacherBackend
+from bbopd.rpc.backend import TeacherBackend, with_ids
 from bbopd.rpc.limits import check_prompt, check_rollout, check_sampling, check_want
 from bbopd.rpc.signals import check_signal
 from bbopd.types import Completion, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec
@@ -70,10 +70,19 @@ class LocalTeacher:
             check_prompt(prompt, sampling, self.info)
             return len(prompt.token_ids) + sampling.max_new_tokens
 
-        async with aclosing(self._batches(prompts, count_tokens)) as batches:
+        asked: dict[Prompt, Prompt] = {}
+
+        async def encoded() -> AsyncIterator[Prompt]:
+            async for prompt in prompts:
+                check_prompt(prompt, sampling, self.info)
+                read = with_ids(prompt, self._backend)
+                asked[read] = prompt
+                yield read
+
+        async with aclosing(self._batches(encoded(), count_tokens)) as batches:
             async for batch in batches:
                 for completion in await self._run(self._backend.generate, batch, sampling):
-                    yield completion
+                    yield replace(completion, prompt=asked[completion.prompt])
 
     async def close(self) -> None:
         """Let the thread go, after the call it is in."""

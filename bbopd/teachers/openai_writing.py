@@ -68,7 +68,9 @@ class Writer:
         return how
 
     def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        """The question of a prompt in the student's chat format; a prompt in none is the question itself."""
+        """The prompt's own messages; else the question of one in the student's chat format; a prompt in none is the question itself."""
+        if prompt.messages:
+            return [{"role": role, "content": content} for role, content in prompt.messages]
         text = str(self._tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
         before, after = self._frame
         if before and text.startswith(before):

@@ -39,11 +39,11 @@ class PaidTeacher:
                 yield scored
 
     async def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]:
-        """As the teacher's own; an answer costs the tokens it has."""
+        """As the teacher's own; an answer costs the tokens it has, a prompt that is text the most that it can have."""
         writing = self._pass(
             prompts,
             lambda items: self._teacher.complete(items, sampling),
-            lambda prompt: (len(prompt.token_ids), sampling.max_new_tokens),
+            lambda prompt: (prompt.most_tokens, sampling.max_new_tokens),
             lambda completion: (completion.prompt, len(completion.token_ids)),
         )
         async with aclosing(writing) as answers:

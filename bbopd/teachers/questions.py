@@ -111,7 +111,8 @@ class WritingQuestions:
         check_prompt(prompt, self._sampling, self._info)
 
     def key(self, prompt: Prompt) -> bytes:
-        return hashlib.sha256(self._identity + np.array(prompt.token_ids, "<i4").tobytes()).digest()
+        asked = json.dumps([prompt.text, prompt.messages]).encode() if prompt.is_text else np.array(prompt.token_ids, "<i4").tobytes()
+        return hashlib.sha256(self._identity + asked).digest()
 
     def describe(self, prompt: Prompt) -> tuple[str, int]:
         return prompt.prompt_id, len(prompt.token_ids) + self._sampling.max_new_tokens

@@ -35,7 +35,7 @@ def loss_weights_at(step: int, planned_steps: int, objective: ObjectiveConfig) -
     """
     ce_weight, kd_weight = objective.weights
     ramp = resolve_steps(objective.ramp, planned_steps)
-    if objective.name == "sft" or step >= ramp:
+    if objective.is_cross_entropy or step >= ramp:
         return ce_weight, kd_weight
     risen = step / ramp
     if objective.ramp_kind == "alpha":
