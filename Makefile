@@ -10,6 +10,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 SEED ?= 0
+SOAK_SECONDS ?= 600
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
@@ -20,12 +21,13 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-vllm demo test fuzz bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
+.PHONY: vllm test-vllm demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
 	@echo "make test    formatting, types, import floors and all tests"
 	@echo "make fuzz    over a hundred thousand random messages against every decoder, and a run of two replicas (minutes)"
+	@echo "make soak    ten minutes of faults between a client and three replicas (SOAK_SECONDS=...); every rollout accounted for at the end"
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
 	@echo "make test-vllm the tests that need the real vLLM"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
@@ -78,6 +80,9 @@ test: lint
 
 fuzz: $(DEVELOPED)
 	$(BIN)/python -m pytest -q -m thorough tests
+
+soak: $(DEVELOPED)
+	$(BIN)/python -m tests.soak $(SOAK_SECONDS) $(SEED)
 
 $(BENCHED): $(DEVELOPED)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'

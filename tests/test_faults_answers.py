@@ -9,6 +9,7 @@ import pytest
 from bbopd.errors import TeacherError
 from bbopd.rpc.codec import encode_failure, input_sha256
 from bbopd.rpc.limits import RefusedError
+from bbopd.teachers.backoff import RetryBudget
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import SignalSpec
 from tests.fault_registry import fault
@@ -272,6 +273,17 @@ async def test_retries_stay_within_their_budget():
             await score_all(teacher, make_rollouts(50, VOCAB), TOPK)
     assert teacher.counters["retries"] <= 50 + 20 + 50 / 5 + 4
     assert len(service.asked) <= 50 + 20 + 50 / 5 + 4
+
+
+@fault("so many bad answers that retries wait", "what the client puts off itself does not count as silence of the teacher")
+async def test_retries_that_wait_for_their_budget_are_no_silence():
+    backend, rollouts = FakeBackend(VOCAB), make_rollouts(3, VOCAB)
+    service = FaultyTeacher(backend, change("sampled", lambda sampled: np.full_like(sampled, np.nan)))
+    async with serving(service) as port, connected(port, timeout=1.5) as teacher:
+        teacher._budget = RetryBudget(share=0.0, reserve=0.0, per_second=0.4)  # the one retry waits for 2.5 s
+        scored = await score_all(teacher, rollouts, TOPK)
+    assert_nothing_lost(backend, rollouts, scored, TOPK)
+    assert teacher.counters["bad_answers"] == 1
 
 
 def _after(count: int, spoil: Spoil) -> Spoil:

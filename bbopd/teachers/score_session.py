@@ -223,6 +223,7 @@ class ScoreSession:
             retry_after = min(error.retry_after, self._timeout)
         is_busy = isinstance(error, RefusedError) and error.code in ("unavailable", "over_limit")
         item.failures += not is_busy
+        item.failed_last = not is_busy
         if item.failures > _RETRIES:
             raise self.lost(f"failed the same item {item.failures} times, at last: {error}")
         self.counters["retries"] += 1
@@ -260,13 +261,17 @@ class ScoreSession:
         tick = min(1.0, self._timeout / 8)
         while True:
             await asyncio.sleep(tick)
-            is_due = bool(self._unanswered) and not self.is_waiting_for_caller()
+            is_due = not self.is_waiting_for_caller() and not all(map(self._is_put_off, self._unanswered))
             self._silence = self._silence + tick if is_due else 0.0
             if is_due and self._is_alive is not None and not self._is_alive():
                 raise self.lost("has ended")
             if self._silence >= self._timeout:
                 raise self.lost(f"has not answered for {self._timeout:g} s (teacher.timeout)")
             self.notify()
+
+    def _is_put_off(self, item: Item) -> bool:
+        """Whether the client itself waits before it asks again, after a failure of which an item has a few and no more."""
+        return item.failed_last and item.not_before > asyncio.get_running_loop().time()
 
     async def until(self, is_true: Callable[[], bool]) -> None:
         while not is_true():

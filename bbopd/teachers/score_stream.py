@@ -50,6 +50,8 @@ class Item:
     """Streams that broke on it, one after the other, without a row of it arriving."""
     asked_again: int = 0
     """Times it was asked once more on an open stream that said nothing of it."""
+    failed_last: bool = False
+    """Whether it waits for such a failure, not for room."""
     not_before: float = 0.0
     failed_at: set[Endpoint] = field(default_factory=set)
     sent_from: int = -1
