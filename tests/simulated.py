@@ -36,6 +36,7 @@ class Durations:
     step: float = 0.0  # of the trainer, besides its tokens
     push: float = 0.0
     teacher: Callable[[np.random.Generator], float] = lambda random: 0.0  # of one answer
+    teacher_places: int = 1_000_000  # answers side by side
 
 
 def heavy_tail(random: np.random.Generator) -> float:
@@ -110,13 +111,14 @@ class TimedEngine:
 
 
 class TimedTeacher:
-    """Answers each sequence after its own time, any number at once, in the order they are ready."""
+    """Answers each sequence after its own time, ``teacher_places`` at once, in the order they are ready."""
 
     info = TeacherInfo("timed", 8, (Offer("sampled"),))
 
     def __init__(self, durations: Durations, *, fail_at: int = -1) -> None:
         self._durations, self._fail_at = durations, fail_at
         self._random = np.random.default_rng(1)
+        self._places = asyncio.Semaphore(durations.teacher_places)
         self.scored = 0
 
     async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]:
@@ -124,7 +126,8 @@ class TimedTeacher:
         tasks: list[asyncio.Task[None]] = []
 
         async def answer(rollout: Rollout) -> None:
-            await asyncio.sleep(self._durations.teacher(self._random))
+            async with self._places:
+                await asyncio.sleep(self._durations.teacher(self._random))
             done.put_nowait(ScoredRollout(rollout, TeacherSignal("sampled", sampled=np.full(len(rollout), -1.0, np.float32))))
 
         async def feed() -> None:

@@ -1,10 +1,8 @@
-"""Curves as small inline SVG. Colours are CSS variables, so that one drawing serves the light and the dark page."""
+"""Curves of a run over the tokens it trained on, and where its time went."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,38 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from bbopd.report.drawing import FAINT, SERIES, STYLE, to_svg
 from bbopd.report.load import RunData
 from bbopd.report.table import MEASURES
-
-# Stand-ins that occur nowhere else in a drawing, and the page's CSS variables that take their places.
-_INK, _FAINT = "#010203", "#040506"
-_SERIES = ("#0a0b0c", "#0d0e0f", "#101112", "#131415")
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {colour: f"var(--series-{index + 1})" for index, colour in enumerate(_SERIES)}
-
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "svg.hashsalt": "bbopd",  # the same run gives the same bytes
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.4,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.transparent": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +68,15 @@ def _stage_curves(data: RunData, *keys: str) -> list[Curve]:
 
 
 def _draw_curves(title: str, unit: str, curves: Sequence[Curve], cold_start: int) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes: Axes = figure.subplots()
-        for colour, curve in zip(_SERIES, curves, strict=False):
+        for colour, curve in zip(SERIES, curves, strict=False):
             x, y = zip(*sorted(curve.points), strict=True)
             marker = "o" if curve.is_sparse or len(x) == 1 else ""
             axes.plot(x, y, color=colour, label=curve.label, marker=marker, markersize=3.5)
         if cold_start:
-            axes.axvspan(0, cold_start, color=_FAINT, alpha=0.18, linewidth=0, label="cold start")
+            axes.axvspan(0, cold_start, color=FAINT, alpha=0.18, linewidth=0, label="cold start")
         axes.set_title(title)
         axes.set_xlabel("response tokens trained")
         axes.set_ylabel(unit)
@@ -116,41 +85,22 @@ def _draw_curves(title: str, unit: str, curves: Sequence[Curve], cold_start: int
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if len(curves) > 1 or cold_start:
             axes.legend()
-        return _to_svg(figure, title)
+        return to_svg(figure, title)
 
 
 def _draw_bars(title: str, seconds: dict[str, float]) -> str:
     total = sum(seconds.values())
     names = sorted(seconds, key=seconds.__getitem__)
-    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure = Figure(figsize=(4.6, 0.9 + 0.27 * len(names)), layout="constrained")
         axes: Axes = figure.subplots()
-        bars = axes.barh([name.replace("_", " ") for name in names], [seconds[name] for name in names], color=_SERIES[0], height=0.62)
+        bars = axes.barh([name.replace("_", " ") for name in names], [seconds[name] for name in names], color=SERIES[0], height=0.62)
         axes.bar_label(bars, [f"{seconds[name]:,.1f} s · {seconds[name] / total:.0%}" for name in names], padding=3, fontsize=8)
         axes.margins(x=0.3)
         axes.set_title(title)
         axes.set_xlabel("seconds")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        return _to_svg(figure, title)
-
-
-def _to_svg(figure: Figure, title: str) -> str:
-    """The bare element: scales with the page, takes its colours, and its ids clash with no other drawing's."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="[^"]*"', svg)
-    assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
-    svg = f'<svg role="img" aria-label="{title}" {view_box[0]}>' + svg[svg.index(">") + 1 :]
-    prefix = re.sub(r"\W+", "-", title.lower())
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg
+        return to_svg(figure, title)
 
 
 def _is_number(value: Any) -> bool:

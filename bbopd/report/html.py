@@ -12,6 +12,7 @@ from bbopd.errors import BbopdError
 from bbopd.report.charts import charts
 from bbopd.report.load import RunData, load_run
 from bbopd.report.table import KL_NOTE, SPEED_NOTE, cache_line, cost_line, result_rows, speed_rows, stage_titles
+from bbopd.report.timeline import NOTE, timeline_drawings
 
 _CSS = """
 :root{color-scheme:light dark;--page:#fcfcfb;--card:#fff;--ink:#22262b;--quiet:#646b75;--faint:#c3c8d0;
@@ -60,6 +61,7 @@ def render(data: RunData) -> str:
         _section("Result", _result(data)),
         _section("Curves", _drawings(data)),
         _section("Where the time went", _speeds(data)),
+        _section("What each stage did", _timeline(data)),
         _section("The same prompts, answered", _samples(data.summary.get("samples") or ())),
         _section("Rollouts the filters rejected", _rejected(data.summary.get("rejected") or {})),
         _section("Machine and versions", _facts(_flatten({**(data.about("machine") or {}), "source": data.about("source") or {}}))),
@@ -120,6 +122,13 @@ def _speeds(data: RunData) -> str:
     if not rows:
         return ""
     return _table(("Activity", "tokens", "seconds", "busy", "tokens/s", "share"), rows) + f'<p class="quiet">{escape(SPEED_NOTE)}.</p>'
+
+
+def _timeline(data: RunData) -> str:
+    found = timeline_drawings(data)
+    if not found:
+        return ""
+    return "".join(f"<figure>{svg}</figure>" for _, svg in found) + f'<p class="quiet">{escape(NOTE)}.</p>'
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

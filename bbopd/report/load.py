@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class RunData:
     evals: Sequence[Line]
     summary: Line
     started: Line  # run.json: written at the start, so it is there for an interrupted run too
+    trace: Line = field(default_factory=dict)  # trace.json, of the last session
 
     def about(self, key: str) -> Any:
         """``config``, ``machine``, ``command`` …: from the summary, or, where a run has none yet, from its start."""
@@ -61,6 +62,7 @@ def load_run(run_dir: str | Path) -> RunData:
         metrics=folder.read_lines("metrics.jsonl"),
         evals=folder.read_lines("evals.jsonl"),
         summary=folder.read_json("summary.json") or {},
+        trace=folder.read_json("trace.json") or {},
         started=folder.read_json("run.json") or {},
     )
     if not (data.metrics or data.evals or data.summary or data.started):
