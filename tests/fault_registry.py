@@ -28,12 +28,13 @@ class Fault:
 
 FAULTS: list[Fault] = []
 _OTHERS = [
+    "test_budget",
     "test_cache",
     "test_security",
     "test_server_limits",
     "test_renewal",
     "test_request_rate",
-]  # faults of files, and what clients may do to a server
+]  # faults of files and of money, and what clients may do to a server
 
 
 def fault(name: str, outcome: str) -> Callable[[Test], Test]:

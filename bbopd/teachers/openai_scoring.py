@@ -158,9 +158,30 @@ def _signal(rows: list[Row], targets: Sequence[int], want: SignalSpec, vocab_siz
             if not 0 <= token < 2**31:
                 raise ValueError(f"response token {number} has id {token}")
             ids[number, column], logprobs[number, column] = token, logprob
+    _check_derived(logprobs, ids, sampled, targets, vocab_size)
     return TeacherSignal(
         "topk", ids=ids, logprobs=logprobs.astype(np.float32), log_tail=_derived_tail(logprobs).astype(np.float32), sampled=sampled
     )
+
+
+def _check_derived(logprobs_LK: np.ndarray, ids_LK: np.ndarray, sampled_L: np.ndarray, targets: Sequence[int], vocab_size: int) -> None:
+    """What a sum of 1 proves of a teacher that tells its tail, and of a derived tail does not: that these are the likeliest ids.
+
+    No other token is likelier than the last of them. So the rest holds at most so many times its probability, and the response token,
+    where it is not among them, is no likelier. Raises `ValueError`.
+    """
+    last_L = np.exp(np.minimum(logprobs_LK[:, -1], 80.0))
+    rest_L = 1.0 - np.exp(np.minimum(logprobs_LK, 80.0)).sum(axis=1)
+    most_L = (vocab_size - logprobs_LK.shape[1]) * last_L
+    if (bad_L := rest_L > most_L + MASS_TOLERANCE).any():
+        at = int(bad_L.argmax())
+        raise ValueError(
+            f"{rest_L[at]:.4g} of the probability is missing at response token {at}, at most {most_L[at]:.4g} is left to others"
+        )
+    outside_L = ~(ids_LK == np.asarray(targets)[:, None]).any(axis=1)
+    if (bad_L := outside_L & (np.exp(np.minimum(sampled_L, 80.0)) > last_L + MASS_TOLERANCE)).any():
+        at = int(bad_L.argmax())
+        raise ValueError(f"response token {at} has logprob {sampled_L[at]:.4g} and is not among the likeliest, the last of which has less")
 
 
 def _derived_tail(logprobs_LK: np.ndarray) -> np.ndarray:

@@ -1,0 +1,279 @@
+"""Money: set aside before a request, counted after it, never more than the limit; and a run that stops when it is spent and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from bbopd.cli.execute import execute
+from bbopd.config import ApiConfig, RunConfig
+from bbopd.errors import BudgetSpentError, ConfigError
+from bbopd.report.table import plain_lines
+from bbopd.teachers.answer_store import AnswerStore
+from bbopd.teachers.budget import Budget, Prices
+from bbopd.teachers.cache import CachedTeacher
+from bbopd.teachers.fake import FakeBackend, FakeTeacher
+from bbopd.teachers.hf import HFBackend
+from bbopd.teachers.paid import PaidTeacher
+from bbopd.trainer.checkpoint import latest_checkpoint
+from bbopd.types import Sampling, ScoredRollout, SignalSpec
+from tests.fault_registry import fault
+from tests.faults import assert_nothing_lost, make_rollouts, stream
+from tests.openai_server import OpenAIServer
+from tests.test_openai_teacher import VOCAB, connected, serve
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.timeout(120)
+
+TOPK = SignalSpec("topk", top_k=8)
+PRICES = Prices(prompt=2.0, answer=6.0, currency="EUR")
+
+
+def nanos(prompt: int, answer: int) -> int:
+    return 2000 * prompt + 6000 * answer
+
+
+# ---------------------------------------------------------------- the sum
+
+
+async def test_sums_are_exact_and_the_limit_holds_whatever_happens(tmp_path):
+    """Many requests at once, of random size and outcome, by two that share the file: at no moment more than the limit is promised."""
+    limit = 0.4
+    budgets = [Budget(tmp_path / "spending.db", PRICES, limit) for _ in range(2)]
+    random = np.random.default_rng(0)
+    paid: list[int] = []
+    spent = Counter()
+
+    async def request(number: int) -> None:
+        budget = budgets[number % 2]
+        prompt, answer = (int(count) for count in random.integers(1, 2000, 2))
+        await asyncio.sleep(random.random() * 0.05)
+        try:
+            reservation = await budget.reserve(prompt, answer)
+        except BudgetSpentError:
+            spent["refused"] += 1
+            return
+        assert budget.spending().total <= limit + 1e-12
+        await asyncio.sleep(random.random() * 0.05)
+        if random.random() < 0.3:
+            budget.release(reservation)
+        elif random.random() < 0.5:
+            budget.settle(reservation)
+            paid.append(nanos(prompt, answer))
+        else:
+            budget.settle(reservation, prompt, answer // 2)
+            paid.append(nanos(prompt, answer // 2))
+
+    await asyncio.gather(*(request(number) for number in range(150)))
+    now = budgets[0].spending()
+    assert round(now.paid * 1e9) == sum(paid)
+    assert (now.reserved, now.requests, now.currency) == (0.0, len(paid), "EUR")
+    assert spent["refused"] > 0
+    for budget in budgets:
+        budget.close()
+
+
+async def test_what_is_under_way_may_still_make_room(tmp_path):
+    budget = Budget(tmp_path / "spending.db", PRICES, limit=nanos(1000, 1000) / 1e9)
+    first = await budget.reserve(1000, 1000)
+    second = asyncio.create_task(budget.reserve(100, 100))
+    third = asyncio.create_task(budget.reserve(900, 900))
+    await asyncio.sleep(0.1)
+    assert not second.done()
+    budget.settle(first, 500, 0)
+    reservation = await second
+    await asyncio.sleep(0.1)
+    assert not third.done(), "what the second has set aside may come back"
+    budget.settle(reservation)
+    with pytest.raises(BudgetSpentError, match=r"budget of 0.008 EUR is spent: 0.0018 paid, and the next request may cost 0.0072; raise"):
+        await third
+    budget.close()
+
+
+async def test_a_request_given_up_while_it_is_paid_for_leaves_nothing_behind(tmp_path):
+    budget = Budget(tmp_path / "spending.db", PRICES, limit=1.0)
+    for _ in range(20):
+        task = asyncio.create_task(budget.reserve(10, 10))
+        await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.sleep(0.2)
+    assert budget.spending().total == 0.0
+    budget.close()
+
+
+@fault("a run killed between a request and its answer (SIGKILL)", "what was set aside for the request stays counted: it may have been paid")
+async def test_a_killed_process_leaves_its_requests_counted(tmp_path):
+    path = tmp_path / "spending.db"
+    code = (
+        "import asyncio, sys; from bbopd.teachers.budget import Budget, Prices\n"
+        "async def main():\n"
+        f"    budget = Budget({str(path)!r}, Prices(2.0, 6.0, 'EUR'), 1.0)\n"
+        "    budget.settle(await budget.reserve(100, 0)); await budget.reserve(7, 1); budget.spending()\n"
+        "    print('ready', flush=True); await asyncio.sleep(3600)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        os.kill(process.pid, signal.SIGKILL)
+    budget = Budget(path, PRICES, 1.0)
+    now = budget.spending()
+    assert (round(now.paid * 1e9), round(now.reserved * 1e9)) == (nanos(100, 0), nanos(7, 1))
+    budget.close()
+
+
+def test_one_file_counts_one_currency(tmp_path):
+    Budget(tmp_path / "spending.db", PRICES).close()
+    with pytest.raises(ConfigError, match="counts EUR, the teacher's prices are in USD"):
+        Budget(tmp_path / "spending.db", Prices(2.0, 6.0, "USD"))
+
+
+# ---------------------------------------------------------------- passes
+
+
+async def collect(answers, into: list[ScoredRollout]) -> None:
+    async for answer in answers:
+        into.append(answer)
+
+
+@fault("budget reached", "waits for what is under way, keeps it, then stops the run with a checkpoint; a larger budget goes on from there")
+async def test_a_pass_that_runs_out_of_money_keeps_what_it_paid_for(tmp_path):
+    backend, rollouts = FakeBackend(VOCAB), make_rollouts(40, VOCAB)
+    server = serve(backend)
+    server.spoil = lambda path, body, reply: setattr(reply, "delay", 0.02)
+    scored: list[ScoredRollout] = []
+    for limit in (nanos(250, 14) / 1e9, 1.0):
+        budget = Budget(tmp_path / "spending.db", PRICES, limit)
+        async with connected(server, budget=budget, api=ApiConfig(scoring="prompt_logprobs")) as teacher:
+            cached = CachedTeacher(teacher, AnswerStore(tmp_path / "answers.db"))
+            scored.clear()
+            if limit < 1.0:
+                with pytest.raises(BudgetSpentError, match="is spent"):
+                    await collect(cached.score(stream(rollouts), TOPK), scored)
+                assert 0 < len(scored) < len(rollouts)
+            else:
+                await collect(cached.score(stream(rollouts), TOPK), scored)
+            await cached.close()
+        now = budget.spending()
+        assert round(now.paid * 1e9) == nanos(server.paid["prompt"], server.paid["answer"])
+        assert now.reserved == 0.0
+        assert now.paid <= limit
+        budget.close()
+    assert_nothing_lost(backend, rollouts, scored, TOPK)
+    asked = Counter(tuple(body["prompt"]) for path, body in server.requests if "prompt_logprobs" in body and len(body["prompt"]) != 16)
+    assert set(asked.values()) == {1}, "nothing is asked, nor paid, twice"
+
+
+async def test_a_teacher_that_does_not_count_is_counted_for(tmp_path):
+    backend, rollouts = FakeBackend(VOCAB), make_rollouts(30, VOCAB)
+    budget = Budget(tmp_path / "spending.db", PRICES, limit=nanos(300, 0) / 1e9)
+    teacher = PaidTeacher(FakeTeacher(backend), budget)
+    scored: list[ScoredRollout] = []
+    with pytest.raises(BudgetSpentError):
+        await collect(teacher.score(stream(rollouts), TOPK), scored)
+    assert_nothing_lost(backend, [item.rollout for item in scored], scored, TOPK)
+    now = budget.spending()
+    assert 0 < now.prompt_tokens == sum(len(item.rollout.all_ids) for item in scored) <= 300
+    assert now.reserved == 0.0
+    budget.close()
+    budget = Budget(tmp_path / "spending.db", PRICES, limit=1.0)
+    prompts = [rollout.prompt for rollout in rollouts[:5]]
+    written = [answer async for answer in PaidTeacher(FakeTeacher(backend), budget).complete(stream(prompts), Sampling(20, seed=1))]
+    then = budget.spending()
+    assert then.answer_tokens == sum(len(answer.token_ids) for answer in written)
+    assert then.prompt_tokens - now.prompt_tokens == sum(len(prompt.token_ids) for prompt in prompts)
+    budget.close()
+
+
+# ---------------------------------------------------------------- a run
+
+
+@contextmanager
+def served(server: OpenAIServer) -> Iterator[int]:
+    """The server on a thread of its own: a run blocks the event loop while it trains."""
+    ports: list[int] = []
+    is_up, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+
+    async def run() -> None:
+        async with server.serving() as port:
+            ports.append(port)
+            is_up.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    try:
+        assert is_up.wait(30)
+        yield ports[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+def test_a_run_stops_with_a_checkpoint_when_the_money_is_spent_and_goes_on_with_more(tmp_path):
+    model = save_folder(tmp_path / "model", tiny_llama(vocab_size=262), tiny_tokenizer())
+    (tmp_path / "text.txt").write_text(
+        "\n\n\n".join(f"{n} the thin thing in there, then {n * n} more of them and so on" for n in range(40))
+    )
+    tokenizer = tiny_tokenizer()
+    server = OpenAIServer(HFBackend(tiny_llama(vocab_size=262, seed=1), tokenizer, name="tiny"), decode=tokenizer.decode)
+
+    def config(port: int, limit: float) -> RunConfig:
+        return RunConfig.model_validate(
+            {
+                "student": {"model": str(model), "dtype": "float32"},
+                "teacher": {
+                    "target": f"openai://127.0.0.1:{port}/v1",
+                    "topk": 8,
+                    "prices": {"prompt": 2.0, "answer": 6.0, "currency": "EUR"},
+                    "budget": {"limit": limit},
+                    "api": {"scoring": "prompt_logprobs"},
+                },
+                "objective": {"temperature": 1.0},
+                "rollouts": {"per_update": 4, "samples_per_prompt": 1, "max_new_tokens": 10, "max_staleness": 0},
+                "train": {"batch_tokens": 40, "max_seq_len": 48, "on_policy_tokens": 120, "checkpoint_every": 1},
+                "data": {
+                    "prompts": [{"text": str(tmp_path / "text.txt")}],
+                    "prompt_tokens": 8,
+                    "response_tokens": 10,
+                    "filters": {"min_tokens": 1, "max_repetition": 1.0, "reject_duplicates": False},
+                },
+                "eval": {"sequences": 2, "rollouts": 2, "max_new_tokens": 8},
+                "output": str(tmp_path / "run"),
+            }
+        )
+
+    run = tmp_path / "run"
+    with served(server) as port:
+        with pytest.raises(BudgetSpentError, match=r"raise teacher.budget.limit, and the same command goes on") as spent:
+            execute(config(port, nanos(400, 20) / 1e9), plain=True)
+        assert spent.value.exit_code == 7
+        assert latest_checkpoint(run / "checkpoints") is not None
+        stopped = json.loads((run / "summary.json").read_text())
+        assert (stopped["status"], stopped["error"]) == ("stopped", str(spent.value))
+        assert "of 0.00092" in (run / "report.html").read_text()
+        assert execute(config(port, 1.0), plain=True) == 0
+
+    summary = json.loads((run / "summary.json").read_text())
+    cost = summary["teacher_cost"]
+    assert round(cost["paid"] * 1e9) == nanos(server.paid["prompt"], server.paid["answer"])
+    assert (cost["reserved"], cost["currency"], cost["limit"]) == (0.0, "EUR", 1.0)
+    costs = [json.loads(line)["teacher_cost"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(costs) > 2
+    assert costs == sorted(costs)
+    assert 0 < costs[0] < costs[-1] <= cost["paid"]
+    assert any(line.startswith(f"cost of the teacher: {cost['paid']:.6g} EUR of 1") for line in plain_lines(run))
+    asked = Counter(tuple(body["prompt"]) for path, body in server.requests if "prompt_logprobs" in body)
+    probes = [ids for ids, times in asked.items() if times > 1]
+    assert len(probes) <= 1, "nothing but the question that each start asks is asked twice"
