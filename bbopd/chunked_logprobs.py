@@ -8,78 +8,52 @@ Shape suffixes: ``N`` tokens, ``n`` tokens of a chunk, ``D`` hidden, ``V`` vocab
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bbopd import op_checks
 from bbopd.chunked_logits import CHUNK_LOGITS, Logits, RowKernels
-from bbopd.reference_distill import head_of
-from bbopd.reference_logprobs import empty_results, log_probs_around
-from bbopd.reference_math import Support, take_ids, without_autocast
+from bbopd.reference_logprobs import Scoring, log_probs_around
+from bbopd.reference_math import Support, take_ids
 
 
-def register(name: str, kernels: RowKernels) -> Any:
-    """Register an engine's `linear_logprobs` as an op, one opaque node to ``torch.compile``."""
+def run(kernels: RowKernels, case: Scoring) -> None:
+    """Fill in the results of ``case``; an id outside the vocabulary gets NaN.
 
-    @torch.library.custom_op(name, mutates_args=())
-    def linear_logprobs_op(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor | None,
-        candidate_ids: Tensor | None,
-        top_k: int,
-        temperature: float,
-        logit_scale: float,
-        logit_softcap: float | None,
-        vocab_size: int,
-        check: bool,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        N, V, device = hidden.shape[0], vocab_size, hidden.device
-        if check:
-            op_checks.check_scored_ids(token_ids, candidate_ids, V)
-        found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
-            hidden, token_ids, candidate_ids, top_k, torch.float32
-        )
-        token_ids = None if token_ids is None else token_ids.contiguous()
-        selection = kernels.selection_bytes(V, top_k) if top_k else 0
-        chunk = min(chunk_tokens or max(1, 4 * CHUNK_LOGITS // (4 * V + selection)), max(N, 1))
-        with without_autocast(device), torch.accelerator.device_index(device.index):
-            logits = Logits(kernels, head_of(hidden, weight, bias, logit_scale, logit_softcap, V), chunk)
-            for start in range(0, N, chunk):
-                rows = slice(start, min(start + chunk, N))
-                tokens_n = None if token_ids is None else token_ids[rows]
-                if not top_k and candidate_ids is None:
-                    kernels.logprobs(logits, rows, temperature, tokens_n, logsumexp_N[rows], sampled_N[rows])
-                else:
-                    z_nS = logits.write(rows)
-                    z_n1 = None if tokens_n is None else _at(z_nS, V, tokens_n[:, None])
-                    if top_k:
-                        topk_ids_NK[rows] = ids_nK = kernels.top_k(z_nS, V, top_k)
-                        topk_NK[rows], log_tail_N[rows], lse_n1 = _around(kernels, z_nS, V, ids_nK, temperature)
-                    if candidate_ids is not None:
-                        ids_nM = candidate_ids[rows].long()
-                        beyond_nM = ids_nM >= V
-                        found_nM = _around(kernels, z_nS, V, ids_nM.masked_fill(beyond_nM, -1), temperature)
-                        log_probs_nM, candidates_tail_N[rows], lse_n1 = found_nM
-                        candidates_NM[rows] = log_probs_nM.masked_fill(beyond_nM, torch.nan)
-                    logsumexp_N[rows] = lse_n1[:, 0]
-                    if z_n1 is not None:
-                        sampled_N[rows] = (z_n1 / temperature - lse_n1)[:, 0]
-                if check:
-                    op_checks.check_student_rows(logsumexp_N[rows], start)
-        return found
+    Logits of ``case.chunk_tokens`` tokens exist at a time; 0 takes as many as make 512 MB with what is kept of them.
+    """
+    N, V, K = case.head.hidden.shape[0], case.head.weight.shape[0], case.top_k
+    token_ids = None if case.token_ids is None else case.token_ids.contiguous()
+    selection = kernels.selection_bytes(V, K) if K else 0
+    chunk = min(case.chunk_tokens or max(1, 4 * CHUNK_LOGITS // (4 * V + selection)), max(N, 1))
+    with torch.accelerator.device_index(case.logsumexp.device.index):
+        logits = Logits(kernels, case.head, chunk)
+        for start in range(0, N, chunk):
+            rows = slice(start, min(start + chunk, N))
+            tokens_n = None if token_ids is None else token_ids[rows]
+            if not K and case.candidate_ids is None:
+                kernels.logprobs(logits, rows, case.temperature, tokens_n, case.logsumexp[rows], case.sampled[rows])
+            else:
+                _fill(kernels, case, logits.write(rows), V, rows, tokens_n)
+            if case.check:
+                op_checks.check_student_rows(case.logsumexp[rows], start)
 
-    @linear_logprobs_op.register_fake
-    def _(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return empty_results(hidden, token_ids, candidate_ids, top_k, torch.float32)
 
-    return linear_logprobs_op
+def _fill(kernels: RowKernels, case: Scoring, z_nS: Tensor, V: int, rows: slice, tokens_n: Tensor | None) -> None:
+    """Fill in the results of ``rows`` from their logits, with top-k or candidates."""
+    z_n1 = None if tokens_n is None else _at(z_nS, V, tokens_n[:, None])
+    if case.top_k:
+        case.topk_ids[rows] = ids_nK = kernels.top_k(z_nS, V, case.top_k)
+        case.topk_logprobs[rows], case.log_tail[rows], lse_n1 = _around(kernels, z_nS, V, ids_nK, case.temperature)
+    if case.candidate_ids is not None:
+        ids_nM = case.candidate_ids[rows].long()
+        beyond_nM = ids_nM >= V
+        found_nM = _around(kernels, z_nS, V, ids_nM.masked_fill(beyond_nM, -1), case.temperature)
+        log_probs_nM, case.candidates_log_tail[rows], lse_n1 = found_nM
+        case.candidates[rows] = log_probs_nM.masked_fill(beyond_nM, torch.nan)
+    case.logsumexp[rows] = lse_n1[:, 0]
+    if z_n1 is not None:
+        case.sampled[rows] = (z_n1 / case.temperature - lse_n1)[:, 0]
 
 
 def _at(z_nS: Tensor, V: int, ids_n1: Tensor) -> Tensor:

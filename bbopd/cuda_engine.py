@@ -13,6 +13,7 @@ from bbopd.chunked_logits import check_tensors
 from bbopd.cuda_rows import CudaRows
 from bbopd.reference import linear_distill_with, register
 from bbopd.reference_logprobs import linear_logprobs_with
+from bbopd.reference_logprobs import register as register_logprobs
 from bbopd.types import DistillLoss, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -56,4 +57,4 @@ _rows = CudaRows(importlib.import_module("bbopd._cuda"))
 _linear_distill = register(
     "bbopd::linear_distill_cuda", partial(chunked_distill.run, _rows), lambda dtype, _: chunked_distill.gradient_dtype(dtype)
 )
-_linear_logprobs = chunked_logprobs.register("bbopd::linear_logprobs_cuda", _rows)
+_linear_logprobs = register_logprobs("bbopd::linear_logprobs_cuda", partial(chunked_logprobs.run, _rows))

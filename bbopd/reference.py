@@ -17,7 +17,7 @@ from torch import Tensor
 from bbopd import op_checks
 from bbopd.reference_distill import METRICS, Distillation, head_of, run
 from bbopd.reference_logprobs import linear_logprobs
-from bbopd.reference_math import RATIO_CAP, without_autocast
+from bbopd.reference_math import RATIO_CAP, compute_dtype, without_autocast
 from bbopd.reference_tokens import TokenWeights, check_values
 from bbopd.reference_vocabulary import WHOLE, Shard, Whole, describe, refuse
 from bbopd.types import CandidateTeacher, DistillLoss, FullTeacher, OpTeacher, SampledTeacher, TopKTeacher
@@ -321,10 +321,6 @@ def register(name: str, run: Run, gradient_dtype: Callable[[torch.dtype, torch.d
 
     linear_distill_op.register_autograd(scale_gradients, setup_context=save_gradients)
     return linear_distill_op
-
-
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 _linear_distill = register("bbopd::linear_distill_reference", run, lambda _, computed: computed)

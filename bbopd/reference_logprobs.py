@@ -6,14 +6,23 @@ Shape suffixes: ``N`` tokens, ``n`` tokens of a block, ``D`` hidden, ``V`` vocab
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bbopd import op_checks
-from bbopd.reference_distill import chunk_rows, head_of
-from bbopd.reference_math import Support, softmax_in_place, stable_top_k, support_log_probs, take_support, without_autocast
+from bbopd.reference_distill import Head, chunk_rows, head_of
+from bbopd.reference_math import (
+    Support,
+    compute_dtype,
+    softmax_in_place,
+    stable_top_k,
+    support_log_probs,
+    take_support,
+    without_autocast,
+)
 from bbopd.types import TokenLogprobs
 
 
@@ -64,71 +73,106 @@ def linear_logprobs_with(
     )
 
 
-def empty_results(
-    hidden: Tensor, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an engine fills: logsumexp [N], sampled [N], ids [N, K], log-probabilities [N, K], tail [N], candidates [N, M], tail [N].
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """One call of `linear_logprobs`: its inputs, and the results that an engine fills in; one not asked for has no elements."""
 
-    What was not asked for has no elements.
-    """
+    head: Head
+    token_ids: Tensor | None  # [N]
+    candidate_ids: Tensor | None  # [N, M]
+    top_k: int
+    temperature: float
+    check: bool  # also what depends on values
+    chunk_tokens: int  # 0 for what the engine finds good
+    logsumexp: Tensor  # [N]
+    sampled: Tensor  # [N]
+    topk_ids: Tensor  # [N, K] int64
+    topk_logprobs: Tensor  # [N, K]
+    log_tail: Tensor  # [N]
+    candidates: Tensor  # [N, M]
+    candidates_log_tail: Tensor  # [N]
+
+
+def register(name: str, run: Callable[[Scoring], None]) -> Any:
+    """Register an engine's ``run`` as an op, one opaque node to ``torch.compile``."""
+
+    @torch.library.custom_op(name, mutates_args=())
+    def linear_logprobs_op(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor | None,
+        candidate_ids: Tensor | None,
+        top_k: int,
+        temperature: float,
+        logit_scale: float,
+        logit_softcap: float | None,
+        vocab_size: int,
+        check: bool,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if check:
+            op_checks.check_scored_ids(token_ids, candidate_ids, vocab_size)
+        results = _empty_results(hidden, weight, token_ids, candidate_ids, top_k)
+        head = head_of(hidden, weight, bias, logit_scale, logit_softcap, vocab_size)
+        with without_autocast(hidden.device):
+            run(Scoring(head, token_ids, candidate_ids, top_k, temperature, check, chunk_tokens, *results))
+        return results
+
+    @linear_logprobs_op.register_fake
+    def _(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _empty_results(hidden, weight, token_ids, candidate_ids, top_k)
+
+    return linear_logprobs_op
+
+
+def _empty_results(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The last seven fields of `Scoring`."""
     N, M = hidden.shape[0], 0 if candidate_ids is None else candidate_ids.shape[1]
 
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return hidden.new_empty(shape, dtype=of)
+    def empty(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=compute_dtype(hidden, weight))
 
-    ids_NK, topk_NK, log_tail_N = empty(N, top_k, of=torch.int64), empty(N, top_k), empty(N if top_k else 0)
+    ids_NK, topk_NK, log_tail_N = hidden.new_empty((N, top_k), dtype=torch.int64), empty(N, top_k), empty(N if top_k else 0)
     return empty(N), empty(0 if token_ids is None else N), ids_NK, topk_NK, log_tail_N, empty(N, M), empty(N if M else 0)
 
 
-@torch.library.custom_op("bbopd::linear_logprobs_reference", mutates_args=())
-def _linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor | None,
-    candidate_ids: Tensor | None,
-    top_k: int,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    vocab_size: int,
-    check: bool,
-    chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    N, device, V = hidden.shape[0], hidden.device, vocab_size
-    if check:
-        op_checks.check_scored_ids(token_ids, candidate_ids, V)
-    found = logsumexp_N, sampled_N, topk_ids_NK, topk_NK, log_tail_N, candidates_NM, candidates_tail_N = empty_results(
-        hidden, token_ids, candidate_ids, top_k, dtype
-    )
-    with without_autocast(device):
-        head = head_of(hidden, weight, bias, logit_scale, logit_softcap, V).to(dtype)
-        chunk, block = chunk_rows(V, device)
-        chunk = min(chunk_tokens or chunk, max(N, 1))
-        buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
-        for start in range(0, N, chunk):
-            rows = slice(start, min(start + chunk, N))
-            head.write_logits(rows, buffer_nV[: rows.stop - start])
-            for first in range(start, rows.stop, block):
-                part = slice(first, min(first + block, rows.stop))
-                z_nV = buffer_nV[part.start - start : part.stop - start]
-                token_z_n1 = None if token_ids is None else z_nV.gather(1, token_ids[part, None].long())
-                lse_n1: Tensor | None = None
-                if top_k:
-                    ids_nK = stable_top_k(z_nV, top_k)
-                    topk_ids_NK[part] = ids_nK
-                    topk_NK[part], log_tail_N[part], lse_n1 = _around(z_nV, ids_nK, temperature)
-                if candidate_ids is not None:
-                    candidates_NM[part], candidates_tail_N[part], lse_n1 = _around(z_nV, candidate_ids[part].long(), temperature)
-                if lse_n1 is None:
-                    lse_n1 = softmax_in_place(z_nV.mul_(1.0 / temperature), torch.empty_like(z_nV))[1]
-                if check:
-                    op_checks.check_student_rows(lse_n1[:, 0], part.start)
-                logsumexp_N[part] = lse_n1[:, 0]
-                if token_z_n1 is not None:
-                    sampled_N[part] = (token_z_n1 / temperature - lse_n1)[:, 0]
-    return found
+def run(case: Scoring) -> None:
+    """Fill in the results of ``case``."""
+    dtype, device, N, V = case.logsumexp.dtype, case.logsumexp.device, case.head.hidden.shape[0], case.head.weight.shape[0]
+    head = case.head.to(dtype)
+    chunk, block = chunk_rows(V, device)
+    chunk = min(case.chunk_tokens or chunk, max(N, 1))
+    buffer_nV = torch.empty(chunk, V, dtype=dtype, device=device)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        head.write_logits(rows, buffer_nV[: rows.stop - start])
+        for first in range(start, rows.stop, block):
+            part = slice(first, min(first + block, rows.stop))
+            _fill(case, buffer_nV[part.start - start : part.stop - start], part)
+
+
+def _fill(case: Scoring, z_nV: Tensor, rows: slice) -> None:
+    """Fill in the results of ``rows`` from their logits, which are overwritten."""
+    token_z_n1 = None if case.token_ids is None else z_nV.gather(1, case.token_ids[rows, None].long())
+    lse_n1: Tensor | None = None
+    if case.top_k:
+        case.topk_ids[rows] = ids_nK = stable_top_k(z_nV, case.top_k)
+        case.topk_logprobs[rows], case.log_tail[rows], lse_n1 = _around(z_nV, ids_nK, case.temperature)
+    if case.candidate_ids is not None:
+        found_nM = _around(z_nV, case.candidate_ids[rows].long(), case.temperature)
+        case.candidates[rows], case.candidates_log_tail[rows], lse_n1 = found_nM
+    if lse_n1 is None:
+        lse_n1 = softmax_in_place(z_nV.mul_(1.0 / case.temperature), torch.empty_like(z_nV))[1]
+    if case.check:
+        op_checks.check_student_rows(lse_n1[:, 0], rows.start)
+    case.logsumexp[rows] = lse_n1[:, 0]
+    if token_z_n1 is not None:
+        case.sampled[rows] = (token_z_n1 / case.temperature - lse_n1)[:, 0]
 
 
 def _around(z_nV: Tensor, ids_nK: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,9 +196,4 @@ def log_probs_around(
     return log_probs_nC[:, :-1].masked_fill(empty_nK, -torch.inf), log_tail_n, lse_n1
 
 
-@_linear_logprobs.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor | None, candidate_ids: Tensor | None, top_k: int, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    return empty_results(hidden, token_ids, candidate_ids, top_k, dtype)
+_linear_logprobs = register("bbopd::linear_logprobs_reference", run)

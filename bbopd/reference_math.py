@@ -29,6 +29,10 @@ _LOWEST = -1e9  # stands in for -inf in a difference of log-probabilities
 _EXP_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}  # its exponential is finite, that of its negative still normal
 
 
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """In which products are of the dtypes that they are given; tensors on "meta", of which memory is counted, have no autocast."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from bbopd import chunked_logprobs
 from bbopd.chunked_logits import check_tensors
 from bbopd.kernels.rows import INTERPRETED, TritonRows
-from bbopd.reference_logprobs import linear_logprobs_with
+from bbopd.reference_logprobs import linear_logprobs_with, register
 from bbopd.types import TokenLogprobs
 
 __all__ = ["INTERPRETED", "linear_logprobs"]
@@ -35,4 +36,4 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, **options: Any) -> TokenLogp
 
 
 _rows = TritonRows()
-_linear_logprobs = chunked_logprobs.register("bbopd::linear_logprobs_triton", _rows)
+_linear_logprobs = register("bbopd::linear_logprobs_triton", partial(chunked_logprobs.run, _rows))

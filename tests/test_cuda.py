@@ -22,6 +22,7 @@ from bbopd.chunked_logits import check_tensors
 from bbopd.cuda_rows import CudaRows
 from bbopd.reference import linear_distill_with, register
 from bbopd.reference_logprobs import linear_logprobs_with
+from bbopd.reference_logprobs import register as register_logprobs
 from bbopd.types import DIVERGENCES
 from tests import distill_cases, in_place, logprobs_cases, resource_table
 from tests.cuda_build import ARCHITECTURES, KERNELS, build_emulation, compile_kernels
@@ -40,7 +41,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> CudaRows:
 def ops(rows: CudaRows) -> tuple[Any, Any]:
     """Both ops over the emulation, registered as `bbopd.cuda_engine` does."""
     distill = register("bbopd_tests::linear_distill_cuda", partial(chunked_distill.run, rows), lambda dtype, _: gradient_dtype(dtype))
-    return distill, chunked_logprobs.register("bbopd_tests::linear_logprobs_cuda", rows)
+    return distill, register_logprobs("bbopd_tests::linear_logprobs_cuda", partial(chunked_logprobs.run, rows))
 
 
 gradient_dtype = chunked_distill.gradient_dtype

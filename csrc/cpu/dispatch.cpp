@@ -26,11 +26,6 @@ const Products& products() {
   return found;
 }
 
-void check(Level level) {
-  if (level > best_level())
-    throw std::invalid_argument("this machine does not have the instruction set that was asked for");
-}
-
 }  // namespace
 
 Level best_level() {
@@ -42,40 +37,37 @@ Level best_level() {
   return features.avx2 ? Level::avx2 : Level::portable;
 }
 
-void distill(const DistillArguments& arguments, Level level) {
-  check(level);
+namespace {
+
+struct Kernels {
+  void (*distill)(const DistillArguments&);
+  void (*logprobs)(const LogprobsArguments&);
+};
+
+Kernels kernels_of(Level level) {
+  if (level > best_level())
+    throw std::invalid_argument("this machine does not have the instruction set that was asked for");
   switch (level) {
 #if defined(__x86_64__)
     case Level::amx_bf16:
-      return distill_amx_bf16(arguments, products());
+      return {[](const DistillArguments& arguments) { distill_amx_bf16(arguments, products()); },
+              [](const LogprobsArguments& arguments) { logprobs_amx_bf16(arguments, products()); }};
     case Level::avx512_bf16:
-      return distill_avx512_bf16(arguments);
+      return {distill_avx512_bf16, logprobs_avx512_bf16};
     case Level::avx512:
-      return distill_avx512(arguments);
+      return {distill_avx512, logprobs_avx512};
     case Level::avx2:
-      return distill_avx2(arguments);
+      return {distill_avx2, logprobs_avx2};
 #endif
     default:
-      return distill_portable(arguments);
+      return {distill_portable, logprobs_portable};
   }
 }
 
-void logprobs(const LogprobsArguments& arguments, Level level) {
-  check(level);
-  switch (level) {
-#if defined(__x86_64__)
-    case Level::amx_bf16:
-      return logprobs_amx_bf16(arguments, products());
-    case Level::avx512_bf16:
-      return logprobs_avx512_bf16(arguments);
-    case Level::avx512:
-      return logprobs_avx512(arguments);
-    case Level::avx2:
-      return logprobs_avx2(arguments);
-#endif
-    default:
-      return logprobs_portable(arguments);
-  }
-}
+}  // namespace
+
+void distill(const DistillArguments& arguments, Level level) { kernels_of(level).distill(arguments); }
+
+void logprobs(const LogprobsArguments& arguments, Level level) { kernels_of(level).logprobs(arguments); }
 
 }  // namespace bbopd::cpu

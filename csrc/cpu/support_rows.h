@@ -11,7 +11,6 @@ namespace bbopd::cpu::BBOPD_ISA {
 // Room for one token's classes, K ids and the tail, in whole vectors.
 class SupportRow {
  public:
-  SupportRow() = default;
   SupportRow(float* room, Index K)
       : lanes(lanes_for(K)), z(room), log_p(z + lanes), log_q(log_p + lanes), grad(log_q + lanes) {}
   static Index floats_for(Index K) { return 4 * lanes_for(K); }
