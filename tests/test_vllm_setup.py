@@ -1,6 +1,9 @@
 """What the engine's process is started with: preloads, bound cores, and nobody's own settings overwritten."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from bbopd.vllm_setup import engine_environment, physical_cores
@@ -53,3 +56,28 @@ def test_on_a_gpu_nothing_is_preloaded():
     assert "LD_PRELOAD" not in found.variables
     assert found.variables["OMP_NUM_THREADS"] == "3"
     assert found.notes == ()
+
+
+_COMMAND = """
+import json, os, sys
+from bbopd.vllm_setup import enter_engine_environment
+notes = enter_engine_environment("cpu")
+kept = {name: os.environ.get(name) for name in ("MINE", "OMP_NUM_THREADS", "LD_PRELOAD", "BBOPD_ENGINE_PROCESSORS")}
+print(json.dumps([os.getpid(), sys.argv, sys.flags.dev_mode, kept, sorted(os.sched_getaffinity(0))]))
+"""
+
+
+def test_a_command_goes_on_in_the_same_process_with_the_engines_environment(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(_COMMAND)
+    arguments = [sys.executable, "-X", "dev", str(script), "--a", "b c", ""]
+    environment = {**os.environ, "MINE": "x", "OMP_NUM_THREADS": "77"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out, _ = process.communicate(timeout=60)
+    pid, argv, is_dev, kept, processors = json.loads(out)
+    assert (pid, argv, is_dev) == (process.pid, [str(script), "--a", "b c", ""], True)
+    assert kept["MINE"] == "x"
+    assert kept["OMP_NUM_THREADS"] == str(len(physical_cores()))
+    assert kept["LD_PRELOAD"] == engine_environment("cpu").variables["LD_PRELOAD"]
+    assert kept["BBOPD_ENGINE_PROCESSORS"] is None, "what it starts itself begins afresh"
+    assert processors == sorted(os.sched_getaffinity(0))

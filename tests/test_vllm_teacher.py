@@ -21,6 +21,7 @@ from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.vllm import VLLMBackend, read_scores, tail_of
+from bbopd.teachers.vllm_engine import LoadedEngine
 from bbopd.types import Completion, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 from tests.faults import make_rollouts, score_all, stream
 from tests.test_cli import WORDS, bbopd, steps, write_config
@@ -114,13 +115,13 @@ class Engine:
 
 def test_what_vllm_holds_at_a_time_is_bounded_and_a_failure_leaves_nothing_behind():
     engine, found = Engine(), {}
-    backend = VLLMBackend(engine, tiny_tokenizer(), (2,), INFO)
+    backend = VLLMBackend(LoadedEngine(engine, tiny_tokenizer(), (2,), INFO))
     asked = [((number,), None, 2**21) for number in range(10)] + [((10,), None, 2**30)]
     backend._run(asked, lambda place, output: found.__setitem__(place, output.ids))
     assert found == {number: [number] for number in range(11)}
     assert engine.most == 4, "2**23 entries, and the last one alone"
     engine = Engine(fails_at=3)
-    backend = VLLMBackend(engine, tiny_tokenizer(), (2,), INFO)
+    backend = VLLMBackend(LoadedEngine(engine, tiny_tokenizer(), (2,), INFO))
     with pytest.raises(RuntimeError, match="out of memory"):
         backend._run([((number,), None, 1) for number in range(5)], lambda place, output: None)
     assert engine.aborted == ["2", "3", "4"]
@@ -230,6 +231,8 @@ async def test_it_writes_what_transformers_writes(served):
     assert sum(same) >= len(prompts) - 1, "a tie may fall either way"
     sampled = await write(Sampling(12, seed=4))
     assert sampled == await write(Sampling(12, seed=4)) != await write(Sampling(12, seed=5))
+    (of_text,) = [one async for one in teacher.complete(stream([Prompt("t", (), text="the thin")]), greedy)]
+    assert of_text.token_ids == reference.generate([Prompt("t", reference.encode(Prompt("t", (), text="the thin")))], greedy)[0].token_ids
     stop = mine[0].token_ids[3]
     stopped = (await write(Sampling(12, top_k=1, stop_token_ids=(stop,))))[0]
     assert (stopped.token_ids[-1], stopped.finish_reason) == (stop, "stop")

@@ -30,7 +30,7 @@ from bbopd.modeling import (
 )
 from bbopd.ops import linear_logprobs
 from bbopd.rpc.backend import CandidateRollout
-from bbopd.rpc.limits import RefusedError
+from bbopd.teachers.prompt_ids import prompt_ids
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
 if TYPE_CHECKING:
@@ -174,17 +174,9 @@ class HFBackend:
         return [self._completion(prompt, answer, end_ids) for prompt, answer in zip(prompts, written, strict=True)]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids as the tokenizer makes them by default, or as its chat template writes messages down."""
+        """The ids of a prompt that is text or messages (see `prompt_ids`)."""
         assert self._tokenizer is not None, "without a tokenizer, no text is taken"
-        if not prompt.messages:
-            return tuple(self._tokenizer(prompt.text)["input_ids"])
-        if not self._tokenizer.chat_template:
-            raise RefusedError("not_offered", f"teacher {self.info.model} has no chat template for messages: send the prompt as text")
-        messages = [{"role": role, "content": content} for role, content in prompt.messages]
-        try:
-            return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # a template raises what it likes, most often jinja2's own errors
-            raise RefusedError("invalid", f"the chat template of teacher {self.info.model} refuses these messages: {error}") from None
+        return prompt_ids(prompt, self._tokenizer, self.info.model)
 
     def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Hidden states [N, D] of the rows that predict a response token; the last token of a sequence predicts none of them."""
