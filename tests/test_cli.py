@@ -79,7 +79,12 @@ def write_config(folder: Path, model: Path, text: Path, **sections) -> Path:
             "on_policy_tokens": 400,
             "checkpoint_every": 2,
         },
-        "data": {"prompts": [{"text": str(text)}], "prompt_tokens": 8, "response_tokens": 16},
+        "data": {
+            "prompts": [{"text": str(text), "weight": 1}],
+            "prompt_tokens": 8,
+            "response_tokens": 16,
+            "filters": {"near_duplicates": 0.9, "charset": ["any"], "max_foreign": 0.3},
+        },
         "eval": {"sequences": 4, "rollouts": 4, "max_new_tokens": 8},
         "output": str(folder / "run"),
     }

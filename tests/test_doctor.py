@@ -139,6 +139,12 @@ async def test_prompts_that_are_too_long_are_counted(here):
     lines = await examine_case(Case("", "", (), CASES["nobody"].sections | {"data": {"prompts": [{"jsonl": "chat.jsonl"}]}}))
     assert of(lines, "prompts").status == "fail"
     assert "2 of 4 prompts, 50%, have more than 48 tokens" in of(lines, "prompts").detail
+    skipped = {"prompts": [{"jsonl": "chat.jsonl"}], "long_prompts": "skip"}
+    lines = await examine_case(Case("", "", (), CASES["nobody"].sections | {"data": skipped}))
+    assert of(lines, "prompts").detail.endswith("left out: long_prompt 2")
+    lines = await examine_case(Case("", "", (), CASES["nobody"].sections | {"data": skipped | {"filters": {"hooks": ["json:nothing"]}}}))
+    assert of(lines, "prompts").status == "fail"
+    assert "data.filters.hooks: 'json:nothing' names no function" in of(lines, "prompts").detail
 
 
 async def test_a_check_that_hangs_or_breaks_is_one_failing_line():

@@ -29,6 +29,8 @@ def text_checks(config: FiltersConfig) -> tuple[TextCheck, ...]:
     if config.languages:
         checks.append(_language_check(config.languages, config.min_language))
     checks.extend(load_hook(name) for name in config.hooks)
+    if config.near_duplicates is not None:
+        need("rensa", "data.filters.near_duplicates")  # now, and not when the first rollout has been paid for
     return tuple(checks)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 
 from bbopd.data.prompts import PromptSet
+from bbopd.data.text_checks import text_checks
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer
@@ -49,8 +50,9 @@ async def check_tokenizer(setup: SetUp) -> Verdict:
 
 
 async def check_prompts(setup: SetUp) -> Verdict:
-    """Prompts can be read and drawn; where they are too long, how many of them."""
+    """Prompts can be read and drawn, and rollouts filtered; where prompts are too long, how many of them."""
     config = setup.config
+    text_checks(config.data.filters)
     assert setup.tokenizer is not None
     try:
         prompts = await asyncio.to_thread(read_prompts, config, setup.tokenizer)
@@ -66,6 +68,8 @@ async def check_prompts(setup: SetUp) -> Verdict:
         f"{len(prompts.train):,} to train on ({labelled:,} with a known continuation) and {len(prompts.held_out):,} held out, "
         f"{lengths[0]}-{lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
     )
+    if prompts.skipped:
+        found += f"; left out: {', '.join(f'{reason} {count:,}' for reason, count in sorted(prompts.skipped.items()))}"
     drawn = -(-config.rollouts_per_cycle // config.rollouts.samples_per_prompt)
     if drawn > len(prompts.train):
         return warned(
