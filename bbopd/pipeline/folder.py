@@ -48,6 +48,8 @@ _MAY_CHANGE = (
     "train.lr",
     "train.clip",
     "data.filters",
+    "data.rank",
+    "data.world_size",
 )
 
 
