@@ -186,5 +186,9 @@ def test_accepted_answers_are_known_again_after_a_restart(tmp_path: Path) -> Non
     again.close()
     AcceptedAnswers(path, 0.8, keep=2).close()
     assert [json.loads(line)["weights_version"] for line in path.read_text().splitlines()] == [5, 6]
+    begun = AcceptedAnswers(path, 0.8, keep=2, pending=["p", "q"])  # the last answer to p is written again
+    assert begun.check_and_add(rollout(), third) is not None
+    assert begun.check_and_add(rollout(6, weights_version=6), first) is None
+    begun.close()
     with pytest.raises(DataError, match=r"cannot use .*: Not a directory"):
         AcceptedAnswers(path / "below", 0.8, keep=2)

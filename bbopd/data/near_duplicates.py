@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bbopd.data.extra import need
@@ -67,17 +67,18 @@ class AcceptedAnswers:
     """Answers that have passed the filters, among which near-duplicates of a new one are sought.
 
     Their text is kept in a JSONL file by ``weights_version``, so that a resumed run, which has dropped the lines of updates that it makes
-    again, knows those before them.
+    again, knows those before them. ``pending`` are the prompts, as often as they are, that it answers again: their last answers are
+    forgotten, or the new ones would be copies of them.
 
     Raises `DataError` where the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, threshold: float, keep: int) -> None:
+    def __init__(self, path: Path, threshold: float, keep: int, pending: Iterable[str] = ()) -> None:
         self._texts = NearDuplicates(threshold, keep, "data.filters.near_duplicates")
         self._path, self._threshold = path, threshold
         self._count = 0
         try:
-            lines = list(_last_lines(path, keep))
+            lines = _without(_last_lines(path, keep), Counter(pending))
             path.write_text("".join(lines), encoding="utf-8")  # what is too old to be kept goes
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -96,7 +97,12 @@ class AcceptedAnswers:
         if found is not None:
             key, similarity = found
             return Rejection("near_duplicate", round(similarity, 4), self._threshold, detail=f"of {key.partition(' ')[2]}")
-        line = {"rollout_id": rollout.rollout_id, "weights_version": rollout.weights_version, "text": text}
+        line = {
+            "rollout_id": rollout.rollout_id,
+            "prompt_id": rollout.prompt.prompt_id,
+            "weights_version": rollout.weights_version,
+            "text": text,
+        }
         try:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -113,7 +119,7 @@ class AcceptedAnswers:
         self._file.close()
 
 
-def _last_lines(path: Path, count: int) -> Iterable[str]:
+def _last_lines(path: Path, count: int) -> Sequence[str]:
     if not path.exists():
         return ()
 
@@ -122,3 +128,15 @@ def _last_lines(path: Path, count: int) -> Iterable[str]:
             yield from (line for line in file if line.endswith("\n"))  # a kill may have cut the last one
 
     return deque(whole(), maxlen=count)
+
+
+def _without(lines: Sequence[str], pending: Counter[str]) -> list[str]:
+    """``lines`` without the last ones of each prompt, as many as ``pending`` has of it."""
+    kept = []
+    for line in reversed(lines):
+        prompt_id = json.loads(line)["prompt_id"]
+        if pending[prompt_id]:
+            pending[prompt_id] -= 1
+        else:
+            kept.append(line)
+    return kept[::-1]

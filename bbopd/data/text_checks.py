@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import cache
+from typing import Any, TypeAlias
 
 import regex
 
@@ -66,9 +67,15 @@ def _foreign_characters(charset: tuple[str, ...]) -> regex.Pattern[str]:
     return regex.compile(f"(?![{_SPACES}])(?:[{_GARBLED}]|[^{''.join(allowed)}])")
 
 
-def _language_check(languages: tuple[str, ...], limit: float) -> TextCheck:
+@cache
+def _language_identifier() -> Any:
+    """py3langid's own model, 2 MB, with probabilities; a process loads it once."""
     langid = need("py3langid.langid", "data.filters.languages")
-    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
+def _language_check(languages: tuple[str, ...], limit: float) -> TextCheck:
+    identifier = _language_identifier()
     unknown = sorted(set(languages) - set(identifier.labels))
     if unknown:
         raise ConfigError(

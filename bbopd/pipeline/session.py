@@ -239,7 +239,8 @@ def _accepted_answers(filters: FiltersConfig, folder: RunFolder, state: RunState
     if filters.near_duplicates is None:
         return None
     folder.rewind("accepted.jsonl", state.step - 1, key="weights_version")
-    accepted = AcceptedAnswers(folder.root / "accepted.jsonl", filters.near_duplicates, filters.near_duplicates_kept)
+    pending = [entry["prompt_id"] for entry in state.pending if not entry["is_labelled"]]
+    accepted = AcceptedAnswers(folder.root / "accepted.jsonl", filters.near_duplicates, filters.near_duplicates_kept, pending)
     stack.callback(accepted.close)
     return accepted
 
