@@ -142,13 +142,17 @@ class OpenAIServer:
         if path == "/generate" and SGLANG in self._ways:
             return self._sglang(body)
         if path == "/v1/chat/completions" and self._encode is not None:
-            written = self._write(self._encode(body["messages"][0]["content"]), body, body["max_completion_tokens"])
+            longest = body.get("max_completion_tokens") or body["max_tokens"]
+            written = self._write(self._encode(body["messages"][-1]["content"]), body, longest)
             choice = {"message": {"role": "assistant", "content": written.text}, "finish_reason": written.finish_reason}
             return Reply(body={"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": len(written.token_ids)}})
         return _refusal(404, f"no such path: {path}")
 
     def _completion(self, body: dict[str, Any]) -> Reply:
         ids = body["prompt"]
+        if isinstance(ids, str):
+            assert self._encode is not None, "text needs a tokenizer"
+            ids = self._encode(ids)
         if (k := body.get("prompt_logprobs")) is not None and VLLM in self._ways:
             if k > self._max_top_k:
                 return _refusal(400, f"Requested prompt logprobs of {k}, which is greater than max allowed: {self._max_top_k}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import ssl
 from collections.abc import AsyncIterator
@@ -160,6 +161,26 @@ async def test_it_writes_from_the_message_in_a_prompt():
     for answer in written:  # ids of the student's own
         assert answer.text.startswith(TOKENIZER.decode(answer.token_ids, skip_special_tokens=True))
         assert 0 < len(answer.token_ids) <= 30
+
+
+@pytest.mark.parametrize("way", [VLLM, CHAT])
+async def test_it_writes_from_text_whatever_its_tokens_are(way):
+    """What it thinks of the student's ids is of no matter to a run that reads its text alone; nor are ids ever sent to it."""
+    server = serve(ways=[way], decode=lambda ids: "other words")
+    text = Prompt("text", (), text="the thin thing")
+    chat = Prompt("chat", (), messages=(("system", "be brief"), ("user", "why?")))
+    async with connected(server, signal="text", topk=8) as teacher:
+        assert [offer.level for offer in teacher.info.offers] == ["text"]
+        assert (teacher.info.vocab_size, teacher.info.takes_text) == (0, True)
+        probes = len(server.requests)
+        written = {answer.prompt.prompt_id: answer async for answer in teacher.complete(stream([text, chat]), Sampling(9, seed=4))}
+        with pytest.raises(TeacherError, match="outside teacher"):
+            [answer async for answer in teacher.complete(stream([Prompt("ids", (3, 4))]), Sampling(9))]
+    assert all(answer.text for answer in written.values())
+    asked = {json.dumps(body.get("messages", body.get("prompt"))) for _, body in server.requests[probes:]}
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+    alone = [{"role": "user", "content": text.text}]
+    assert asked == {json.dumps(messages), json.dumps(text.text if way == VLLM else alone)}
 
 
 # ---------------------------------------------------------------- who may ask, and how

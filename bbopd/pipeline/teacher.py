@@ -42,7 +42,7 @@ async def open_api(
     teacher = await OpenAITeacher.connect(config, tokenizer=tokenizer, vocab_size=vocab_size, budget=budget)
     stack.push_async_callback(teacher.close)
     for note in teacher.notes:
-        progress.note(f"{teacher.target} refused to score by {note}")
+        progress.note(f"{teacher.target} does not score by {note}")
     return teacher
 
 

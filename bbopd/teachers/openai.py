@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bbopd.config import ApiConfig, TeacherConfig
-from bbopd.errors import BadAnswerError, ConfigError, TeacherError
+from bbopd.errors import BadAnswerError, BudgetSpentError, ConfigError, TeacherError
 from bbopd.rpc.limits import RefusedError, check_prompt, check_rollout, check_sampling, check_want
 from bbopd.teachers.budget import Budget
 from bbopd.teachers.openai_address import ApiAddress
@@ -113,10 +113,17 @@ class OpenAITeacher:
     ) -> OpenAITeacher:
         api = config.api or ApiConfig()
         style, width, troubles = await _find_scoring(client, model, api, config.topk, tokenizer, vocab_size)
-        offers = [Offer("text", 0, 0.01, 2.0, "none")]
-        vocab_sha256 = ""
+        is_known, vocab_sha256 = style is not None or config.signal != "text", ""
         if style is not None:
-            vocab_sha256 = await endpoint_vocabulary_sha256(client, model, tokenizer, vocab_size, config.tokenizer)
+            try:
+                vocab_sha256 = await endpoint_vocabulary_sha256(client, model, tokenizer, vocab_size, config.tokenizer)
+            except TeacherError as error:
+                if config.signal != "text" or isinstance(error, BudgetSpentError):
+                    raise
+                is_known = False
+                troubles.append(f"token ids: {error}")
+        offers = [Offer("text", 0, 0.01, 2.0, "none")]
+        if style is not None and is_known:
             offers.insert(0, Offer("sampled", 0, tail="none"))
             if width:
                 offers.insert(0, Offer("topk", width, tail="derived"))
@@ -124,15 +131,17 @@ class OpenAITeacher:
         prices = budget.prices if budget is not None else None
         info = TeacherInfo(
             model=model,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size if is_known else 0,
             offers=tuple(offers),
             vocab_sha256=vocab_sha256,
             max_sequence_tokens=max(0, limit - 1) if style is not None else limit,  # what scores a text writes a token after it
             price_per_million_tokens=prices.prompt if prices is not None else 0.0,
             currency=prices.currency if prices is not None else "",
+            takes_text=True,
         )
-        by_ids = api.writing == "completions" or (api.writing == "auto" and style is not None)
-        writer = Writer(client, model, tokenizer, by_ids=by_ids, takes_more=style is not None and style.name != "echo")
+        completes = api.writing == "completions" or (api.writing == "auto" and style is not None)
+        takes_more = style is not None and style.name != "echo"
+        writer = Writer(client, model, tokenizer, by_ids=completes and is_known, by_text=completes, takes_more=takes_more)
         teacher = cls(client, info, style, writer, config, counters)
         teacher.notes = tuple(troubles)
         return teacher
@@ -169,7 +178,7 @@ class OpenAITeacher:
 
         def tokens_of(prompt: Prompt) -> int:
             check_prompt(prompt, sampling, self.info)
-            return len(prompt.token_ids) + sampling.max_new_tokens
+            return prompt.most_tokens + sampling.max_new_tokens
 
         async def ask(prompt: Prompt) -> Completion:
             question = self._writer.question(prompt, sampling)

@@ -25,35 +25,44 @@ class Writer:
     Parameters
     ----------
     tokenizer : the student's: prompts are its ids, and text that comes without ids is turned into them.
-    by_ids : prompts go out as token ids, to ``/completions``; else as messages, to ``/chat/completions``.
+    by_ids : prompts of token ids go to ``/completions`` as they are; else to ``/chat/completions``, as the message in them.
+    by_text : prompts that are text go to ``/completions``; else they are messages too.
     takes_more : the endpoint knows ``top_k``, ``stop_token_ids`` and ``return_token_ids``, which OpenAI's does not.
     """
 
-    def __init__(self, client: ApiClient, model: str, tokenizer: PreTrainedTokenizerBase, *, by_ids: bool, takes_more: bool) -> None:
+    def __init__(
+        self, client: ApiClient, model: str, tokenizer: PreTrainedTokenizerBase, *, by_ids: bool, by_text: bool, takes_more: bool
+    ) -> None:
         self._client = client
         self._model = model
         self._tokenizer = tokenizer
         self._by_ids = by_ids
+        self._by_text = by_text
         self._takes_more = takes_more
         self._frame = _chat_frame(tokenizer)
 
     def question(self, prompt: Prompt, sampling: Sampling) -> Question[Completion]:
         """The request for one answer. Raises `RefusedError` for what this endpoint cannot be asked."""
-        asked = {"prompt": list(prompt.token_ids)} if self._by_ids else {"messages": self._messages(prompt)}
+        if prompt.is_text:
+            is_chat = bool(prompt.messages) or not self._by_text
+            asked: dict[str, Any] = {"messages": self._messages(prompt)} if is_chat else {"prompt": prompt.text}
+        else:
+            is_chat = not self._by_ids
+            asked = {"messages": self._messages(prompt)} if is_chat else {"prompt": list(prompt.token_ids)}
         return Question(
             name=f"prompt {prompt.prompt_id}",
-            url=f"{self._client.address.url}/{'completions' if self._by_ids else 'chat/completions'}",
-            body={"model": self._model, **asked, **self._how(sampling)},
-            read=lambda said: self._completion(said, prompt, sampling),
-            prompt_tokens=len(prompt.token_ids),
+            url=f"{self._client.address.url}/{'chat/completions' if is_chat else 'completions'}",
+            body={"model": self._model, **asked, **self._how(sampling, is_chat=is_chat)},
+            read=lambda said: self._completion(said, prompt, sampling, is_chat=is_chat),
+            prompt_tokens=prompt.most_tokens,
             answer_tokens=sampling.max_new_tokens,
-            max_bytes=_ANSWER_BYTES + _BYTES_PER_TOKEN * (sampling.max_new_tokens + len(prompt.token_ids)),
+            max_bytes=_ANSWER_BYTES + _BYTES_PER_TOKEN * (sampling.max_new_tokens + prompt.most_tokens),
         )
 
-    def _how(self, sampling: Sampling) -> dict[str, Any]:
+    def _how(self, sampling: Sampling, *, is_chat: bool) -> dict[str, Any]:
         is_greedy = sampling.top_k == 1
         how: dict[str, Any] = {
-            "max_tokens" if self._by_ids or self._takes_more else "max_completion_tokens": sampling.max_new_tokens,
+            "max_completion_tokens" if is_chat and not self._takes_more else "max_tokens": sampling.max_new_tokens,
             "temperature": 0.0 if is_greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
@@ -71,6 +80,8 @@ class Writer:
         """The prompt's own messages; else the question of one in the student's chat format; a prompt in none is the question itself."""
         if prompt.messages:
             return [{"role": role, "content": content} for role, content in prompt.messages]
+        if prompt.is_text:
+            return [{"role": "user", "content": prompt.text}]
         text = str(self._tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
         before, after = self._frame
         if before and text.startswith(before):
@@ -84,9 +95,9 @@ class Writer:
             text = question.removesuffix(after)
         return [{"role": "user", "content": text}]
 
-    def _completion(self, said: Any, prompt: Prompt, sampling: Sampling) -> Completion:
+    def _completion(self, said: Any, prompt: Prompt, sampling: Sampling, *, is_chat: bool) -> Completion:
         (choice,) = said["choices"]
-        text = choice["text"] if self._by_ids else choice["message"]["content"]
+        text = choice["message"]["content"] if is_chat else choice["text"]
         reason = choice["finish_reason"]
         if not isinstance(text, str) or reason not in ("stop", "length", "eos"):
             raise ValueError(f"finish_reason is {reason!r} and the text a {type(text).__name__}: expected stop or length, and a text")
