@@ -246,7 +246,18 @@ def real_config(folder: Path):
 async def test_a_real_student_is_trained_beside_a_real_engine(tmp_path) -> None:
     with ThreadPoolExecutor(1) as executor:
         rig = Rig(real_config(tmp_path / "run"), engine=FakeEngine(VOCAB, eos_token_id=2, delay=0.002), executor=executor)
+        checked: list[tuple[int, int]] = []
+
+        def compare(rollouts, version: int) -> dict[str, float]:
+            versions = {rollout.weights_version for rollout in rollouts if not rollout.is_labelled}
+            if versions:  # a cold start has none
+                checked.append((version, *versions, rig.parts.trainer.steps_done))
+            return {"engine_difference_mean": 0.0}
+
+        rig.loop._parts = replace(rig.parts, agreement=compare)
         assert await rig.run() == "finished"
+    assert len(checked) > 2
+    assert all(len(set(versions)) == 1 for versions in checked), "the trainer's weights are those that the engine wrote with"
     lines = rig.folder.read_lines("metrics.jsonl")
     main = [line for line in lines if line["phase"] == "on_policy"]
     assert sum(line["rollout_tokens"] for line in main) == rig.loop.state.on_policy_tokens >= 1200

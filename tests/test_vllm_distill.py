@@ -42,6 +42,28 @@ def test_a_run_with_vllm_end_to_end(folder):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
+def test_cycles_overlap_with_vllm(folder):
+    rollouts = {"engine": "vllm", "agreement": {"tokens": 64}, "max_staleness": 1}
+    (folder / "overlapping").mkdir()
+    path = write_config(folder / "overlapping", folder / "model", folder / "corpus.txt", rollouts=rollouts, student={"dtype": "float32"})
+    result = bbopd("distill", str(path))
+    assert result.returncode == 0, result.stderr
+    run = folder / "overlapping" / "run"
+    lines = [line for line in steps(run) if line["phase"] == "on_policy"]
+    assert sum(line["rollout_tokens"] for line in lines) >= 400
+    assert {line["staleness_max"] for line in lines} <= {0, 1}
+    measured = [line["engine_difference_max"] for line in lines if "engine_difference_max" in line]
+    assert 0 < max(measured) < 1e-3
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    trained = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X" and event["name"] == "training"]
+    begun = [event["ts"] for event in events if event["ph"] == "b" and event["cat"] == "sampling"]
+    assert any(start < moment < end for moment in begun for start, end in trained), "nothing was written while the trainer trained"
+    state = json.loads((run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "state.json").read_text())["state"]
+    assert state["drawn"] == state["trained"] + sum(state["rejected"].values()) + len(state["pending"])
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
 def test_an_engine_that_disagrees_stops_the_run(folder):
     rollouts = {"engine": "vllm", "agreement": {"tokens": 64, "limit": 1e-12}}
     (folder / "other").mkdir()

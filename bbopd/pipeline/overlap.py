@@ -131,12 +131,11 @@ class Overlap:
         probe: list[Rollout] = []
         try:
             self._weights.figures = {}
-            is_new = await self._weights.push(self._state.step)
+            await self._weights.push(self._state.step)
             self._ledger.push(self._state.step)
             draw = self._books.draw(rollouts, config.rollouts.per_update - rollouts)
-            if is_new:
-                distinct = list({prompt.prompt_id: prompt for prompt in draw.rollouts}.values())
-                probe = await self._weights.probe(distinct, sampling_of(config, self._state.cycle), tokens=config.rollouts.agreement.tokens)
+            distinct = list({prompt.prompt_id: prompt for prompt in draw.rollouts}.values())
+            probe = await self._weights.probe(distinct, sampling_of(config, self._state.cycle), tokens=config.rollouts.agreement.tokens)
             self._books.book(draw)
             self._ledger.begin(group, draw.numbers[:rollouts], draw.numbers[rollouts:])
         finally:

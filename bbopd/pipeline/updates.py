@@ -64,7 +64,6 @@ class Updates:
                 self._books.reject(numbers)
                 raise
         state = self._state
-        state.step = metrics.step
         state.trained_tokens += metrics.tokens
         state.on_policy_tokens += metrics.rollout_tokens
         if phase == "cold_start":
@@ -95,7 +94,9 @@ class Updates:
         with self._timeline.wait("training", "the engine is given the weights"):
             await self.weights_in_use.acquire()
         try:
-            return await run(trainer.update, gradients)
+            metrics = await run(trainer.update, gradients)
+            self._state.step = metrics.step  # before anyone else may call these weights by their version
+            return metrics
         finally:
             self.weights_in_use.release()
 

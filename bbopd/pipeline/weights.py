@@ -19,15 +19,16 @@ class Weights:
     def __init__(self, parts: Parts, timeline: Timeline) -> None:
         self._parts, self._timeline = parts, timeline
         self._pushed: int | None = None
+        self._probed: int | None = None
         self.figures: dict[str, float] = {}
 
-    async def push(self, version: int) -> bool:
-        """Give the engine the weights as they are now, unless it has them; whether that was needed.
+    async def push(self, version: int) -> None:
+        """Give the engine the weights as they are now, unless it has them.
 
         A push that has begun is finished even where this task is cancelled: an engine with half of it would be of no more use.
         """
         if self._pushed == version:
-            return False
+            return
         with self._timeline.activity("sampling", is_behind=self._parts.overlaps, span="push of weights", version=version):
             started = self._timeline.clock()
             _, cancelled = await to_the_end(self._parts.engine.load_weights(self._parts.trainer.weights(), version))
@@ -35,12 +36,15 @@ class Weights:
         self._pushed = version
         if cancelled is not None:
             raise cancelled
-        return True
 
     async def probe(self, prompts: Sequence[Prompt], sampling: Sampling, *, tokens: int) -> list[Rollout]:
-        """The beginnings of answers to a few ``prompts``, ``tokens`` in all, for `check`. They are drawn, and trained on, by nobody."""
-        if self._parts.agreement is None:
+        """The beginnings of answers to a few ``prompts``, ``tokens`` in all, for `check`; none where these weights have been probed.
+
+        They are no draws, and nobody trains on them.
+        """
+        if self._parts.agreement is None or self._probed == self._pushed:
             return []
+        self._probed = self._pushed
         asked = prompts[:_PROBES]
         short = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, -(-tokens // len(asked)))))
         with self._timeline.activity("sampling", is_behind=True, span="probe"):
