@@ -31,7 +31,7 @@ help:
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
 	@echo "make test-vllm the tests that need the real vLLM"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
-	@echo "make bench-teacher the teacher service beside its peers: the wire"
+	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -93,7 +93,7 @@ bench: $(BENCHED)
 	$(BIN)/python -m pytest -q $(filter-out $(TEACHER_BENCHES),$(wildcard benchmarks/bench_*.py)) $(BENCH_FLAGS)
 
 # The teacher service; BENCH_FLAGS=--rounds=N for more or fewer rounds.
-TEACHER_BENCHES := benchmarks/bench_wire.py
+TEACHER_BENCHES := benchmarks/bench_wire.py benchmarks/bench_teacher.py benchmarks/bench_teacher_memory.py
 bench-teacher: $(BENCHED)
 	$(BIN)/python -m pytest -q -s $(TEACHER_BENCHES) $(BENCH_FLAGS)
 

@@ -7,6 +7,7 @@
 | ``distill.py`` ``logprobs.py`` ``training_step.py`` | the contestants |
 | ``contest.py`` ``peak_memory.py`` ``accuracy.py`` | interleaved times, peak memory in a fresh process, errors against float64 |
 | ``rates.py`` ``wire*.py`` | the teacher service: rates in tokens a second, and what is moved over the wire |
+| ``scoring.py`` ``server_memory.py`` | `bbopd serve` and a plain forward pass over the same sequences; a server's memory |
 | ``gpu*.py`` ``clock.py`` ``on_gpu.py`` | the same on a GPU, without pytest: ``python -m benchmarks.gpu``; and ``make gpu`` |
 | ``machine.py`` ``records.py`` ``report.py`` ``plots.py`` | where a figure was taken, the CSV, and the tables and plots made of it |
 """

@@ -17,6 +17,10 @@ from benchmarks.contest import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = {"wire": "The wire", "teacher": "Scoring", "teacher_memory": "Memory of a server"}
+HOW = (
+    "Rounds are interleaved. A ratio is the median over rounds of a contestant's rate by the first one's in the same round, with the "
+    "lowest and the highest."
+)
 _INTEGERS, _NUMBERS = ("rounds",), ("tokens_per_second", "fastest", "ratio", "lowest_ratio", "highest_ratio")
 
 
@@ -90,10 +94,9 @@ def markdown(script: str, rates: Sequence[Rate]) -> str:
         f"# {SCRIPTS[script]}",
         "",
         f"{one.processor}, {one.cores} cores; instruction sets: {one.instruction_sets}. PyTorch {one.torch}, Python {one.python}.",
-        "",
-        "Rounds are interleaved. A ratio is the median over rounds of a contestant's rate by the first one's in the same round, with the "
-        "lowest and the highest.",
     ]
+    if any(rate.rounds for rate in rates):
+        lines += ["", HOW]
     for task in dict.fromkeys(rate.task for rate in rates):
         lines += ["", f"## {task}", "", *_table([rate for rate in rates if rate.task == task])]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,8 @@ import pytest
 
 from bbopd.rpc.signals import check_signal
 from benchmarks import rates
+from benchmarks.scoring import SAMPLES, Shape
+from benchmarks.server_memory import measure
 from benchmarks.wire import BBOPD, Batches, Contest, bytes_per_token
 from benchmarks.wire_load import VOCAB, WANT, Load
 from benchmarks.wire_peers import PEERS
@@ -72,3 +74,19 @@ def test_batches_hold_every_answer_once(load):
     batches.finish()
     assert batches.tokens == sum(map(len, rollouts))
     assert batches.count == 3
+
+
+def test_shapes_to_score_differ_by_seed_and_share_their_prompts():
+    shape = Shape(prompt=5, answer=3, prompts=4)
+    first, second = shape.rollouts(50, 0), shape.rollouts(50, 1)
+    assert len(first) == SAMPLES * 4
+    assert {len(rollout.all_ids) for rollout in first} == {8}
+    assert len({rollout.prompt for rollout in first}) == 4
+    assert len({rollout.all_ids for rollout in [*first, *second]}) == 2 * len(first)
+
+
+@pytest.mark.timeout(120)
+async def test_memory_of_a_server_is_looked_at_from_outside():
+    found = await measure(requests=100)
+    assert list(found.at) == [100]
+    assert 20 < found.at[100] < 2000
