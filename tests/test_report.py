@@ -50,6 +50,7 @@ SUMMARY = {
     "busy_seconds": {"sampling": 120.0, "scoring": 60.0, "training": 200.0},
     "tokens": {"sampled": 31_416, "scored": 62_832, "trained": 60_000},
     "tokens_per_second": {"sampling": 261.8, "scoring": 1047.2, "training": 300.0},
+    "sequences": {"drawn": 7_215, "trained": 7_190, "rejected": 15, "pending": 10},
     "rejected": {"too_short": 3, "repetition": 12},
     "samples": [{"prompt": f"What is a {HOSTILE}?", "before": "the the the", "after": HOSTILE, "teacher": "A list\nholds items."}],
     "machine": {"processor": "Some CPU", "cores": 2, "versions": {"torch": "9.9.9"}},
@@ -140,6 +141,7 @@ def test_every_figure_is_on_the_page(finished: tuple[Path, Page]) -> None:
     expected += ["-66.1%", f"{100 * (1.213 / 1.628 - 1):+.1f}%", "+31.0 points", "start", "cold start", "end"]
     expected += ["31,416", "62,832", "262", "1,047", "20.2", "120.0", "50%", "30%", "15%"]
     expected += ["too short", "3", "repetition", "12", "Some CPU", "9.9.9", "org/<model>", "bbopd distill run.yaml", "2026-01-02T03:04:05"]
+    expected += ["7,215 drawn, 7,190 trained, 15 rejected, 10 pending"]
     expected += ["the the the", HOSTILE, "A list\nholds items.", "runs/demo/model", "finished", "run-7", "abc123"]
     expected += ["the teacher <went> away"]
     missing = [figure for figure in expected if figure not in text]

@@ -127,6 +127,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "busy_seconds": busy,
         "tokens": {"sampled": state.sampled_tokens, "scored": state.scored_tokens, "trained": state.trained_tokens},
         "tokens_per_second": {name: round(count / busy[name], 1) for name, count in tokens.items() if count and busy.get(name)},
+        "sequences": state.sequences(),
         "rejected": state.rejected,
         "teacher_retries": state.teacher_retries,
         "teacher_cache": None if session.parts.cache_counts is None else dict(session.parts.cache_counts),

@@ -35,6 +35,11 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)  # by activity; they add up to the run's own
     busy_seconds: dict[str, float] = field(default_factory=dict)  # by activity, each for itself
 
+    def sequences(self) -> dict[str, int]:
+        """What has become of every sequence drawn; pending ones are what is left, as nothing else may be."""
+        rejected = sum(self.rejected.values())
+        return {"drawn": self.drawn, "trained": self.trained, "rejected": rejected, "pending": self.drawn - self.trained - rejected}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -63,7 +63,7 @@ def render(data: RunData) -> str:
         _section("Where the time went", _speeds(data)),
         _section("What each stage did", _timeline(data)),
         _section("The same prompts, answered", _samples(data.summary.get("samples") or ())),
-        _section("Rollouts the filters rejected", _rejected(data.summary.get("rejected") or {})),
+        _section("What became of the sequences drawn", _sequences(data.summary)),
         _section("Machine and versions", _facts(_flatten({**(data.about("machine") or {}), "source": data.about("source") or {}}))),
         _section("Configuration", _configuration(data.about("config"))),
     ]
@@ -144,9 +144,12 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts)
 
 
-def _rejected(counts: Mapping[str, Any]) -> str:
-    rows = sorted(((reason.replace("_", " "), f"{count:,}") for reason, count in counts.items()), key=lambda row: row[0])
-    return _table(("Reason", "rollouts"), rows) if rows else ""
+def _sequences(summary: Mapping[str, Any]) -> str:
+    counts = summary.get("sequences") or {}
+    total = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+    reasons = sorted((summary.get("rejected") or {}).items())
+    table = _table(("Rejected because", "sequences"), [(reason.replace("_", " "), f"{count:,}") for reason, count in reasons])
+    return (f"<p>{escape(total)}.</p>" if total else "") + (table if reasons else "")
 
 
 def _configuration(config: Any) -> str:
