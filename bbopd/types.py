@@ -184,12 +184,16 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A teacher's own answer to a prompt."""
+    """A teacher's own answer to a prompt.
+
+    ``logprobs`` are those of its tokens, nats at the sampling temperature, before top-k and top-p; empty where they are not known.
+    """
 
     prompt: Prompt
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
 
 
 # ---------------------------------------------------------------- what a teacher offers, is asked, and answers

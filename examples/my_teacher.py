@@ -37,18 +37,19 @@ class BytePairTeacher:
 
     def _write(self, prompt, sampling):
         random = np.random.default_rng([sampling.seed, *prompt.token_ids])
-        written, last = [], prompt.token_ids[-1]
+        written, logprobs, last = [], [], prompt.token_ids[-1]
         while len(written) < sampling.max_new_tokens:
-            order = np.argsort(-self.logits[last], kind="stable")[: sampling.top_k or None]
-            scaled = self.logits[last][order] / sampling.temperature
-            p = np.exp(scaled - scaled.max())
+            scaled = self.logits[last] / sampling.temperature
+            order = np.argsort(-scaled, kind="stable")[: sampling.top_k or None]
+            p = np.exp(scaled[order] - scaled.max())
             p = p / p.sum() * (np.cumsum(p) - p < sampling.top_p * p.sum())  # the fewest best bytes that hold top_p
             last = int(random.choice(order, p=p / p.sum()))
             written.append(last)
+            logprobs.append(float(scaled[last] - np.logaddexp.reduce(scaled)))
             if last in sampling.stop_token_ids:
                 break
         reason = "stop" if written[-1] in sampling.stop_token_ids else "length"
-        return Completion(prompt, tuple(written), bytes(written).decode(errors="replace"), reason)
+        return Completion(prompt, tuple(written), bytes(written).decode(errors="replace"), reason, tuple(logprobs))
 
 
 if __name__ == "__main__":

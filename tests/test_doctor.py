@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -116,6 +117,24 @@ async def test_a_teacher_that_does_not_stand_by_its_own_words(here):
         await server.stop(0)
     assert [line.name for line in lines if line.status == "fail"] == ["own words"]
     assert "nats less likely than another by its own score" in of(lines, "own words").detail
+
+
+class Boaster(HFBackend):
+    """Reports each word of its own as likelier than it is."""
+
+    def generate(self, prompts, sampling):
+        return [replace(one, logprobs=tuple(value / 2 for value in one.logprobs)) for one in super().generate(prompts, sampling)]
+
+
+async def test_a_teacher_whose_reported_logprobs_are_not_those_it_scores(here):
+    server = await start_server(Boaster(load_model("teacher"), load_tokenizer("teacher"), name="teacher"))
+    try:
+        config = run_config(CASES["good"], [f"grpc://127.0.0.1:{server.port}"])
+        lines = [finding async for finding in examine_run(config, time_limit=60.0)]
+    finally:
+        await server.stop(0)
+    assert [line.name for line in lines if line.status == "fail"] == ["own words"]
+    assert "nats from its score" in of(lines, "own words").detail
 
 
 async def test_top_k_signals_pass_the_probes_too(here):

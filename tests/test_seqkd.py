@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from bbopd.config import ObjectiveConfig, RunConfig, TeacherConfig
@@ -14,7 +16,7 @@ from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_tokenizer
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
-from bbopd.rpc.codec import decode_prompt, encode_prompt
+from bbopd.rpc.codec import decode_completion, decode_prompt, encode_completion, encode_prompt, encode_tensor
 from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.server import start_server
 from bbopd.teachers.answer_store import AnswerStore
@@ -138,6 +140,30 @@ def test_a_prompt_on_the_wire_is_ids_or_text_or_messages():
     both.text = "x"
     with pytest.raises(ValueError, match="one of them"):
         decode_prompt(both)
+
+
+async def test_what_a_teacher_says_of_its_own_words_is_their_logprob():
+    backend = HFBackend(tiny_llama(300, seed=3), tiny_tokenizer())
+    server = await start_server(backend)
+    teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{server.port}")
+    try:
+        for sampling in (Sampling(6, temperature=0.7, top_k=3, seed=1), Sampling(6, temperature=2.0, top_k=1)):
+            prompts = [Prompt("a", (5, 9, 70)), Prompt("b", (8,))]
+            for one in [done async for done in teacher.complete(each(prompts), sampling)]:
+                ids = torch.tensor([(*one.prompt.token_ids, *one.token_ids)])
+                with torch.no_grad():
+                    logits = tiny_llama(300, seed=3)(ids).logits[0, len(one.prompt.token_ids) - 1 : -1, :TOKENS].double()
+                expected = (logits / sampling.temperature).log_softmax(-1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
+                assert one.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    finally:
+        await teacher.close()
+        await server.stop(0)
+    message = encode_completion(1, Completion(Prompt("a", (1,)), (5, 6), "x", "length", (-0.5, -1.0)))
+    assert decode_completion(message, Prompt("a", (1,)), Sampling(4), 9).logprobs == (-0.5, -1.0)
+    for bad in ((-0.5,), (-0.5, float("nan")), (-0.5, 0.1)):
+        message.logprobs.CopyFrom(encode_tensor(np.array(bad, np.float32)))
+        with pytest.raises(ValueError, match="logprobs"):
+            decode_completion(message, Prompt("a", (1,)), Sampling(4), 9)
 
 
 SEQKD = {"objective": {"name": "seqkd"}, "train": {"batch_tokens": 64, "max_seq_len": 64, "labelled_tokens": 400, "lr": 1e-3, "warmup": 0}}

@@ -79,11 +79,13 @@ async def check_own_words(setup: SetUp) -> Verdict:
         for number, prompt in enumerate(setup.prompts.train[:2])
         if len(prompt.token_ids) < room
     ]
-    sampling = Sampling(max_new_tokens=min(_GREEDY_TOKENS, room - max(len(prompt.token_ids) for prompt in questions)), top_k=1)
+    longest = max(len(prompt.token_ids) for prompt in questions)
+    sampling = Sampling(min(_GREEDY_TOKENS, room - longest), temperature=want.temperature, top_k=1)
     written = [completion async for completion in setup.teacher.complete(each(questions), sampling)]
     rollouts = [Rollout(one.prompt.prompt_id, one.prompt, one.token_ids, origin="teacher") for one in written if one.token_ids]
     if not rollouts:
         return warned(f"the teacher wrote nothing at all to {len(questions)} prompts: look at its chat template and end of text")
+    said = {one.prompt.prompt_id: one.logprobs for one in written}
     deficits = [(_deficits(scored), scored) for scored in (await _score(setup, rollouts)).values()]
     worst, where = max(((float(nats.max()), scored) for nats, scored in deficits), key=lambda pair: pair[0])
     tokens = sum(len(rollout) for rollout in rollouts)
@@ -94,7 +96,26 @@ async def check_own_words(setup: SetUp) -> Verdict:
             f"another by its own score ({_GREEDY_NATS} allowed): rows are off by one, other weights score than write, or prompts are "
             "changed on the way; `bbopd check-teacher` looks closer"
         )
-    return passed(f"{tokens} tokens that it wrote greedily are the likeliest by its own score, within {worst:.2g} nats")
+    found = f"{tokens} tokens that it wrote greedily are the likeliest by its own score, within {worst:.2g} nats"
+    if not all(said[rollout.rollout_id] for rollout in rollouts):
+        return passed(f"{found}; it reports no logprobs with what it writes")
+    apart = max(float(np.abs(np.array(said[one.rollout.rollout_id]) - _own_logprobs(one)).max()) for _, one in deficits)
+    if not apart <= _GREEDY_NATS:
+        raise TeacherError(
+            f"a token of the teacher's greedy answer was written with a logprob that is {apart:.3g} nats from its score ({_GREEDY_NATS} "
+            "allowed): another temperature, or other weights, score than write; `bbopd check-teacher` looks closer"
+        )
+    return passed(f"{found}, and have the logprobs that it reported, within {apart:.2g} nats")
+
+
+def _own_logprobs(scored: ScoredRollout) -> np.ndarray:
+    """The teacher's score [N] of the answer's own tokens, in nats."""
+    signal = scored.signal
+    if signal.logits is None:
+        assert signal.sampled is not None
+        return signal.sampled.astype(np.float64)
+    logits_NV = signal.logits.astype(np.float64)
+    return logits_NV[np.arange(len(scored.rollout)), list(scored.rollout.token_ids)] - np.log(np.exp(logits_NV).sum(axis=1))
 
 
 def _deficits(scored: ScoredRollout) -> np.ndarray:

@@ -48,6 +48,7 @@ PROTOCOL_VERSION = 1
 
 LEVEL_NUMBERS: dict[Level, pb.Level] = {level: pb.Level.Value(f"LEVEL_{level.upper()}") for level in LEVELS}
 _LEVELS: dict[int, Level] = {number: level for level, number in LEVEL_NUMBERS.items()}
+_ROUNDING = 1e-4  # above 0, of a logprob summed in float32
 _TAILS = {pb.TAIL_EXACT: "exact", pb.TAIL_DERIVED: "derived", pb.TAIL_NONE: "none"}
 _FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _CODES: dict[Code, pb.FailureCode] = {code: pb.FailureCode.Value(f"FAILURE_CODE_{code.upper()}") for code in get_args(Code)}
@@ -323,12 +324,14 @@ def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
 
 
 def encode_completion(request_id: int, completion: Completion, weights_version: int = 0) -> pb.GeneratedText:
+    logprobs = encode_tensor(np.array(completion.logprobs, np.float32)) if completion.logprobs else None
     return pb.GeneratedText(
         request_id=request_id,
         token_ids=encode_tensor(np.array(completion.token_ids, np.int32)),
         text=completion.text,
         finish_reason=_FINISH[completion.finish_reason],
         weights_version=weights_version,
+        logprobs=logprobs,
     )
 
 
@@ -341,4 +344,16 @@ def decode_completion(message: pb.GeneratedText, prompt: Prompt, sampling: Sampl
     if len(message.text) > _CHARACTERS_PER_TOKEN * (len(ids) + 1):
         raise ValueError(f"completion has {len(message.text)} characters of text for {len(ids)} tokens")
     reasons = {number: reason for reason, number in _FINISH.items()}
-    return Completion(prompt, ids, message.text, _lookup(reasons, message.finish_reason, "finish_reason"))
+    finish_reason = _lookup(reasons, message.finish_reason, "finish_reason")
+    return Completion(prompt, ids, message.text, finish_reason, _written_logprobs(message, len(ids)))
+
+
+def _written_logprobs(message: pb.GeneratedText, count: int) -> tuple[float, ...]:
+    if not message.HasField("logprobs"):
+        return ()
+    logprobs = decode_tensor(message.logprobs, "logprobs")
+    if logprobs.dtype != np.float32 or logprobs.shape != (count,):
+        raise ValueError(f"logprobs is {logprobs.dtype} {list(logprobs.shape)}, expected float32 [{count}]")
+    if not (logprobs <= _ROUNDING).all():
+        raise ValueError("logprobs holds NaN, or a number above 0")
+    return tuple(logprobs.tolist())

@@ -111,6 +111,7 @@ class FakeBackend:
         random = np.random.default_rng([sampling.seed, zlib.crc32(np.array(prompt.token_ids, np.int32).tobytes())])
         ids = [0, *prompt.token_ids]
         answer: list[int] = []
+        own: list[float] = []
         reason: FinishReason = "length"
         while len(answer) < sampling.max_new_tokens:
             row = self._row(np.array(ids[-1]), np.array(ids[-2]))
@@ -118,10 +119,11 @@ class FakeBackend:
             token = int(logprobs.argmax() if sampling.top_k == 1 else random.choice(len(logprobs), p=np.exp(logprobs)))
             ids.append(token)
             answer.append(token)
+            own.append(float(np.float32(logprobs[token])))  # as it travels
             if token in sampling.stop_token_ids:
                 reason = "stop"
                 break
-        return Completion(prompt, tuple(answer), " ".join(map(str, answer)), reason)
+        return Completion(prompt, tuple(answer), " ".join(map(str, answer)), reason, tuple(own))
 
 
 class FakeTeacher(LocalTeacher):

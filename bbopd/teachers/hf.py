@@ -168,10 +168,14 @@ class HFBackend:
             **how,
         )
         devices = [self._model.device] if self._model.device.type == "cuda" else []
+        own = _OwnLogprobs(sampling.temperature)
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(_mixed_seed(sampling.seed, prompts))
-            written = self._model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-        return [self._completion(prompt, answer, end_ids) for prompt, answer in zip(prompts, written, strict=True)]
+            written = self._model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=[own.see], stopping_criteria=[own.take]
+            )[:, width:].tolist()
+        answers = zip(prompts, written, torch.stack(own.taken, dim=1).tolist(), strict=True)
+        return [self._completion(prompt, answer, logprobs, end_ids) for prompt, answer, logprobs in answers]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids of a prompt that is text or messages (see `prompt_ids`)."""
@@ -214,15 +218,38 @@ class HFBackend:
         blocks = [np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=-1) for ids in map(_candidate_ids, rollouts)]
         return torch.from_numpy(np.concatenate(blocks).astype(np.int64)).to(self._model.device)
 
-    def _completion(self, prompt: Prompt, written: list[int], end_ids: Collection[int]) -> Completion:
+    def _completion(self, prompt: Prompt, written: list[int], logprobs: list[float], end_ids: Collection[int]) -> Completion:
         assert self._tokenizer is not None
         end = next((index for index, token in enumerate(written) if token in end_ids), None)
         ids = written if end is None else written[: end + 1]
         reason: FinishReason = "length" if end is None else "stop"
-        return Completion(prompt, tuple(ids), str(self._tokenizer.decode(ids, skip_special_tokens=True)), reason)
+        return Completion(
+            prompt, tuple(ids), str(self._tokenizer.decode(ids, skip_special_tokens=True)), reason, tuple(logprobs[: len(ids)])
+        )
 
     def _tensor(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+
+
+class _OwnLogprobs:
+    """Follows ``generate`` step by step and keeps the logprobs of what it chose, one row [B] of them in memory with its logits."""
+
+    def __init__(self, temperature: float) -> None:
+        self.taken: list[Tensor] = []
+        self._temperature = temperature
+        self._logits_BV: Tensor | None = None
+
+    def see(self, ids: Tensor, logits_BV: Tensor) -> Tensor:
+        """A logits processor that changes nothing; temperature, top-k and top-p come after it."""
+        self._logits_BV = logits_BV
+        return logits_BV
+
+    def take(self, ids: Tensor, scores: object, **_: object) -> Tensor:
+        """A stopping criterion that stops nobody; the last of ``ids`` has just been chosen."""
+        assert self._logits_BV is not None, "logits come before a choice"
+        scaled_BV = self._logits_BV.float() / self._temperature
+        self.taken.append((scaled_BV.gather(1, ids[:, -1:])[:, 0] - scaled_BV.logsumexp(1)).clamp(max=0.0).cpu())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _product_in_fp32(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

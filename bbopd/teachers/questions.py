@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -121,14 +121,14 @@ class WritingQuestions:
         return answer.prompt
 
     def answer_to(self, prompt: Prompt, answer: Completion) -> Completion:
-        return Completion(prompt, answer.token_ids, answer.text, answer.finish_reason)
+        return replace(answer, prompt=prompt)
 
     def encode(self, answer: Completion) -> bytes:
-        return json.dumps([answer.token_ids, answer.text, answer.finish_reason]).encode()
+        return json.dumps([answer.token_ids, answer.text, answer.finish_reason, answer.logprobs]).encode()
 
     def decode(self, prompt: Prompt, data: bytes) -> Completion:
-        ids, text, finish_reason = json.loads(data)
-        return Completion(prompt, tuple(ids), text, finish_reason)
+        ids, text, finish_reason, *logprobs = json.loads(data)  # older ones have none
+        return Completion(prompt, tuple(ids), text, finish_reason, tuple(*logprobs))
 
 
 def _identity(info: TeacherInfo, asked: list[Any]) -> bytes:

@@ -11,9 +11,9 @@ from bbopd.rpc.answers import payload_bytes
 from bbopd.rpc.conformance.probe import Check, FailedError, Probe, SkippedError, require
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["CHECKS", "level_check"]
+__all__ = ["AGREEMENT", "CHECKS", "level_check", "own_logprobs"]
 
-_AGREEMENT = 0.03  # nats: float16 on the wire, and a batch of another shape in the model
+AGREEMENT = 0.03  # nats: float16 on the wire, and a batch of another shape in the model
 _LARGEST_CHUNK = 2**21  # bytes
 
 
@@ -53,13 +53,13 @@ async def levels_agree(probe: Probe) -> str:
             with_candidates = probe.rollout(want, 20)
             asked = dataclasses.replace(with_candidates, prompt=rollout.prompt, token_ids=rollout.token_ids)
         (signal,) = await probe.score([asked], want)
-        found[level] = _sampled(signal, rollout, temperature)
+        found[level] = own_logprobs(signal, rollout, temperature)
     if len(found) < 2:
         raise SkippedError("it offers a single level")
     first, *others = found
     for other in others:
         worst = float(np.abs(np.exp(found[first]) - np.exp(found[other])).max())
-        require(worst <= _AGREEMENT, f"levels {first} and {other} differ by {worst:.3g} in the probability of a response token")
+        require(worst <= AGREEMENT, f"levels {first} and {other} differ by {worst:.3g} in the probability of a response token")
     return f"{', '.join(found)} give the same probability to the response token, at T = {temperature:g}"
 
 
@@ -73,7 +73,7 @@ def _common_temperature(probe: Probe) -> float:
     return min(max(2.0, low), high)
 
 
-def _sampled(signal: TeacherSignal, rollout: Rollout, temperature: float) -> np.ndarray:
+def own_logprobs(signal: TeacherSignal, rollout: Rollout, temperature: float) -> np.ndarray:
     if signal.sampled is not None:
         return signal.sampled
     assert signal.logits is not None
@@ -91,7 +91,7 @@ async def rows_are_causal(probe: Probe) -> str:
     before, after = await probe.score([rollout], want), await probe.score([changed], want)
     one, other = (_rows(signal[0])[:-1] for signal in (before, after))
     worst = float(np.abs(np.exp(one) - np.exp(other)).max())
-    require(worst <= _AGREEMENT, f"another last token changed an earlier row by {worst:.3g}: rows must not see what comes after them")
+    require(worst <= AGREEMENT, f"another last token changed an earlier row by {worst:.3g}: rows must not see what comes after them")
     return "another last token leaves all rows before it as they were"
 
 
@@ -103,7 +103,7 @@ async def companions_do_not_matter(probe: Probe) -> str:
     for rollout, signal in zip(rollouts, together, strict=True):
         (alone,) = await probe.score([rollout], want)
         worst = float(np.abs(np.exp(_rows(alone)) - np.exp(_rows(signal))).max())
-        require(worst <= _AGREEMENT, f"an answer changes by {worst:.3g} with what is asked beside it")
+        require(worst <= AGREEMENT, f"an answer changes by {worst:.3g} with what is asked beside it")
     return "answers are the same alone and in company"
 
 
@@ -202,7 +202,7 @@ async def answers_are_resumed(probe: Probe) -> str:
                 if whole.sampled is not None:
                     got = np.frombuffer(chunk.sampled.data, "<f4")
                     worst = float(np.abs(np.exp(got) - np.exp(whole.sampled[start:])).max())
-                    require(worst <= _AGREEMENT, f"rows that were resumed differ from the same rows in one piece by {worst:.3g}")
+                    require(worst <= AGREEMENT, f"rows that were resumed differ from the same rows in one piece by {worst:.3g}")
     return f"{', '.join(probe.levels)} go on at the row asked for"
 
 

@@ -6,11 +6,14 @@ import asyncio
 import dataclasses
 
 import grpc
+import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.codec import PROTOCOL_VERSION, decode_completion, encode_prompt, encode_sampling
-from bbopd.rpc.conformance.probe import Check, FailedError, Probe, require
-from bbopd.types import Completion, Prompt, Sampling
+from bbopd.rpc.conformance.probe import Check, FailedError, Probe, SkippedError, require
+from bbopd.rpc.conformance.scoring import AGREEMENT as _AGREEMENT
+from bbopd.rpc.conformance.scoring import own_logprobs
+from bbopd.types import Completion, Prompt, Rollout, Sampling
 
 __all__ = ["CHECKS", "not_offered_is_refused"]
 
@@ -74,6 +77,37 @@ async def answers_keep_to_the_sampling(probe: Probe) -> str:
     return "answers are within max_new_tokens and the vocabulary, stop where asked, and greedy ones repeat"
 
 
+async def own_words_are_scored_alike(probe: Probe) -> str:
+    """What it says of its words while it writes is what it says of them when it is asked to score them."""
+    level = next((level for level in ("sampled", "topk", "full") if level in probe.levels), None)
+    if level is None:
+        raise SkippedError("it offers no level that scores a written answer")
+    want = probe.want(level)
+    greedy = dataclasses.replace(_SAMPLING, top_k=1, temperature=1.0 if level == "full" else want.temperature)
+    written = await _completions(probe, _prompts(probe), greedy)
+    if not all(one.logprobs for one in written):
+        raise SkippedError("it gives no logprobs with its written answers")
+    rollouts = [Rollout(one.prompt.prompt_id, one.prompt, one.token_ids) for one in written]
+    worst = 0.0
+    for one, rollout, signal in zip(written, rollouts, await probe.score(rollouts, want), strict=True):
+        worst = max(worst, float(np.abs(np.exp(one.logprobs) - np.exp(own_logprobs(signal, rollout, greedy.temperature))).max()))
+    require(worst <= _AGREEMENT, f"the probability of a token that it wrote is {worst:.3g} off when it is scored")
+    return f"written answers have the logprobs that they are scored with, within {worst:.2g} of a probability"
+
+
+async def prompts_as_text(probe: Probe) -> str:
+    """Text and messages are read where the teacher says so, and refused where it does not; never together with ids."""
+    text = Prompt("check-text", (), text="Once upon a time")
+    if not probe.info.takes_text:
+        (outcome,) = (await _generate(probe, [text], _SAMPLING)).values()
+        require(isinstance(outcome, pb.ItemFailure), "a prompt of text was answered, though takes_text is not set")
+        return "prompts of text fail, as takes_text is not set"
+    greedy = dataclasses.replace(_SAMPLING, top_k=1)
+    first, again = await _completions(probe, [text, dataclasses.replace(text, prompt_id="check-again")], greedy)
+    require(first.token_ids == again.token_ids, "the same text has two greedy answers")
+    return "prompts of text are answered"
+
+
 async def bad_prompts_fail_alone(probe: Probe) -> str:
     prompts = [*_prompts(probe)[:1], Prompt("outside", (probe.info.vocab_size,)), Prompt("empty", ()), *_prompts(probe)[1:2]]
     outcomes = await _generate(probe, prompts, _SAMPLING)
@@ -114,6 +148,8 @@ async def _require_refusal(probe: Probe, sampling: Sampling, expected: grpc.Stat
 
 CHECKS: list[tuple[str, Check]] = [
     ("written answers", answers_keep_to_the_sampling),
+    ("own words", own_words_are_scored_alike),
+    ("prompts as text", prompts_as_text),
     ("bad prompts", bad_prompts_fail_alone),
     ("bad sampling", bad_sampling_is_refused),
 ]
