@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 
 from bbopd.errors import EngineError, TeacherError, TrainingError
+from bbopd.pipeline.books import Books
 from bbopd.pipeline.ledger import Ledger
 from bbopd.pipeline.state import RunState
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.types import Prompt, Rollout
-from tests.simulated import Durations, OpenGate, Simulation, heavy_tail, simulate, simulated_config
+from tests.simulated import Durations, OpenGate, Simulation, Stream, heavy_tail, simulate, simulated_config
 from tests.test_loop import VOCAB, Rig, run_config
 from tests.virtual_clock import run_virtually
 
@@ -234,6 +235,24 @@ def test_an_engine_that_loses_a_prompt_is_an_error() -> None:
             await simulation.run()
 
     run_virtually(run())
+
+
+def test_pending_prompts_come_back_from_a_checkpoint_as_they_were() -> None:
+    class Chats(Stream):
+        def next_prompts(self, count: int) -> list[Prompt]:
+            return [replace(prompt, text="a", messages=(("user", "b"), ("user", "c"))) for prompt in super().next_prompts(count)]
+
+    state = RunState()
+    books = Books(state, Chats(), OpenGate(), samples_per_prompt=1)
+    draw = books.draw(3, 2)
+    books.book(draw)
+    books.train(draw.numbers[:1])
+    books.close()
+    kept = RunState.from_json(json.loads(json.dumps(state.to_json())))
+    again = Books(kept, Chats(), OpenGate(), samples_per_prompt=1).draw(2, 2)
+    assert again.rollouts == draw.rollouts[1:]
+    assert again.labelled == draw.labelled
+    assert again.again == 4
 
 
 # ------------------------------------------------------------ a real student, threads, processes

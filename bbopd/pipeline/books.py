@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,9 +104,10 @@ def _to_json(prompt: Prompt, is_labelled: bool) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> tuple[Prompt, bool]:
-    def ids(values: Sequence[int] | None) -> tuple[int, ...] | None:
-        return None if values is None else tuple(values)
-
-    known = dict(entry)
+    known = {name: _as_tuples(value) for name, value in entry.items()}
     is_labelled = known.pop("is_labelled")
-    return Prompt(**{**known, "token_ids": tuple(known["token_ids"]), "reference_ids": ids(known["reference_ids"])}), is_labelled
+    return Prompt(**known), is_labelled
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
