@@ -35,13 +35,16 @@ class Shape:
     def name(self) -> str:
         return f"{SAMPLES * self.prompts} rollouts, {SAMPLES} of each prompt, of {self.prompt} + {self.answer} tokens"
 
-    def rollouts(self, vocab_size: int, seed: int) -> list[Rollout]:
-        """Different ones for every seed, as no server need answer the same question again."""
+    def rollouts(self, vocab_size: int, seed: int, *, is_shared: bool = True) -> list[Rollout]:
+        """Different ones for every seed, as no server need answer the same question again; or each with a prompt of its own."""
         generator = torch.Generator().manual_seed(seed)
         made = []
         for number in range(self.prompts):
             prompt = Prompt(f"p{number}", _tokens(self.prompt, vocab_size, generator))
-            made += [Rollout(f"r{number}-{sample}", prompt, _tokens(self.answer, vocab_size, generator)) for sample in range(SAMPLES)]
+            for sample in range(SAMPLES):
+                if sample and not is_shared:
+                    prompt = Prompt(f"p{number}-{sample}", _tokens(self.prompt, vocab_size, generator))
+                made.append(Rollout(f"r{number}-{sample}", prompt, _tokens(self.answer, vocab_size, generator)))
         return made
 
 

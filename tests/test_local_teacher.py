@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
@@ -108,6 +109,22 @@ def test_a_packed_batch_scores_every_sequence_as_if_alone(model, want):
     assert len(signals) == 7
     for rollout, signal in zip(rollouts, signals, strict=True):
         check(model, rollout, signal, want)
+
+
+@pytest.mark.parametrize("want", [WANTS[1], WANTS[3]], ids=str)
+def test_rollouts_of_one_prompt_share_it_and_score_as_if_alone(model, want):
+    made = make_rollouts(9)
+    groups = [made[0], made[1], made[0], made[2], made[1], made[0], *made[6:]]  # whose prompt each one has
+    rollouts = [dataclasses.replace(one, prompt=group.prompt) for one, group in zip(made, groups, strict=True)]
+    rollouts.append(one_token_answer(rollouts[0]))
+    assert len({rollout.prompt.token_ids for rollout in rollouts}) < len(rollouts) - 2
+    for rollout, signal in zip(rollouts, HFBackend(model).score(rollouts, want), strict=True):
+        check(model, rollout, signal, want)
+
+
+def one_token_answer(rollout):
+    candidates = {} if not isinstance(rollout, CandidateRollout) else {"candidate_ids": rollout.candidate_ids[:1]}
+    return dataclasses.replace(rollout, rollout_id="short", token_ids=rollout.token_ids[:1], **candidates)
 
 
 @pytest.mark.parametrize("want", WANTS[:2], ids=str)

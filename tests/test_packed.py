@@ -178,3 +178,26 @@ def test_bfloat16_weights_are_packed_too():
     expected = one_by_one(model, ids, LENGTHS).float()
     assert packed._packable[decoder(model)]
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gemma2, tiny_mistral])
+def test_what_several_sequences_begin_with_is_run_once_and_nothing_else_changes(build):
+    model = build()
+    assert packed.can_share_prefixes(model)
+    prompts, tails = [9, 4], [[6, 11, 1], [8, 3]]  # some longer than the sliding windows of 5
+    ids = torch.randint(0, 320, (sum(prompts) + sum(map(sum, tails)) + 7,), generator=torch.Generator().manual_seed(1))
+    pieces = list(ids.split([7, 9, 6, 11, 1, 4, 8, 3]))  # one that shares nothing, then each prompt with what goes on from it
+    prefixes = [None, None, 1, 1, 1, None, 5, 5]
+    starts = [0 if prefix is None else len(pieces[prefix]) for prefix in prefixes]
+    positions = torch.cat([torch.arange(start, start + len(piece)) for start, piece in zip(starts, pieces, strict=True)])
+    boundaries = torch.tensor([0, *map(len, pieces)]).cumsum(0)
+    with torch.no_grad():
+        shared = packed_hidden(model, ids, positions, boundaries, prefixes).split([len(piece) for piece in pieces])
+        for number, (piece, prefix) in enumerate(zip(pieces, prefixes, strict=True)):
+            whole = piece if prefix is None else torch.cat((pieces[prefix], piece))
+            alone = packed_hidden(model, whole, torch.arange(len(whole)), torch.tensor([0, len(whole)]))[-len(piece) :]
+            torch.testing.assert_close(shared[number], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_are_padded_share_nothing():
+    assert not packed.can_share_prefixes(tiny_gpt_oss())

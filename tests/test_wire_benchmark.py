@@ -82,6 +82,7 @@ def test_shapes_to_score_differ_by_seed_and_share_their_prompts():
     assert len(first) == SAMPLES * 4
     assert {len(rollout.all_ids) for rollout in first} == {8}
     assert len({rollout.prompt for rollout in first}) == 4
+    assert len({rollout.prompt for rollout in shape.rollouts(50, 2, is_shared=False)}) == len(first)
     assert len({rollout.all_ids for rollout in [*first, *second]}) == 2 * len(first)
 
 

@@ -6,7 +6,7 @@ Shape suffixes: ``P`` packed tokens, ``S`` sequences, ``L`` tokens of one sequen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,28 @@ class _Packing:
     """Travels from the call of the body to each attention layer, also when activation checkpointing runs a layer again."""
 
     lengths: list[int]
+    prefixes: list[int | None]  # the sequence that each one goes on from, seeing all of it
     windows: list[int | None] = field(default_factory=list)  # what each attention layer asked for
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
 
 class _CannotPackError(Exception):
     """The model asks of attention what this file does not do."""
 
 
-def packed_hidden(model: PreTrainedModel, input_ids_P: Tensor, position_ids_P: Tensor, boundaries_S1: Tensor) -> Tensor:
+def can_share_prefixes(model: PreTrainedModel) -> bool:
+    """Whether `packed_hidden` takes ``prefixes`` for this model."""
+    body = decoder(model)
+    return _can_pack(body) and not _is_flash(body)
+
+
+def packed_hidden(
+    model: PreTrainedModel,
+    input_ids_P: Tensor,
+    position_ids_P: Tensor,
+    boundaries_S1: Tensor,
+    prefixes: Sequence[int | None] | None = None,
+) -> Tensor:
     """Hidden states [P, D] after the final norm, differentiable, as if each sequence had been run alone.
 
     Parameters
@@ -50,6 +63,10 @@ def packed_hidden(model: PreTrainedModel, input_ids_P: Tensor, position_ids_P: T
         int64 on the model's device; positions start from 0 in every sequence.
     boundaries_S1
         Cumulative sequence lengths from 0 to P, integer, on any device.
+    prefixes
+        For each sequence the number of the one before it that it goes on from, or None: its tokens see all of that one, and its
+        positions go on from there, so that what several sequences begin with is run once. A prefix has none itself. Only where
+        `can_share_prefixes`.
 
     Models that go through transformers' attention interface are packed (with the variable-length kernel where they were loaded with
     flash_attention_2). Others (recurrent layers, chunked attention, sinks) are padded instead: the same values, more work. Which of
@@ -62,13 +79,14 @@ def packed_hidden(model: PreTrainedModel, input_ids_P: Tensor, position_ids_P: T
     """
     body = decoder(model)
     lengths = torch.diff(boundaries_S1).tolist()
+    assert prefixes is None or can_share_prefixes(model), "ask can_share_prefixes first"
     if body.is_gradient_checkpointing and body.training and torch.is_grad_enabled() and body.config._attn_implementation != _IMPLEMENTATION:
         raise ModelError("activation checkpointing with packed sequences needs the backward pass inside packed_attention(model)")
     if not _can_pack(body):
         return _padded(body, input_ids_P, lengths)
     if _is_flash(body):
         return _flash(body, input_ids_P, position_ids_P, boundaries_S1, max(lengths))
-    return _packed(body, input_ids_P, position_ids_P, _Packing(lengths))
+    return _packed(body, input_ids_P, position_ids_P, _Packing(lengths, list(prefixes or [None] * len(lengths))))
 
 
 @contextmanager
@@ -154,7 +172,7 @@ def _agrees_with_padding(body: PreTrainedModel) -> bool:
             boundaries = torch.tensor([0, *lengths]).cumsum(0)
             found = _flash(body, ids, positions, boundaries, max(lengths))
         else:
-            packing = _Packing(lengths)
+            packing = _Packing(lengths, [None] * len(lengths))
             try:
                 found = _packed(body, ids, positions, packing)
             except _CannotPackError:
@@ -195,8 +213,11 @@ def _packed_attention_forward(
     packing.windows.append(sliding_window)
     outputs = []
     # split, not slices: its backward is one concatenation, where each slice would fill a tensor of full size
-    for q, k, v in zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True):
-        mask = _window_mask(packing, q, sliding_window)
+    queries, keys, values = (x.split(packing.lengths, dim=2) for x in (query, key, value))
+    for q, k, v, prefix in zip(queries, keys, values, packing.prefixes, strict=True):
+        if prefix is not None:
+            k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
+        mask = _causal_mask(packing, q, k.shape[2], sliding_window)
         if softcap:
             out = _softcapped_attention(q, k, v, mask, scaling, softcap, dropout)
         else:
@@ -208,15 +229,17 @@ def _packed_attention_forward(
     return torch.cat(outputs, dim=1), None
 
 
-def _window_mask(packing: _Packing, q: Tensor, window: int | None) -> Tensor | None:
-    """Mask [L, L] of the pairs that may attend; None where that is plain causality."""
+def _causal_mask(packing: _Packing, q: Tensor, key_count: int, window: int | None) -> Tensor | None:
+    """Mask [L, keys] of the pairs that may attend, the last query being at the last key; None where that is plain causality."""
     length = q.shape[2]
-    if not window or length <= window:
+    if window and key_count <= window:
+        window = None
+    if not window and length == key_count:
         return None
-    if (length, window) not in packing.masks:
-        everything = torch.ones(length, length, dtype=torch.bool, device=q.device)
-        packing.masks[length, window] = everything.tril().triu(1 - window)
-    return packing.masks[length, window]
+    if (length, key_count, window) not in packing.masks:
+        mask = torch.ones(length, key_count, dtype=torch.bool, device=q.device).tril(key_count - length)
+        packing.masks[length, key_count, window] = mask.triu(key_count - length + 1 - window) if window else mask
+    return packing.masks[length, key_count, window]
 
 
 def _softcapped_attention(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from bbopd.config import ServeConfig
 from bbopd.modeling import (
+    can_share_prefixes,
     chat_template_sha256,
     compute_dtype,
     load_model,
@@ -40,6 +43,27 @@ __all__ = ["HFBackend"]
 
 _TEMPERATURES = (0.01, 100.0)
 _CHUNK_ELEMENTS = 2**24  # logits in fp32 at a time, at level full
+
+
+@dataclass(slots=True)
+class _Packing:
+    """Sequences laid end to end, and the rows that are wanted of them."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    boundaries: list[int] = field(default_factory=lambda: [0])
+    prefixes: list[int | None] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], prefix: int | None = None) -> int:
+        """Append one sequence, or what goes on from sequence ``prefix``. Returns its first row."""
+        start = len(self.ids)
+        first = 0 if prefix is None else self.boundaries[prefix + 1] - self.boundaries[prefix]
+        self.ids.extend(ids)
+        self.positions.extend(range(first, first + len(ids)))
+        self.boundaries.append(len(self.ids))
+        self.prefixes.append(prefix)
+        return start
 
 
 class HFBackend:
@@ -183,19 +207,34 @@ class HFBackend:
         return prompt_ids(prompt, self._tokenizer, self.info.model)
 
     def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Hidden states [N, D] of the rows that predict a response token; the last token of a sequence predicts none of them."""
-        packed: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        boundaries = [0]
+        """Hidden states [N, D] of the rows that predict a response token; the last token of a sequence predicts none of them.
+
+        A prompt that several rollouts answer is run once, and their responses go on from it.
+        """
+        packing = _Packing()
+        times = Counter(rollout.prompt.token_ids for rollout in rollouts) if can_share_prefixes(self._model) else Counter[tuple[int, ...]]()
+        shared: dict[tuple[int, ...], int] = {}
         for rollout in rollouts:
-            ids = rollout.all_ids[:-1]
-            wanted.extend(range(len(packed) + len(rollout.prompt.token_ids) - 1, len(packed) + len(ids)))
-            packed.extend(ids)
-            positions.extend(range(len(ids)))
-            boundaries.append(len(packed))
-        hidden_PD = packed_hidden(self._model, self._tensor(packed), self._tensor(positions), torch.tensor(boundaries, dtype=torch.int32))
-        return hidden_PD[self._tensor(wanted)]
+            prompt = rollout.prompt.token_ids
+            if times[prompt] < 2:
+                start = packing.add(rollout.all_ids[:-1])
+                packing.wanted.extend(range(start + len(prompt) - 1, start + len(rollout.all_ids) - 1))
+                continue
+            if prompt not in shared:
+                shared[prompt] = len(packing.prefixes)
+                packing.add(prompt)
+            packing.wanted.append(packing.boundaries[shared[prompt] + 1] - 1)
+            if len(rollout) > 1:
+                start = packing.add(rollout.token_ids[:-1], prefix=shared[prompt])
+                packing.wanted.extend(range(start, start + len(rollout) - 1))
+        hidden_PD = packed_hidden(
+            self._model,
+            self._tensor(packing.ids),
+            self._tensor(packing.positions),
+            torch.tensor(packing.boundaries, dtype=torch.int32),
+            packing.prefixes if shared else None,
+        )
+        return hidden_PD[self._tensor(packing.wanted)]
 
     def _shifted_logits(self, hidden_ND: Tensor) -> np.ndarray:
         """z − max(z) [N, V] as float16, from fp32 logits, a chunk of rows at a time."""
