@@ -164,6 +164,18 @@ async def test_a_pass_that_runs_out_of_money_keeps_what_it_paid_for(tmp_path):
     assert set(asked.values()) == {1}, "nothing is asked, nor paid, twice"
 
 
+async def test_a_pass_without_money_for_a_single_item_ends_at_once(tmp_path):
+    """All items wait for money at the same time, and none of them is under way."""
+    budget = Budget(tmp_path / "spending.db", PRICES, (nanos(16, 1) + 1) / 1e9)
+    scored: list[ScoredRollout] = []
+    async with connected(serve(), budget=budget, api=ApiConfig(scoring="prompt_logprobs")) as teacher:
+        async with asyncio.timeout(60):
+            with pytest.raises(BudgetSpentError):
+                await collect(teacher.score(stream(make_rollouts(40, VOCAB)), TOPK), scored)
+    assert not scored
+    budget.close()
+
+
 async def test_a_teacher_that_does_not_count_is_counted_for(tmp_path):
     backend, rollouts = FakeBackend(VOCAB), make_rollouts(30, VOCAB)
     budget = Budget(tmp_path / "spending.db", PRICES, limit=nanos(300, 0) / 1e9)

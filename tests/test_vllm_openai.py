@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from bbopd.rollouts.vllm_environment import engine_environment
 
 from bbopd.cli.demo import find_model
 from bbopd.config import ApiConfig, TeacherConfig
@@ -22,6 +21,7 @@ from bbopd.modeling import load_model, load_tokenizer
 from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.openai import OpenAITeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
+from bbopd.vllm_setup import engine_environment
 from tests.faults import score_all, stream
 
 pytestmark = [

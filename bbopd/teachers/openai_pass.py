@@ -63,28 +63,38 @@ class Pass(Generic[Item, Answer]):
     async def run(self, items: AsyncIterator[Item]) -> AsyncGenerator[Answer, None]:
         """Answers as each is ready. Raises `TeacherError` saying what was answered; errors of the source pass through."""
         feeder = asyncio.create_task(self._feed(items))
-        spent: BudgetSpentError | None = None
         try:
-            while spent is None or not self._ready.empty() or not all(task.done() for task in self._running):
+            while True:
                 ready = await self._next()
                 if isinstance(ready, _Ready):
-                    self._tokens -= ready.tokens
-                    self._room.set()
-                    self._answered += 1
-                    yield ready.answer
-                elif isinstance(ready.error, BudgetSpentError):
-                    spent = ready.error
-                    for task in (feeder, *(self._running - self._client.sending)):  # what has been sent is paid: it is waited for
-                        task.cancel()
-                elif spent is None:
-                    if ready.error is not None:
-                        raise ready.error
-                    return
-            raise spent
+                    yield self._taken(ready)
+                    continue
+                if isinstance(ready.error, BudgetSpentError):
+                    await self._wait_for_what_is_paid(feeder)
+                    while not self._ready.empty():
+                        if isinstance(last := self._ready.get_nowait(), _Ready):
+                            yield self._taken(last)
+                if ready.error is not None:
+                    raise ready.error
+                return
         finally:
             for task in (feeder, *self._running):
                 task.cancel()
             await asyncio.gather(feeder, *self._running, return_exceptions=True)
+
+    def _taken(self, ready: _Ready[Answer]) -> Answer:
+        self._tokens -= ready.tokens
+        self._room.set()
+        self._answered += 1
+        return ready.answer
+
+    async def _wait_for_what_is_paid(self, feeder: asyncio.Task[None]) -> None:
+        """Let requests that have been sent come to their end, within the time limit, and give up all others."""
+        sending = self._running & self._client.sending
+        for task in (feeder, *(self._running - sending)):
+            task.cancel()
+        if sending:
+            await asyncio.wait(sending, timeout=self._timeout)
 
     async def _next(self) -> _Ready[Answer] | _End:
         """What is ready next. A silence is counted only while an answer is due, and while the caller waits for it."""
