@@ -386,4 +386,4 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-__all__ = ["Durations", "OpenGate", "Simulation", "Stream", "heavy_tail", "simulate", "simulated_config"]
+__all__ = ["Durations", "OpenGate", "Simulation", "Stream", "TimedTeacher", "heavy_tail", "simulate", "simulated_config"]

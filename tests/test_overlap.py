@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from bbopd.pipeline.state import RunState
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.types import Prompt, Rollout
-from tests.simulated import Durations, OpenGate, Simulation, Stream, heavy_tail, simulate, simulated_config
+from tests.simulated import Durations, OpenGate, Simulation, Stream, TimedTeacher, heavy_tail, simulate, simulated_config
 from tests.test_loop import VOCAB, Rig, run_config
 from tests.virtual_clock import run_virtually
 
@@ -255,6 +256,21 @@ def test_pending_prompts_come_back_from_a_checkpoint_as_they_were() -> None:
     assert again.again == 4
 
 
+def test_a_teacher_that_ends_early_is_an_error() -> None:
+    class Brief(TimedTeacher):
+        async def score(self, rollouts, want):
+            async with aclosing(super().score(rollouts, want)) as answers:
+                yield await anext(answers)
+
+    async def run() -> None:
+        simulation = Simulation(config(20), BALANCED)
+        simulation.teacher = Brief(BALANCED)
+        with pytest.raises(TeacherError, match="ended its answers"):
+            await simulation.run()
+
+    run_virtually(run())
+
+
 # ------------------------------------------------------------ a real student, threads, processes
 
 
@@ -287,40 +303,62 @@ async def test_a_real_student_is_trained_beside_a_real_engine(tmp_path) -> None:
     assert rig.engine.version == lines[-1]["step"], "the last evaluation is of the last weights"
 
 
-KILLED = """
-import asyncio, sys
+# forks for every run, so that imports take their time once; it must be without threads of its own
+RUNS = """
+import asyncio, os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from bbopd.rollouts.fake import FakeEngine
 from tests.test_loop import VOCAB, Rig
 from tests.test_overlap import real_config
 
-with ThreadPoolExecutor(1) as executor:
-    print(asyncio.run(Rig(real_config(Path(sys.argv[1])), engine=FakeEngine(VOCAB, eos_token_id=2, delay=0.002), executor=executor).run()))
+warnings.simplefilter("ignore")  # Python warns of any fork
+for _ in sys.stdin:
+    child = os.fork()
+    if child:
+        print("begun", child, flush=True)
+        os.waitpid(child, 0)
+        print("over", flush=True)
+        continue
+    with ThreadPoolExecutor(1) as executor:
+        rig = Rig(real_config(Path(sys.argv[1])), engine=FakeEngine(VOCAB, eos_token_id=2, delay=0.002), executor=executor)
+        print(asyncio.run(rig.run()), flush=True)
+    os._exit(0)
 """
 
 
 def test_nothing_is_lost_when_the_process_is_killed(tmp_path) -> None:
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    for lines in (6, 14):  # in the first cycles that overlap, and later on, from what the first kill has left
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(run)], env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS, str(run)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as runs:
+
+        def begin() -> int:
+            runs.stdin.write("\n")
+            runs.stdin.flush()
+            return int(runs.stdout.readline().removeprefix("begun "))
+
+        for lines in (6, 14):  # in the first cycles that overlap, and later on, from what the first kill has left
+            child = begin()
             deadline = time.monotonic() + 120
-            while _count(run / "metrics.jsonl") < lines and process.poll() is None and time.monotonic() < deadline:
+            while _count(run / "metrics.jsonl") < lines and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert process.poll() is None
-            process.send_signal(signal.SIGKILL)
-        state = RunState.from_json(json.loads((latest_checkpoint(run / "checkpoints") / "state.json").read_text())["state"])
-        check_books(state)
-    finished = subprocess.run(
-        [sys.executable, "-c", KILLED, str(run)], env=environment, capture_output=True, text=True, timeout=200, check=True
-    )
-    assert finished.stdout.strip() == "finished"
-    state = RunState.from_json(json.loads((latest_checkpoint(run / "checkpoints") / "state.json").read_text())["state"])
+            os.kill(child, signal.SIGKILL)
+            assert runs.stdout.readline() == "over\n", "it has ended before it was killed"
+            check_books(_saved(run))
+        begin()
+        assert runs.stdout.readline() == "finished\n"
+        runs.stdin.close()
+    state = _saved(run)
     check_books(state)
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in trained] == list(range(1, state.step + 1))
     assert sum(line["rollout_tokens"] for line in trained) == state.on_policy_tokens
+
+
+def _saved(run: Path) -> RunState:
+    return RunState.from_json(json.loads((latest_checkpoint(run / "checkpoints") / "state.json").read_text())["state"])
 
 
 def _count(path: Path) -> int:

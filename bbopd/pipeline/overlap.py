@@ -23,7 +23,7 @@ from typing import Any
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, rollout_of, split_into_steps
 from bbopd.data.rejected import Rejection
-from bbopd.errors import EngineError
+from bbopd.errors import EngineError, TeacherError
 from bbopd.pipeline.batches import BatchQueue
 from bbopd.pipeline.books import Books, Draw
 from bbopd.pipeline.budgets import Budgets
@@ -155,9 +155,8 @@ class Overlap:
     async def _write(self, draw: Draw) -> int:
         """Have the rollouts of ``draw`` written; send on what the filters accept, labelled ones in between. How many they accepted."""
         self._parts.gate.begin_cycle()
-        labelled = deque(
-            as_labelled(prompt, draw=number) for number, prompt in zip(draw.numbers[len(draw.rollouts) :], draw.labelled, strict=True)
-        )
+        numbers = draw.numbers[len(draw.rollouts) :]
+        labelled = deque(as_labelled(prompt, draw=number) for number, prompt in zip(numbers, draw.labelled, strict=True))
         accepted, written = 0, 0
 
         async def asked() -> AsyncGenerator[Prompt, None]:
@@ -200,8 +199,8 @@ class Overlap:
 
     async def _score(self) -> None:
         teacher, want = self._parts.teacher, self._parts.want
-        assert teacher is not None, "only a run with a teacher writes rollouts"
-        assert want is not None, "only a run with a teacher writes rollouts"
+        assert teacher, "only a run with a teacher writes rollouts"
+        assert want, "its objective asks it for a signal"
         source = self._to_score()
         async with aclosing(source), aclosing(as_generator(teacher.score(source, want))) as answers:
             async for scored in answers:
@@ -214,6 +213,7 @@ class Overlap:
                     self._scoring.idle_from_now()
                 self._scored.append(scored)
                 self._changed.tell()
+        raise TeacherError("the teacher has ended its answers while more was to be scored; the same command goes on from the checkpoint")
 
     async def _to_score(self) -> AsyncGenerator[Rollout, None]:
         while True:
