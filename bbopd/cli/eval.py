@@ -67,7 +67,7 @@ async def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bbopd.evaluate.suite import EvalSuite
     from bbopd.modeling import compute_dtype, load_model, load_tokenizer, resolve_device, used_vocabulary
     from bbopd.pipeline.preflight import check_lengths, check_vocabulary
-    from bbopd.pipeline.session import end_of_answer_ids
+    from bbopd.pipeline.student import end_of_answer_ids
     from bbopd.rollouts.hf import HFEngine
     from bbopd.teachers.fitted import fitted
 

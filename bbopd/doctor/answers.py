@@ -19,7 +19,7 @@ from bbopd.errors import TeacherError
 from bbopd.evaluate.agreement import AgreementMeter, signal_to_measure
 from bbopd.evaluate.student import StudentView
 from bbopd.ops import linear_distill
-from bbopd.pipeline.session import texts_to_compare
+from bbopd.pipeline.texts import texts_to_compare
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.replicas import largest_difference
 from bbopd.types import FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TopKTeacher

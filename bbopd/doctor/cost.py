@@ -19,7 +19,9 @@ from bbopd.errors import TeacherError
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.pipeline.folder import RunFolder
-from bbopd.pipeline.session import end_of_answer_ids, prompts_to_label, writing_teacher
+from bbopd.pipeline.student import end_of_answer_ids
+from bbopd.pipeline.teacher import writing_teacher
+from bbopd.pipeline.texts import prompts_to_label
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import answer_bytes
 from bbopd.trainer.checkpoint import require_space

@@ -11,8 +11,9 @@ from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer
 from bbopd.objectives import make_objective
-from bbopd.pipeline.session import check_labels, check_positions, end_of_text, load_student, read_prompts, start_teacher
-from bbopd.pipeline.teacher import open_api, open_budget
+from bbopd.pipeline.student import check_positions, end_of_text, load_student
+from bbopd.pipeline.teacher import open_api, open_budget, start_teacher
+from bbopd.pipeline.texts import check_labels, read_prompts
 from bbopd.types import Teacher
 
 __all__ = ["check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]

@@ -1,25 +1,58 @@
-"""The teacher of a run as the loop asks it: an endpoint found out about, what it costs counted, its answers kept."""
+"""The teacher of a run as the loop asks it: started or found out about, what it costs counted, its answers kept, replicas compared."""
 
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from bbopd.config import CacheConfig, TeacherConfig
+from bbopd.config import CacheConfig, RunConfig, TeacherConfig
+from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.texts import texts_to_compare
+from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.budget import Budget, Prices
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.paid import PaidTeacher
+from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
-from bbopd.types import Teacher
+from bbopd.teachers.written import WritingTeacher
+from bbopd.types import Sampling, SignalSpec, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.teachers.openai import OpenAITeacher
+
+
+async def start_teacher(
+    config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack, progress: Progress
+) -> tuple[RemoteTeacher | None, TeacherProcess | None]:
+    """The teacher, where the run has one, and its process, where that was started here."""
+    targets, process = () if config.is_api else config.targets, None
+    if config.serve is not None:
+        progress.activity("loading", "student, and teacher in its own process")
+        process = await TeacherProcess.start(config.serve, log_path=folder.teacher_log, timeout=config.start_timeout)
+        stack.callback(process.stop)
+        targets = (process.target,)
+    if not targets:
+        return None, None
+
+    def is_alive() -> bool:
+        return process is None or process.alive
+
+    teacher = await RemoteTeacher.connect(
+        targets,
+        access=ClientAccess.from_config(config),
+        timeout=config.timeout,
+        inflight_tokens=config.inflight_tokens,
+        connect_timeout=min(30.0, config.start_timeout),
+        is_alive=is_alive,
+    )
+    stack.push_async_callback(teacher.close)
+    return teacher, process
 
 
 async def open_api(
@@ -82,3 +115,25 @@ def remembering(
     cached = CachedTeacher(asked, AnswerStore(cache.path, max_bytes=cache.max_bytes), on_full=cache.on_full)
     stack.push_async_callback(cached.close)
     return cached
+
+
+def writing_teacher(config: RunConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, *, shares_ids: bool) -> WritingTeacher:
+    """``teacher`` as it is heard at level ``text``. Raises `TeacherError` where it can be asked in no tokens but its own."""
+    answers = config.teacher.answers
+    sampling = Sampling(
+        answers.max_new_tokens, temperature=answers.temperature, top_p=answers.top_p, top_k=answers.top_k, seed=config.train.seed
+    )
+    return WritingTeacher(teacher, tokenizer, sampling, max_seq_len=config.train.max_seq_len, shares_ids=shares_ids)
+
+
+async def compare_replicas(
+    teacher: RemoteTeacher | OpenAITeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress
+) -> None:
+    """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
+    if len(config.teacher.targets) < 2 or not isinstance(teacher, RemoteTeacher):
+        return
+    rollouts = texts_to_compare(prompts, teacher.info)
+    progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
+    limit = config.teacher.max_replica_difference
+    difference = await teacher.compare_replicas(rollouts, want, limit=limit)
+    progress.note(f"replicas of the teacher differ by at most {difference:.2g} of a token's probability ({limit:g} allowed)")

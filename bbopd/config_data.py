@@ -1,0 +1,109 @@
+"""The options of the data: where prompts come from, and which rollouts are worth a teacher's time."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bbopd.config_base import Fraction, Positive, Section, Similarity
+
+
+class FiltersConfig(Section):
+    """Which rollouts are not worth a teacher's time. Every rejected one is kept in rejected.jsonl with its reason."""
+
+    min_tokens: Annotated[int, Field(ge=0)] = 4
+    max_tokens: Positive | None = None
+    reject_truncated: bool = False
+    max_repetition: Fraction = 0.6
+    """Largest share of repeated n-grams in one answer."""
+    repetition_ngram: Annotated[int, Field(ge=2)] = 4
+    reject_duplicates: bool = True
+    """Equal answers to one prompt in one update cycle."""
+    reject_no_eos: bool = False
+    """Answers that do not end with a token that ends a text, whatever stopped them."""
+    charset: tuple[str, ...] = ()
+    """Scripts of Unicode that answers are written in (Latin, Cyrillic, ...); ``any``: all but garbled characters; ``ascii`` alone."""
+    max_foreign: Fraction = 0.05
+    """Largest share of characters outside ``charset``."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages that answers are written in; needs bbopd[data]."""
+    min_language: Fraction = 0.1
+    """Smallest probability that an answer is in one of ``languages``."""
+    near_duplicates: Similarity | None = None
+    """Similarity to an accepted answer of the run from which on one is turned away; needs bbopd[data]."""
+    near_duplicates_kept: Positive = 4096
+    """Accepted answers that are remembered for it, the last ones."""
+    hooks: tuple[str, ...] = ()
+    """Functions of your own, as ``module:function`` or ``path.py:function``: trusted code, run inside the run."""
+    min_kept: Fraction = 0.05
+    """Share of the last ``kept_window`` rollouts that must pass, or the run stops."""
+    kept_window: Positive = 200
+    quarantine_bytes: Positive = 64 * 2**20
+    """Largest size of rejected.jsonl."""
+
+
+class PromptSource(Section):
+    """One source of prompts: exactly one of ``demo``, ``jsonl``, ``parquet``, ``text``, ``dataset``."""
+
+    demo: bool = False
+    """The text that Python itself carries (pydoc topics) and the library's own chat prompts."""
+    jsonl: str | None = None
+    """Lines with ``prompt``, ``messages`` or ``conversations``, and optionally ``response`` or ``completion``."""
+    parquet: str | None = None
+    """A Parquet file, or a folder of them, with columns like those of ``dataset``."""
+    text: str | None = None
+    """A plain text file, or a folder of them; documents are cut into prefixes and continuations."""
+    dataset: str | None = None
+    """A name for datasets.load_dataset, streamed."""
+    subset: str | None = None
+    split: str = "train"
+    column: str | None = None
+    """Column of rows that is read: a chat where it holds a list, else running text. None takes ``messages``, ``conversations``, ``prompt``
+    or ``text``, whichever is there."""
+    limit: Positive | None = None
+    """Documents to take; of a ``dataset``, 20,000 where it is not given."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often its prompts are drawn, beside the weights of the other sources. None: as often as it has prompts."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row without a usable question or text; those skipped are counted."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptSource:
+        given = [name for name in ("demo", "jsonl", "parquet", "text", "dataset") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of demo, jsonl, parquet, text, dataset; got {given or 'none'}")
+        return self
+
+    @property
+    def name(self) -> str:
+        return str(self.jsonl or self.parquet or self.text or self.dataset or "demo")
+
+
+class DataConfig(Section):
+    prompts: tuple[PromptSource, ...] = (PromptSource(demo=True),)
+    prompt_tokens: Positive = 64
+    """Tokens of a document that become the prompt."""
+    response_tokens: Positive = 192
+    """Tokens of a document that become its true continuation."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of documents set aside for evaluation."""
+    long_prompts: Literal["error", "skip", "truncate"] = "error"
+    """What happens to a question that leaves no room for an answer; ``truncate`` takes its last tokens."""
+    near_duplicates: Similarity | None = None
+    """Similarity to an earlier document from which on one is left out; needs bbopd[data]."""
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Which of ``world_size`` disjoint shares of the draws this run takes."""
+    world_size: Positive = 1
+    filters: FiltersConfig = FiltersConfig()
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> DataConfig:
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank {self.rank} of world_size {self.world_size}: ranks count from 0 to {self.world_size - 1}")
+        weighted = [source.name for source in self.prompts if source.weight is not None]
+        if weighted and len(weighted) < len(self.prompts):
+            raise ValueError(
+                f"weight is given to {', '.join(weighted)} but not to every source: give it to all of data.prompts, or to none"
+            )
+        return self

@@ -1,0 +1,63 @@
+"""The engine of a run, as its configuration names it, and the check that it computes what the trainer does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from bbopd.config import RunConfig
+from bbopd.data.prompts import PromptSet
+from bbopd.modeling import max_positions
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.progress import Progress
+from bbopd.rollouts.agreement import AgreementCheck
+from bbopd.rollouts.hf import HFEngine
+from bbopd.types import RolloutEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+async def open_engine(
+    config: RunConfig,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    vocab_size: int,
+    stop_token_ids: Sequence[int],
+    prompts: PromptSet,
+    folder: RunFolder,
+    stack: AsyncExitStack,
+    progress: Progress,
+) -> RolloutEngine:
+    """The engine that ``rollouts.engine`` names; its weights come from the loop. One that was started here is stopped with the run."""
+    if config.rollouts.engine == "hf":
+        return HFEngine(model, eos_token_ids=stop_token_ids, pad_token_id=stop_token_ids[0], vocab_size=vocab_size, compute_dtype=dtype)
+    from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
+
+    progress.activity("loading", "vLLM, in its own process")
+    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
+    options = VLLMOptions(
+        vocab_size=vocab_size,
+        max_sequence_tokens=min(wanted, max_positions(model) or wanted),
+        dtype=dtype,
+        gpu_memory=config.rollouts.gpu_memory,
+        timeout=config.rollouts.timeout,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root)
+    stack.push_async_callback(engine.close)
+    for note in engine.notes:
+        progress.note(note)
+    return engine
+
+
+def agreement_check(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> AgreementCheck | None:
+    """The check of an engine that has weights of its own; it compares whole distributions, not what top-k and top-p leave of them."""
+    rollouts = config.rollouts
+    if rollouts.engine == "hf" or not rollouts.agreement.tokens or rollouts.top_k or rollouts.top_p < 1.0:
+        return None
+    return AgreementCheck(model, compute_dtype=dtype, tokens=rollouts.agreement.tokens, limit=rollouts.agreement.limit)

@@ -1,0 +1,64 @@
+"""The student of a run: loaded the same from the same seed, with the tokens that end its answers, and room for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bbopd.config import RunConfig, StudentConfig
+from bbopd.data.prompts import PromptSet
+from bbopd.errors import ConfigError
+from bbopd.modeling import load_model, max_positions, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    return load_model(
+        config.model,
+        device=str(resolve_device(config.device)),
+        attention=config.attention,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        keep_layers=config.init.keep_layers,
+    )
+
+
+def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's end of sequence, and what the model's generation settings add to it."""
+    declared: Sequence[int] | int | None = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    return tuple(dict.fromkeys([end_of_text(tokenizer), *ids]))
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the student's tokenizer names no token that ends a text (eos_token): its rollouts would never end")
+    return int(tokenizer.eos_token_id)
+
+
+def check_positions(config: RunConfig, model: PreTrainedModel, prompts: PromptSet) -> None:
+    """Refuse a run whose longest sequence has no place among the model's positions. Raises `ConfigError`."""
+    positions = max_positions(model)
+    if positions is None:
+        return
+    if config.train.max_seq_len > positions:
+        raise ConfigError(
+            f"train.max_seq_len is {config.train.max_seq_len}, but {config.student.model} has {positions} positions: "
+            f"set it to {positions} or less"
+        )
+    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    if longest + config.eval.max_new_tokens > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens, with eval.max_new_tokens {config.eval.max_new_tokens} that is more than the "
+            f"{positions} positions of {config.student.model}: set eval.max_new_tokens to {positions - longest} or less"
+        )
