@@ -45,6 +45,7 @@ async def collect_cycle(
     teacher: Teacher | None,
     want: SignalSpec | None,
     sampling: Sampling,
+    cycle: int,
     accept: Callable[[Rollout], bool],
     stream: bool,
     timeline: Timeline,
@@ -55,12 +56,12 @@ async def collect_cycle(
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
     rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
     ``progress`` hear "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the
-    teacher raises; both are then closed.
+    teacher raises; both are then closed. ``cycle`` is its number in the run.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
     switch = _Switch(timeline, progress)
-    labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index) for index, prompt in enumerate(labelled_prompts)]
+    labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index, cycle=cycle) for index, prompt in enumerate(labelled_prompts)]
 
     async def asked() -> AsyncGenerator[Prompt, None]:
         for draw, prompt in enumerate(rollout_prompts):
@@ -129,11 +130,11 @@ def sampling_of(config: RunConfig, cycle: int) -> Sampling:
     )
 
 
-def as_labelled(prompt: Prompt, *, draw: int) -> Rollout:
-    """A prompt's true continuation as a sequence to train on. The prompt must have one."""
+def as_labelled(prompt: Prompt, *, draw: int, cycle: int = 0) -> Rollout:
+    """A prompt's true continuation as a sequence to train on, with a name of its own in every cycle. The prompt must have one."""
     assert prompt.reference_ids is not None, f"prompt {prompt.prompt_id} has no reference"
     return Rollout(
-        rollout_id=f"{prompt.prompt_id}#reference{draw}",
+        rollout_id=f"{prompt.prompt_id}#reference{cycle}.{draw}",
         prompt=replace(prompt, reference_ids=None),
         token_ids=prompt.reference_ids,
         origin="reference",

@@ -127,6 +127,7 @@ class Loop:
             teacher=self._parts.teacher,
             want=self._parts.want,
             sampling=sampling_of(config, state.cycle),
+            cycle=state.cycle,
             accept=self._parts.gate.accepts,
             stream=config.rollouts.max_staleness > 0,
             timeline=self._timeline,

@@ -188,11 +188,15 @@ class ScoreSession:
         return self._last_id
 
     def replay_id(self, item: Item) -> str:
-        """A name for the question by its content, so that what was lost on its way need not be made again; none after a bad answer."""
+        """A name for the question, so that what was lost on its way need not be made again; none after a bad answer.
+
+        It is that of this rollout: the same text in a later cycle is asked anew. Else an answer would depend on what had been asked
+        before, and a run that goes on would not repeat one that was never interrupted: with others in the batch the last bits differ.
+        """
         if not self._may_replay or item.failures:
             return ""
         kind = f"{self.want.level} {self.want.temperature!r} {self.want.top_k} {self._info.weights_version} "
-        return hashlib.sha256(kind.encode() + item.assembler.digest).hexdigest()
+        return hashlib.sha256(kind.encode() + item.assembler.digest + item.rollout.rollout_id.encode()).hexdigest()
 
     def was_made(self, request_id: int) -> bool:
         return 0 < request_id <= self._last_id
