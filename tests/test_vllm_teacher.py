@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,7 +227,7 @@ async def test_it_writes_what_transformers_writes(served):
 
     greedy = Sampling(12, top_k=1)
     mine, theirs = await write(greedy), reference.generate(prompts, greedy)
-    same = [a == b for a, b in zip(mine, theirs, strict=True)]
+    same = [a == replace(b, logprobs=()) for a, b in zip(mine, theirs, strict=True)]  # vLLM tells no logprobs of what it wrote
     assert sum(same) >= len(prompts) - 1, "a tie may fall either way"
     sampled = await write(Sampling(12, seed=4))
     assert sampled == await write(Sampling(12, seed=4)) != await write(Sampling(12, seed=5))
