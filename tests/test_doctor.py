@@ -107,14 +107,19 @@ class OtherWriter(HFBackend):
         self.info, self.score, self.generate = scorer.info, scorer.score, writer.generate  # type: ignore[method-assign]
 
 
-async def test_a_teacher_that_does_not_stand_by_its_own_words(here):
-    scorer, writer = (HFBackend(load_model(name), load_tokenizer(name), name="teacher") for name in ("teacher", "changed"))
-    server = await start_server(OtherWriter(scorer, writer))
+async def examined(backend):
+    """What is found of a good run whose teacher is ``backend``."""
+    server = await start_server(backend)
     try:
         config = run_config(CASES["good"], [f"grpc://127.0.0.1:{server.port}"])
-        lines = [finding async for finding in examine_run(config, time_limit=60.0)]
+        return [finding async for finding in examine_run(config, time_limit=60.0)]
     finally:
         await server.stop(0)
+
+
+async def test_a_teacher_that_does_not_stand_by_its_own_words(here):
+    scorer, writer = (HFBackend(load_model(name), load_tokenizer(name), name="teacher") for name in ("teacher", "changed"))
+    lines = await examined(OtherWriter(scorer, writer))
     assert [line.name for line in lines if line.status == "fail"] == ["own words"]
     assert "nats less likely than another by its own score" in of(lines, "own words").detail
 
@@ -127,12 +132,7 @@ class Boaster(HFBackend):
 
 
 async def test_a_teacher_whose_reported_logprobs_are_not_those_it_scores(here):
-    server = await start_server(Boaster(load_model("teacher"), load_tokenizer("teacher"), name="teacher"))
-    try:
-        config = run_config(CASES["good"], [f"grpc://127.0.0.1:{server.port}"])
-        lines = [finding async for finding in examine_run(config, time_limit=60.0)]
-    finally:
-        await server.stop(0)
+    lines = await examined(Boaster(load_model("teacher"), load_tokenizer("teacher"), name="teacher"))
     assert [line.name for line in lines if line.status == "fail"] == ["own words"]
     assert "nats from its score" in of(lines, "own words").detail
 
