@@ -157,7 +157,8 @@ class Rollout:
 
     ``origin`` says who wrote the answer: the student (a rollout proper), the teacher, or the data set (``reference``). The last
     two are *labelled*: their tokens are targets for cross-entropy. ``logprobs`` [L] float32 are those sampled from, nats at the
-    sampling temperature; None where nobody sampled.
+    sampling temperature; None where nobody sampled. ``candidate_ids`` [L, M] int32 are the ids that a teacher is asked about at level
+    ``candidates``: −1 is an empty slot, and no id comes twice in a row.
     """
 
     rollout_id: str
@@ -169,6 +170,7 @@ class Rollout:
     temperature: float = 1.0
     weights_version: int = 0
     draw: int = 0  # position in the order of drawing, within its update cycle
+    candidate_ids: np.ndarray | None = None
 
     @property
     def is_labelled(self) -> bool:

@@ -18,7 +18,6 @@ import pytest
 
 from bbopd.cli.main import main
 from bbopd.errors import TeacherError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.teachers.answer_store import AnswerStore, StoreFullError
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fake import FakeBackend
@@ -52,12 +51,8 @@ def paid(folder: Path) -> Counter[str]:
 
 def with_candidates(rollouts):
     random = np.random.default_rng(8)
-    fields = [field.name for field in dataclasses.fields(rollouts[0])]
     return [
-        CandidateRollout(
-            **{name: getattr(rollout, name) for name in fields},
-            candidate_ids=np.stack([random.permutation(VOCAB)[:5] for _ in rollout.token_ids]).astype(np.int32),
-        )
+        dataclasses.replace(rollout, candidate_ids=np.stack([random.permutation(VOCAB)[:5] for _ in rollout.token_ids]).astype(np.int32))
         for rollout in rollouts
     ]
 

@@ -11,7 +11,6 @@ import pytest
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
 from bbopd.rpc.answers import CHUNK_BYTES, SignalAssembler, answer_bytes, payload_bytes, signal_chunks
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Completion, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
@@ -26,7 +25,7 @@ def make_rollout(length: int, vocab_size: int, seed: int = 0, candidates: int = 
         return Rollout(f"r{seed}", prompt, answer)
     ids = np.stack([random.permutation(vocab_size)[:candidates] for _ in range(length)]).astype(np.int32)
     ids[0, -1] = -1
-    return CandidateRollout(f"r{seed}", prompt, answer, candidate_ids=ids)
+    return Rollout(f"r{seed}", prompt, answer, candidate_ids=ids)
 
 
 def make_case(level: str, length: int = 40, vocab_size: int = 300, temperature: float = 1.5):
@@ -256,11 +255,9 @@ def test_a_damaged_chunk_is_named(damage, message):
 def test_the_hash_covers_everything_that_is_scored():
     want = SignalSpec("candidates")
     base = make_rollout(6, 50, candidates=4)
-    other_split = CandidateRollout("r", Prompt("p", base.all_ids[:4]), base.all_ids[4:], candidate_ids=base.candidate_ids)
-    other_candidates = CandidateRollout("r", base.prompt, base.token_ids, candidate_ids=base.candidate_ids[:, ::-1])
-    other_answer = CandidateRollout(
-        "r", base.prompt, (*base.token_ids[:-1], (base.token_ids[-1] + 1) % 50), candidate_ids=base.candidate_ids
-    )
+    other_split = Rollout("r", Prompt("p", base.all_ids[:4]), base.all_ids[4:], candidate_ids=base.candidate_ids)
+    other_candidates = Rollout("r", base.prompt, base.token_ids, candidate_ids=base.candidate_ids[:, ::-1])
+    other_answer = Rollout("r", base.prompt, (*base.token_ids[:-1], (base.token_ids[-1] + 1) % 50), candidate_ids=base.candidate_ids)
     hashes = {codec.input_sha256(rollout, want) for rollout in (base, other_split, other_candidates, other_answer)}
     assert len(hashes) == 4
     assert codec.input_sha256(base, want) == codec.input_sha256(make_rollout(6, 50, candidates=4), want)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
 from bbopd.rpc.answers import SignalAssembler, payload_bytes, signal_chunks
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.limits import RefusedError, check_prompt, check_rollout, check_sampling, check_want
 from bbopd.rpc.signals import MASS_TOLERANCE
 from bbopd.teachers.fake import FakeBackend
@@ -49,7 +48,7 @@ def make_rollout(level: str) -> Rollout:
     prompt, answer = Prompt("p", (3, 1, 4)), tuple(random.integers(0, VOCAB, 12).tolist())
     if level != "candidates":
         return Rollout("r", prompt, answer)
-    return CandidateRollout("r", prompt, answer, candidate_ids=np.stack([random.permutation(VOCAB)[:5] for _ in answer]).astype(np.int32))
+    return Rollout("r", prompt, answer, candidate_ids=np.stack([random.permutation(VOCAB)[:5] for _ in answer]).astype(np.int32))
 
 
 def make_want(level: str) -> SignalSpec:

@@ -13,7 +13,6 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bbopd.errors import BadAnswerError, TeacherError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
 from bbopd.teachers.hf import HFBackend
@@ -56,7 +55,7 @@ def make_rollouts(count: int, seed: int = 0) -> list[Rollout]:
         answer = tuple(random.integers(0, VOCAB, random.integers(1, 40)).tolist())
         width = int(random.integers(2, 9))
         ids = np.stack([random.permutation(VOCAB)[:width] for _ in answer]).astype(np.int32)
-        made.append(CandidateRollout(f"r{number}", prompt, answer, candidate_ids=ids))
+        made.append(Rollout(f"r{number}", prompt, answer, candidate_ids=ids))
     return made
 
 
@@ -123,7 +122,7 @@ def test_rollouts_of_one_prompt_share_it_and_score_as_if_alone(model, want):
 
 
 def one_token_answer(rollout):
-    candidates = {} if not isinstance(rollout, CandidateRollout) else {"candidate_ids": rollout.candidate_ids[:1]}
+    candidates = {} if rollout.candidate_ids is None else {"candidate_ids": rollout.candidate_ids[:1]}
     return dataclasses.replace(rollout, rollout_id="short", token_ids=rollout.token_ids[:1], **candidates)
 
 

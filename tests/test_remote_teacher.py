@@ -19,7 +19,6 @@ import pytest
 
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.answers import signal_chunks
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import decode_item, encode_failure, encode_info
 from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.server import start_server
@@ -38,7 +37,7 @@ def make_rollouts(count: int, seed: int = 0, longest: int = 30, candidates: int 
         answer = tuple(random.integers(0, VOCAB, random.integers(1, longest + 1)).tolist())
         ids = np.stack([random.permutation(VOCAB)[: candidates or 1] for _ in answer]).astype(np.int32)
         name = f"r{seed}-{number}"
-        made.append(CandidateRollout(name, prompt, answer, candidate_ids=ids) if candidates else Rollout(name, prompt, answer))
+        made.append(Rollout(name, prompt, answer, candidate_ids=ids if candidates else None))
     return made
 
 

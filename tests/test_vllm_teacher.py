@@ -14,7 +14,6 @@ import pytest_asyncio
 from bbopd.cli.main import main
 from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError, ModelError, TeacherError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.limits import check_want
 from bbopd.rpc.signals import check_signal, signal_from_logits
 from bbopd.teachers.hf import HFBackend
@@ -61,7 +60,7 @@ def test_rows_are_those_of_the_response_and_make_a_distribution(want, scale):
 
 
 def test_candidates_keep_their_empty_slots():
-    rollout = CandidateRollout("r", Prompt("p", (1, 2)), (3, 4), candidate_ids=np.array([[5, -1, 7], [0, 3, -1]]))
+    rollout = Rollout("r", Prompt("p", (1, 2)), (3, 4), candidate_ids=np.array([[5, -1, 7], [0, 3, -1]]))
     logprobs = np.log([[0.2, 1e-30, 0.3], [0.5, 0.25, 1e-30]])
     logprobs[rollout.candidate_ids < 0] = -np.inf
     output = SimpleNamespace(

@@ -12,7 +12,6 @@ import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
 from bbopd.rpc.signals import check_signal, signal_temperature
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
@@ -34,7 +33,7 @@ _BELONGING: dict[Level, tuple[str, ...]] = {
 def answer_bytes(rollout: Rollout, want: SignalSpec, vocab_size: int) -> int:
     """Bytes that an answer takes on the wire (a full one as float16)."""
     id_bytes = 2 if vocab_size <= 2**16 else 4
-    width = rollout.candidate_ids.shape[1] if isinstance(rollout, CandidateRollout) and rollout.candidate_ids is not None else 0
+    width = rollout.candidate_ids.shape[1] if rollout.candidate_ids is not None else 0
     row_bytes = {
         "full": 2 * vocab_size,
         "topk": min(want.top_k, vocab_size) * (id_bytes + 2) + 8,
@@ -139,7 +138,6 @@ class SignalAssembler:
         assert self.is_complete, "every chunk must be there"
         arrays = dict(self._arrays)
         if self._want.level == "candidates":
-            assert isinstance(self._rollout, CandidateRollout)
             arrays["ids"] = np.ascontiguousarray(self._rollout.candidate_ids, np.int32)
         return TeacherSignal(self._want.level, signal_temperature(self._want), **arrays)
 
@@ -174,7 +172,6 @@ class SignalAssembler:
         if "logprobs" in arrays and arrays["logprobs"].dtype == np.float16:
             arrays["logprobs"] = arrays["logprobs"].astype(np.float32)
         if self._want.level == "candidates":
-            assert isinstance(self._rollout, CandidateRollout)
             assert self._rollout.candidate_ids is not None
             arrays["ids"] = self._rollout.candidate_ids[self.position : self.position + chunk.rows].astype(np.int32, copy=False)
         return TeacherSignal(self._want.level, chunk.temperature, **arrays)

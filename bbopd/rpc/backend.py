@@ -1,30 +1,14 @@
-"""The seam under the server: what a model must be able to do to be served as a teacher.
-
-Shape suffixes: ``L`` response tokens of one rollout, ``M`` candidates.
-"""
+"""The seam under the server: what a model must be able to do to be served as a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from bbopd.types import Completion, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
-if TYPE_CHECKING:
-    import numpy as np
-
-__all__ = ["CandidateRollout", "TeacherBackend", "TextBackend", "with_ids"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CandidateRollout(Rollout):
-    """A rollout whose writer also chose the ids to be asked about, as level ``candidates`` needs.
-
-    ``candidate_ids`` [L, M] int32; −1 is an empty slot, and no id comes twice in a row.
-    """
-
-    candidate_ids: np.ndarray | None = None
+__all__ = ["TeacherBackend", "TextBackend", "with_ids"]
 
 
 class TeacherBackend(Protocol):

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.limits import Code, RefusedError
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 
@@ -234,7 +233,7 @@ def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
     candidates = decode_tensor(item.candidate_ids, "candidate_ids")
     if candidates.dtype != np.int32:
         raise ValueError(f"candidate_ids are {candidates.dtype}, expected int32")
-    return CandidateRollout(rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
+    return Rollout(rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
 
 
 def input_sha256(rollout: Rollout, want: SignalSpec) -> bytes:
@@ -255,7 +254,6 @@ def _packed_ids(rollout: Rollout) -> bytes:
 def _candidates(rollout: Rollout, want: SignalSpec) -> np.ndarray | None:
     if want.level != "candidates":
         return None
-    assert isinstance(rollout, CandidateRollout), "check_rollout comes first"
     assert rollout.candidate_ids is not None, "check_rollout comes first"
     return rollout.candidate_ids.astype(np.int32, copy=False)
 

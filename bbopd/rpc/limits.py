@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 
 from bbopd.errors import TeacherError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 
 __all__ = ["Code", "RefusedError", "check_prompt", "check_rollout", "check_sampling", "check_want"]
@@ -117,9 +116,9 @@ def _check_ids(name: str, ids: tuple[int, ...], info: TeacherInfo, room: int = 0
 
 
 def _check_candidates(name: str, rollout: Rollout, info: TeacherInfo) -> None:
-    ids = rollout.candidate_ids if isinstance(rollout, CandidateRollout) else None
+    ids = rollout.candidate_ids
     if ids is None:
-        raise RefusedError("invalid", f"{name} brings no candidate_ids, which level 'candidates' needs: send a CandidateRollout")
+        raise RefusedError("invalid", f"{name} brings no candidate_ids, which level 'candidates' needs")
     offer = info.offer("candidates")
     assert offer is not None, "check_want comes first"
     if ids.ndim != 2 or ids.shape[0] != len(rollout) or not 1 <= ids.shape[1] <= offer.max_top_k:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.types import Rollout, SignalSpec, TeacherSignal
 
 __all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_from_logits", "signal_temperature"]
@@ -74,7 +73,7 @@ def signal_from_logits(logits: np.ndarray, rollout: Rollout, want: SignalSpec) -
     Parameters
     ----------
     logits : [L, V], any float dtype; row i is raw and predicts response token i.
-    rollout : a `CandidateRollout` at level ``candidates``.
+    rollout : with ``candidate_ids`` at level ``candidates``.
     """
     if want.level == "full":
         shifted = logits - logits.max(axis=1, keepdims=True)
@@ -88,7 +87,6 @@ def signal_from_logits(logits: np.ndarray, rollout: Rollout, want: SignalSpec) -
     if want.level == "topk":
         ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : want.top_k]
     else:
-        assert isinstance(rollout, CandidateRollout)
         assert rollout.candidate_ids is not None, "check_rollout comes first"
         ids = rollout.candidate_ids
     chosen = np.where(ids >= 0, np.take_along_axis(logprobs, np.maximum(ids, 0), axis=1), -np.inf)

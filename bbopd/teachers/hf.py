@@ -32,7 +32,6 @@ from bbopd.modeling import (
     vocabulary_sha256,
 )
 from bbopd.ops import linear_logprobs
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.teachers.prompt_ids import prompt_ids
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
 
@@ -299,7 +298,6 @@ def _product_in_fp32(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _candidate_ids(rollout: Rollout) -> np.ndarray:
-    assert isinstance(rollout, CandidateRollout)
     assert rollout.candidate_ids is not None, "check_rollout comes first"
     return rollout.candidate_ids.astype(np.int32, copy=False)
 

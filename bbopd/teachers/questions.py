@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import input_sha256
 from bbopd.rpc.limits import check_prompt, check_rollout
 from bbopd.rpc.signals import check_signal, signal_temperature
@@ -85,7 +84,7 @@ class ScoringQuestions:
             arrays = load_arrays(data)
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        if isinstance(rollout, CandidateRollout) and self._want.level == "candidates":
+        if self._want.level == "candidates":
             arrays["ids"] = np.ascontiguousarray(rollout.candidate_ids, np.int32)
         elif "ids" in arrays:
             arrays["ids"] = arrays["ids"].astype(np.int32)

@@ -18,7 +18,6 @@ from functools import partial
 
 from bbopd.errors import BadAnswerError, TeacherError
 from bbopd.rpc.answers import SignalAssembler
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.channel import MESSAGE_BYTES
 from bbopd.rpc.limits import RefusedError, check_rollout, check_want
 from bbopd.teachers.backoff import RetryBudget
@@ -328,7 +327,7 @@ class ScoreSession:
 
 def _check_size(rollout: Rollout) -> None:
     """Whether a request fits one message. Raises `RefusedError` naming the rollout."""
-    candidates = rollout.candidate_ids if isinstance(rollout, CandidateRollout) else None
+    candidates = rollout.candidate_ids
     size = 4 * len(rollout.all_ids) + (4 * candidates.size if candidates is not None else 0)
     if size > MESSAGE_BYTES - _REQUEST_OVERHEAD:
         raise RefusedError(

@@ -18,7 +18,6 @@ import numpy as np
 
 from bbopd.config import ServeConfig
 from bbopd.errors import EngineError, ModelError
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.teachers.prompt_ids import prompt_ids
 from bbopd.teachers.vllm_engine import MOST_ENTRIES, LoadedEngine, load_engine
 from bbopd.types import Completion, FinishReason, Prompt, Rollout, Sampling, SignalSpec, TeacherSignal
@@ -99,7 +98,6 @@ class VLLMBackend:
 
         chosen: dict[str, Any] = {}
         if want.level == "candidates":
-            assert isinstance(rollout, CandidateRollout)
             chosen = {
                 "prompt_logprob_token_ids": np.ascontiguousarray(rollout.candidate_ids, np.int32),
                 "prompt_logprob_start": len(rollout.prompt.token_ids) - 1,
@@ -172,7 +170,6 @@ def read_scores(output: Any, rollout: Rollout, want: SignalSpec) -> TeacherSigna
         return TeacherSignal(
             "topk", want.temperature, ids=np.ascontiguousarray(ids[:, 1:]), logprobs=found, log_tail=tail_of(found), sampled=sampled
         )
-    assert isinstance(rollout, CandidateRollout)
     assert rollout.candidate_ids is not None, "check_rollout comes first"
     found = np.array(output.prompt_token_id_logprobs, np.float32)
     ids = rollout.candidate_ids.astype(np.int32, copy=False)

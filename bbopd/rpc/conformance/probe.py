@@ -13,7 +13,6 @@ import numpy as np
 import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
-from bbopd.rpc.backend import CandidateRollout
 from bbopd.rpc.codec import PROTOCOL_VERSION, encode_item
 from bbopd.types import Level, Prompt, Rollout, SignalSpec, TeacherInfo, TeacherSignal
 
@@ -141,7 +140,7 @@ class Probe:
         candidates = np.stack(rows).astype(np.int32)
         if width > 1:
             candidates[::3, -1] = -1  # an empty slot
-        return CandidateRollout(name, question, answer, candidate_ids=candidates)
+        return Rollout(name, question, answer, candidate_ids=candidates)
 
     @asynccontextmanager
     async def stream(self, credit: int = _CREDIT) -> AsyncIterator[RawStream]:
