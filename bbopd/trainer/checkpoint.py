@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bbopd.errors import CheckpointError
 from bbopd.modeling.load import quiet
+from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ def save_checkpoint(
         with quiet():
             model.save_pretrained(aside / "model")
             tokenizer.save_pretrained(aside / "model")
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"state": state, "generators": _generator_states()}, allow_nan=False))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
@@ -147,7 +148,7 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
-    _restore_optimizer(model, optimizer, moments)
+    load_optimizer_tensors(model, optimizer, moments)
     _restore_generators(saved["generators"])
     return dict(saved["state"])
 
@@ -280,22 +281,6 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _moment_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
-
-
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{moment}/{name}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, value in moments.items():
-        moment, _, name = key.partition("/")
-        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
 
 
 def _generator_states() -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bbopd.config import TrainConfig
 from bbopd.errors import ModelError
@@ -41,3 +42,21 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
             raise ModelError(f"weight {name} is {parameter.dtype}; training keeps float32 masters: load the model with dtype=torch.float32")
     groups = [group for group in parameter_groups(model, train) if group["params"]]
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What ``optimizer`` knows of ``model``'s weights, keys ``<moment>/<parameter name>``."""
+    return {
+        f"{moment}/{name}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Put ``optimizer`` back to where `optimizer_tensors` gave ``moments``."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in moments.items():
+        moment, _, name = key.partition("/")
+        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
