@@ -3,22 +3,20 @@
 An engine that disagrees makes rollouts that are not the student's: off-policy without anyone saying so. So after every push the first
 rollouts written with the new weights are scored by the trainer too, before it changes them.
 
-Shape suffixes: ``P`` packed tokens, ``N`` response tokens, ``D`` hidden.
+Shape suffix: ``N`` response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from bbopd.errors import EngineError
-from bbopd.modeling import output_head, packed_hidden
-from bbopd.modeling.head import undisturbed
-from bbopd.ops import linear_logprobs
+from bbopd.modeling import output_head
+from bbopd.modeling.response_logprobs import response_logprobs
 from bbopd.types import Rollout
 
 if TYPE_CHECKING:
@@ -49,7 +47,8 @@ class AgreementCheck:
         chosen = self._choose(rollouts, version)
         if not chosen:
             return {}
-        difference_N = np.abs(self._score(chosen) - np.concatenate([_logprobs(rollout) for rollout in chosen]))
+        own_N = response_logprobs(self._model, self._head, chosen, compute_dtype=self._dtype)
+        difference_N = np.abs(own_N - np.concatenate([_logprobs(rollout) for rollout in chosen]))
         mean, largest = float(difference_N.mean()), float(difference_N.max())
         if not mean <= self._limit:
             raise EngineError(
@@ -68,29 +67,6 @@ class AgreementCheck:
             chosen.append(rollout)
             tokens += len(rollout)
         return chosen
-
-    @torch.no_grad()
-    def _score(self, rollouts: Sequence[Rollout]) -> np.ndarray:
-        """Logprobs [N] of the response tokens at the temperature of sampling."""
-        device = self._head.weight_VD.device
-        lengths = [len(rollout.all_ids) for rollout in rollouts]
-        boundaries = [0, *accumulate(lengths)]
-        rows_N = np.concatenate([np.arange(end - len(rollout) - 1, end - 1) for rollout, end in zip(rollouts, boundaries[1:], strict=True)])
-        ids_P = torch.tensor([token for rollout in rollouts for token in rollout.all_ids], device=device)
-        positions_P = torch.cat([torch.arange(length, device=device) for length in lengths])
-        with undisturbed(self._model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            hidden_PD = packed_hidden(self._model, ids_P, positions_P, torch.tensor(boundaries))
-        found = linear_logprobs(
-            hidden_PD[torch.from_numpy(rows_N).to(device)].to(self._dtype),
-            self._head.weight_VD.to(self._dtype),
-            token_ids=ids_P[torch.from_numpy(rows_N + 1).to(device)],
-            temperature=rollouts[0].temperature,
-            bias=self._head.bias,
-            logit_scale=self._head.logit_scale,
-            logit_softcap=self._head.logit_softcap,
-        )
-        assert found.sampled is not None, "token_ids were given"
-        return found.sampled.float().cpu().numpy()
 
 
 def _logprobs(rollout: Rollout) -> np.ndarray:

@@ -1,0 +1,52 @@
+"""What a model thinks of answers as they were sampled: a logprob for every token, from one packed pass.
+
+Shape suffixes: ``P`` packed tokens, ``N`` response tokens, ``D`` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bbopd.modeling.head import OutputHead, undisturbed
+from bbopd.modeling.packed import packed_hidden
+from bbopd.ops import linear_logprobs
+from bbopd.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: PreTrainedModel, head: OutputHead, rollouts: Sequence[Rollout], *, compute_dtype: torch.dtype, vocab_size: int | None = None
+) -> np.ndarray:
+    """Logprobs [N] float32 of the response tokens of ``rollouts``, at the temperature of sampling, which is that of the first one.
+
+    ``head`` is the model's; logits from ``vocab_size`` on are padding. torch.bfloat16 multiplies matrices in it. The model's modes are
+    left as they were.
+    """
+    device = head.weight_VD.device
+    lengths = [len(rollout.all_ids) for rollout in rollouts]
+    boundaries = [0, *accumulate(lengths)]
+    rows_N = np.concatenate([np.arange(end - len(rollout) - 1, end - 1) for rollout, end in zip(rollouts, boundaries[1:], strict=True)])
+    ids_P = torch.tensor([token for rollout in rollouts for token in rollout.all_ids], device=device)
+    positions_P = torch.cat([torch.arange(length, device=device) for length in lengths])
+    with undisturbed(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16):
+        hidden_PD = packed_hidden(model, ids_P, positions_P, torch.tensor(boundaries))
+    found = linear_logprobs(
+        hidden_PD[torch.from_numpy(rows_N).to(device)].to(compute_dtype),
+        head.weight_VD.to(compute_dtype),
+        token_ids=ids_P[torch.from_numpy(rows_N + 1).to(device)],
+        temperature=rollouts[0].temperature,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        vocab_size=vocab_size,
+    )
+    assert found.sampled is not None, "token_ids were given"
+    return found.sampled.float().cpu().numpy()

@@ -1,0 +1,69 @@
+"""The policy that a student shall not leave: its own weights of an earlier moment, frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bbopd.modeling import output_head
+from bbopd.modeling.response_logprobs import response_logprobs
+from bbopd.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ReferencePolicy:
+    """A frozen copy of ``student`` as it is now, which says how likely it would have written what the student writes later.
+
+    ``vocab_size`` and ``compute_dtype`` are as the trainer's, so that right after the copy both give the same logprobs; a pass takes about
+    ``micro_batch_tokens``.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, *, compute_dtype: torch.dtype, vocab_size: int | None = None, micro_batch_tokens: int = 4096
+    ) -> None:
+        self._model = copy.deepcopy(student).eval().requires_grad_(False)
+        self._model.gradient_checkpointing_disable()
+        self._head = output_head(self._model)
+        self._compute_dtype = compute_dtype
+        self._vocab_size = vocab_size
+        self._micro_batch_tokens = micro_batch_tokens
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """For each of ``rollouts`` [L] float32: of its tokens, at its temperature of sampling."""
+        found: list[np.ndarray] = []
+        for batch in _in_batches(rollouts, self._micro_batch_tokens):
+            scored_N = response_logprobs(self._model, self._head, batch, compute_dtype=self._compute_dtype, vocab_size=self._vocab_size)
+            found += np.split(scored_N, np.cumsum([len(rollout) for rollout in batch])[:-1])
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name, tied ones once."""
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights that `tensors` gave. Raises `ValueError` for those of another model; nothing has changed then."""
+        own = self.tensors()
+        if {name: one.shape for name, one in tensors.items()} != {name: one.shape for name, one in own.items()}:
+            raise ValueError("the reference policy is of another model")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _in_batches(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
+    batch: list[Rollout] = []
+    size = 0
+    for rollout in rollouts:
+        if batch and size + len(rollout.all_ids) > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(rollout)
+        size += len(rollout.all_ids)
+    if batch:
+        yield batch

@@ -1,0 +1,60 @@
+"""A frozen student: logprobs as of a float64 forward pass, unmoved by training, and brought back from saved tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from bbopd.trainer.reference_policy import ReferencePolicy
+from bbopd.types import Prompt, Rollout
+from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
+
+USED = 300  # of 320 ids
+
+
+def random_rollouts(seed: int, temperature: float, count: int = 5) -> list[Rollout]:
+    random = np.random.default_rng(seed)
+
+    def ids(most: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in random.integers(0, USED, random.integers(1, most)))
+
+    return [Rollout(str(n), Prompt("p", ids(9)), ids(20), temperature=temperature, draw=n) for n in range(count)]
+
+
+def oracle(model, rollout: Rollout) -> np.ndarray:
+    start = len(rollout.prompt.token_ids) - 1
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(input_ids=torch.tensor([rollout.all_ids]), use_cache=False).logits[0, start:-1, :USED]
+    chosen = torch.tensor(rollout.token_ids)[:, None]
+    return (logits.double() / rollout.temperature).log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2, tiny_gemma2], ids=["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 30])
+def test_logprobs_stay_those_of_the_moment_it_was_made(make, micro_batch_tokens):
+    student = make()
+    rollouts = random_rollouts(3, temperature=0.8)
+    expected = [oracle(student, rollout) for rollout in rollouts]
+    reference = ReferencePolicy(student, compute_dtype=torch.float32, vocab_size=USED, micro_batch_tokens=micro_batch_tokens)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    for found, wanted in zip(reference.logprobs(rollouts), expected, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_it_comes_back_from_its_tensors_and_refuses_those_of_another_model():
+    rollouts = random_rollouts(4, temperature=1.0)
+    one, other = (ReferencePolicy(tiny_llama(seed=seed), compute_dtype=torch.float32) for seed in (0, 1))
+    before = other.logprobs(rollouts)
+    other.load_tensors({name: tensor.clone() for name, tensor in one.tensors().items()})
+    for found, wanted, old in zip(other.logprobs(rollouts), one.logprobs(rollouts), before, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        assert np.abs(found - old).max() > 0.01
+    with pytest.raises(ValueError, match="another model"):
+        other.load_tensors(ReferencePolicy(tiny_llama(hidden=64), compute_dtype=torch.float32).tensors())
+    assert not any(parameter.requires_grad for parameter in other._model.parameters())
