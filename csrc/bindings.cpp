@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/alignment.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 #include "cpu/features.h"
@@ -98,6 +99,19 @@ void logprobs(const py::dict& given) {
   cpu::logprobs(a, level);
 }
 
+// Tokens come as (address of ids, how many) and their vocabulary as the addresses of offsets, bytes and is_text, and
+// its size.
+using TokensTuple = std::tuple<std::uintptr_t, cpu::Index>;
+using BytesTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, cpu::Index>;
+
+cpu::Tokens to_tokens(const TokensTuple& tokens, const BytesTuple& vocabulary) {
+  const auto& [ids, count] = tokens;
+  const auto& [offsets, bytes, is_text, size] = vocabulary;
+  return {to_pointer<const std::int64_t>(ids),     count,
+          to_pointer<const std::int64_t>(offsets), to_pointer<const std::uint8_t>(bytes),
+          to_pointer<const std::uint8_t>(is_text), size};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -119,6 +133,14 @@ PYBIND11_MODULE(_C, module) {
       "The best kernels this machine can run: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.");
   module.def("linear_distill", &distill, "The op on addresses; bbopd.cpu_distill says what each is.");
   module.def("linear_logprobs", &logprobs, "The op on addresses; bbopd.cpu_logprobs says what each is.");
+  module.def(
+      "align_tokens",
+      [](const TokensTuple& first, const BytesTuple& of_first, const TokensTuple& second, const BytesTuple& of_second,
+         std::uintptr_t ends) {
+        return cpu::align_tokens(to_tokens(first, of_first), to_tokens(second, of_second),
+                                 to_pointer<std::int64_t>(ends));
+      },
+      "Groups of tokens that spell the same bytes; bbopd.alignment says what each argument is.");
   module.def("release_unused_memory", &cpu::Buffer::release_unused,
              "Gives memory kept for the next call back to the system.");
   py::class_<cpu::Buffer>(module, "Buffer", py::buffer_protocol())
