@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import CheckpointError
 from bbopd.objectives import make_objective
-from bbopd.trainer import Trainer, latest_checkpoint, load_checkpoint, require_space, save_checkpoint
+from bbopd.trainer import Trainer, latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
 from tests.batches import pack, random_sequences, random_teacher
 from tests.tiny_models import tiny_llama, tiny_qwen2, tiny_tokenizer
 
@@ -71,6 +71,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, make):
     for (name, a), (_, b) in zip(second.weights(), whole.weights(), strict=True):
         assert torch.equal(a, b), name
     assert folder.name == "step-00000003"
+
+
+def test_other_models_beside_the_student_are_kept_and_guarded_with_it(tmp_path):
+    trainer = make_trainer()
+    beside = {"discriminator": {"weights/a": torch.randn(3, 4).t(), "moments/b": torch.randn(5)}, "reference": {"c": torch.randn(2)}}
+    folder = save_checkpoint(
+        tmp_path,
+        1,
+        model=trainer.model,
+        tokenizer=tiny_tokenizer(),
+        optimizer=trainer.optimizer,
+        state={"steps_done": 1},
+        keep=2,
+        beside=beside,
+    )
+    load(folder, trainer)
+    found = load_beside(folder)
+    assert found.keys() == beside.keys()
+    for name, tensors in beside.items():
+        assert found[name].keys() == tensors.keys()
+        assert all(torch.equal(found[name][key], tensor) for key, tensor in tensors.items())
+    assert load_beside(save(trainer, tmp_path)) == {}
+    with (folder / "reference.safetensors").open("r+b") as file:
+        file.truncate(20)
+    with pytest.raises(CheckpointError, match=r"reference.safetensors has 20 bytes"):
+        load(folder, trainer)
+    with pytest.raises(CheckpointError, match=r"more checkpoints of 1,000,\d{3},\d{3},\d{3},\d{3} bytes"):
+        require_space(tmp_path / "new", model=trainer.model, keep=1, beside=10**15)
 
 
 def test_random_generators_go_on_where_they_were(tmp_path):

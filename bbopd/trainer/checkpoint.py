@@ -6,6 +6,7 @@ Layout, below the root of a run's checkpoints::
     step-00000100/
         model/                  Hugging Face format, with the tokenizer
         optimizer.safetensors   AdamW moments, keys ``<moment>/<parameter name>``
+        <name>.safetensors      what else a run trains or keeps beside the model
         state.json              the caller's counters, and the random number generators
         manifest.json           size and CRC-32 of every other file; written last
 """
@@ -19,7 +20,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint, point ``latest`` at it, and drop all but the newest ``keep``.
 
@@ -60,6 +62,8 @@ def save_checkpoint(
     ----------
     state
         Whatever JSON can hold: counters, data position. The generators of torch, Python and NumPy are added.
+    beside
+        Tensors of other models than the one that is trained, by the name of the file that shall hold them; `load_beside` reads them.
 
     Returns
     -------
@@ -75,6 +79,7 @@ def save_checkpoint(
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         needed = _weight_bytes(model) + _moment_bytes(optimizer) + _SPARE_BYTES
+        needed += sum(tensor.nbytes for tensors in (beside or {}).values() for tensor in tensors.values())
         if (free := shutil.disk_usage(root).free) < needed:
             raise CheckpointError(
                 f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space; earlier checkpoints are whole"
@@ -87,6 +92,8 @@ def save_checkpoint(
             model.save_pretrained(aside / "model")
             tokenizer.save_pretrained(aside / "model")
         save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        for name, tensors in (beside or {}).items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"state": state, "generators": _generator_states()}, allow_nan=False))
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
@@ -100,11 +107,12 @@ def save_checkpoint(
     return folder
 
 
-def require_space(root: Path, *, model: PreTrainedModel, keep: int) -> None:
+def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int = 0) -> None:
     """Refuse a run whose checkpoints will not fit on the disk, before anything is spent on it.
 
     Asked for is room for ``keep`` checkpoints and the one being written beside them, each of the weights, two AdamW moments of what is
-    trained, and some MiB for the rest; those already below ``root`` have their room. Nothing is written, and ``root`` need not exist.
+    trained, ``beside`` bytes of other models, and some MiB for the rest; those already below ``root`` have their room. Nothing is written,
+    and ``root`` need not exist.
 
     Raises
     ------
@@ -112,7 +120,7 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int) -> None:
         Too little free space, or none to be asked about.
     """
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    one = _weight_bytes(model) + moments + _SPARE_BYTES
+    one = _weight_bytes(model) + moments + beside + _SPARE_BYTES
     with _explained(root):
         folders = max(1, keep + 1 - len(_checkpoints(root)))
         disk = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
@@ -151,6 +159,14 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     load_optimizer_tensors(model, optimizer, moments)
     _restore_generators(saved["generators"])
     return dict(saved["state"])
+
+
+def load_beside(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What `save_checkpoint` was given as ``beside``; `load_checkpoint` has proved the files whole. Raises `CheckpointError`."""
+    try:
+        return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors")) if path.stem != "optimizer"}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); {_way_out(folder)}") from error
 
 
 def latest_checkpoint(root: Path) -> Path | None:
