@@ -104,10 +104,13 @@ def check_teacher(teacher: OpTeacher, hidden: Tensor, temperature: float) -> Non
         _same_devices(hidden, parts)
     elif isinstance(teacher, SampledTeacher):
         check_ids("teacher.token_ids", teacher.token_ids, hidden, 1)
-        check_tensor("teacher.logprobs", teacher.logprobs, 1, rows=N)
-        check_tensor("teacher.behavior_logprobs", teacher.behavior_logprobs, 1, rows=N)
-        parts = (("teacher.logprobs", teacher.logprobs), ("teacher.behavior_logprobs", teacher.behavior_logprobs))
-        _same_devices(hidden, parts)
+        if (teacher.logprobs is None) == (teacher.advantages is None):
+            raise ValueError("SampledTeacher takes logprobs (the teacher's) or advantages: give exactly one of the two")
+        for name in ("behavior_logprobs", "logprobs", "advantages"):
+            values = getattr(teacher, name)
+            if values is not None:
+                check_tensor(f"teacher.{name}", values, 1, rows=N)
+                same_device(hidden, f"teacher.{name}", values)
     else:
         raise TypeError(
             f"teacher is a {type(teacher).__name__}: give a FullTeacher, TopKTeacher, CandidateTeacher or SampledTeacher, "

@@ -125,7 +125,10 @@ def _flatten_teacher(teacher: OpTeacher | None) -> tuple[str, tuple[Tensor | Non
         tensors = (teacher.valid, None, None, None, None, teacher.ids, teacher.logprobs, teacher.log_tail)
         kind = "topk"
     elif isinstance(teacher, SampledTeacher):
-        tensors = (teacher.valid, None, None, None, None, teacher.token_ids, teacher.logprobs, teacher.behavior_logprobs)
+        logprobs = teacher.logprobs
+        if teacher.advantages is not None:  # the engines know one form: log p - log q_old
+            logprobs = teacher.behavior_logprobs.double() + teacher.advantages
+        tensors = (teacher.valid, None, None, None, None, teacher.token_ids, logprobs, teacher.behavior_logprobs)
         kind = "sampled"
     else:
         return "none", (None,) * 8

@@ -91,5 +91,5 @@ def check_values(
     else:
         used = slice(None) if valid is None else valid
         op_checks.check_id_values("teacher.token_ids", ids[used], vocab_size)
-        op_checks.check_finite("teacher.logprobs", logprobs[used])
         op_checks.check_finite("teacher.behavior_logprobs", extra[used])
+        op_checks.check_finite("teacher.logprobs or advantages", logprobs[used])

@@ -70,13 +70,18 @@ class CandidateTeacher:
     valid: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SampledTeacher:
-    """One logprob a token: ``token_ids`` [N], the teacher's ``logprobs`` [N] and the sampler's ``behavior_logprobs`` [N]."""
+    """One number a token: ``token_ids`` [N] that were sampled at ``behavior_logprobs`` [N], and what is thought of each.
+
+    That is either the teacher's ``logprobs`` [N], of which log p - log q_old is the advantage, or ``advantages`` [N] of any sign and
+    origin (rewards of whole answers, say).
+    """
 
     token_ids: Tensor
-    logprobs: Tensor
     behavior_logprobs: Tensor
+    logprobs: Tensor | None = None
+    advantages: Tensor | None = None
     temperature: float = 1.0
     valid: Tensor | None = None
 

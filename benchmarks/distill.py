@@ -104,6 +104,7 @@ def eager_loss(hidden: Tensor, weight: Tensor, teacher: OpTeacher | None, labels
     log_q_NV = (z_NV / case.temperature).log_softmax(1)
     if isinstance(teacher, SampledTeacher):
         log_q_N = log_q_NV.gather(1, teacher.token_ids[:, None])[:, 0]
+        assert teacher.logprobs is not None, "made by benchmarks.inputs"
         log_p_N, log_old_N = teacher.logprobs.to(z_NV.dtype), teacher.behavior_logprobs.to(z_NV.dtype)
         return loss - case.kd_weight * case.temperature**2 * ((log_q_N - log_old_N).exp() * (log_p_N - log_old_N)).mean()
     if isinstance(teacher, TopKTeacher):

@@ -83,7 +83,7 @@ def sampled_teacher(case: Case, hidden: Tensor, student: Tensor, teacher: Tensor
         ids = torch.multinomial(log_q.exp(), 1, generator=generator)
         parts.append((ids[:, 0], log_p.gather(1, ids)[:, 0], log_q.gather(1, ids)[:, 0]))
     ids, logprobs, behavior = (torch.cat(part) for part in zip(*parts, strict=True))
-    return SampledTeacher(ids, logprobs, behavior, case.temperature)
+    return SampledTeacher(token_ids=ids, behavior_logprobs=behavior, logprobs=logprobs, temperature=case.temperature)
 
 
 def _logits(rows: Tensor, weight: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ FULL = [(kind, divergence) for kind in ("full", "full_hidden", "topk", "candidat
 ANSWERED: dict[str, Case] = {
     **{
         f"{kind} {divergence} T={T} {str(dtype)[6:]}": everything(kind, divergence, T, dtype)
-        for kind, divergence in (*FULL, ("none", "forward_kl"), ("sampled", "forward_kl"))
+        for kind, divergence in (*FULL, ("none", "forward_kl"), ("sampled", "forward_kl"), ("advantages", "forward_kl"))
         for T in (1.0, 2.0, 0.7)
         for dtype in (torch.float32, torch.bfloat16)
     },

@@ -68,7 +68,8 @@ def oracle(z_NV: Tensor, teacher: OpTeacher | None, labels=None, *, temperature=
                    teacher.logit_scale, teacher.logit_softcap))[i, :V].double()  # fmt: skip
             kd[i] = t2 * oracle_kd((t_V / temperature).log_softmax(0), log_q_NV[i], divergence, beta, skew)
         elif isinstance(teacher, SampledTeacher):
-            advantage = (teacher.logprobs - teacher.behavior_logprobs)[i].double()
+            given = teacher.advantages if teacher.advantages is not None else teacher.logprobs - teacher.behavior_logprobs
+            advantage = given[i].double()
             ratio = (log_q_NV[i, teacher.token_ids[i]] - teacher.behavior_logprobs[i].double()).exp()
             kd[i] = -t2 * ratio * advantage
         else:
@@ -104,10 +105,12 @@ def make_teacher(
     if kind == "full":
         return FullTeacher(logits=t_NV.to(dtype), valid=valid)
     log_p_NV = (t_NV / temperature).log_softmax(1)
-    if kind == "sampled":
+    if kind in ("sampled", "advantages"):
         token_ids = torch.randint(0, V, (N,), generator=generator)
         logprobs = log_p_NV.gather(1, token_ids[:, None])[:, 0]
-        return SampledTeacher(token_ids, logprobs.to(dtype), (logprobs + 0.5 * noise(N)).to(dtype), temperature, valid)
+        behavior = (logprobs + 0.5 * noise(N)).to(dtype)
+        known = {"logprobs": logprobs.to(dtype)} if kind == "sampled" else {"advantages": (2 * noise(N)).to(dtype)}
+        return SampledTeacher(token_ids=token_ids, behavior_logprobs=behavior, temperature=temperature, valid=valid, **known)
     ids = log_p_NV.topk(K).indices if kind == "topk" else torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(N)])
     ids[::2, 1] = -1
     logprobs = log_p_NV.gather(1, ids.clamp(min=0))

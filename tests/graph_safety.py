@@ -23,7 +23,7 @@ from bbopd.types import DIVERGENCES, OpTeacher
 from tests.distill_oracle import draw, make_teacher
 
 N, V, D, USED = 5, 43, 6, 41
-KINDS = ("none", "full", "full_hidden", "topk", "candidates", "sampled")
+KINDS = ("none", "full", "full_hidden", "topk", "candidates", "sampled", "advantages")
 
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "lift_fresh", "lift_fresh_copy")
 DEPENDS_ON_VALUES = ("nonzero", "masked_select", "bincount", "repeat_interleave", "_unique", "_unique2", "unique_dim", "unique_consecutive")
@@ -143,7 +143,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found: dict[str, Callable[[], list[str]]] = {}
     for kind in KINDS:
         found[f"{kind} bare"] = lambda kind=kind: distill(kind, bare=True)  # type: ignore[misc]
-        for divergence in DIVERGENCES if kind not in ("none", "sampled") else ("forward_kl",):
+        for divergence in DIVERGENCES if kind not in ("none", "sampled", "advantages") else ("forward_kl",):
             found[f"{kind} {divergence}"] = lambda kind=kind, divergence=divergence: distill(kind, divergence)  # type: ignore[misc]
     scored = {"logsumexp": {}, "sampled": {"token_ids": ids}, "top-k": {"token_ids": ids, "top_k": 3, "temperature": 2.0}}
     scored["candidates"] = {"candidate_ids": torch.tensor([[1, 4], [-1, 3], [-1, -1], [0, 40], [7, 8]])}

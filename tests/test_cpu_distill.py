@@ -20,7 +20,7 @@ from bbopd.types import DIVERGENCES, OpTeacher
 from tests.distill_oracle import draw, make_teacher
 
 AVAILABLE = LEVELS[: LEVELS.index(cpu_level()) + 1]
-KINDS = ("none", "full", "full_hidden", "topk", "candidates", "sampled")
+KINDS = ("none", "full", "full_hidden", "topk", "candidates", "sampled", "advantages")
 
 
 def gradients(hidden: Tensor, weight: Tensor, teacher: OpTeacher | None, labels: Tensor | None, **how) -> tuple[Tensor, ...]:

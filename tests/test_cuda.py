@@ -81,7 +81,7 @@ def test_loss_and_gradients_against_float64(name: str, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("kind", ["full", "full_hidden", "topk", "candidates", "sampled", "none"])
+@pytest.mark.parametrize("kind", ["full", "full_hidden", "topk", "candidates", "sampled", "advantages", "none"])
 def test_loss_and_gradients_from_the_formulas_alone(kind: str, divergence: str, engine: Engine) -> None:
     N, V, T = 6, 1033, 2.0
     hidden, weight, generator = draw(N, V, dtype=torch.float32, spread=2.0)

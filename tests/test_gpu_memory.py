@@ -49,7 +49,8 @@ def teacher_of(kind: str) -> OpTeacher | None:
     if kind == "candidates":
         return CandidateTeacher(ids_NK, empty(N, K), empty(N), temperature=2.0)
     if kind == "sampled":
-        return SampledTeacher(empty(N, dtype=torch.int64), empty(N), empty(N), temperature=2.0)
+        token_ids = empty(N, dtype=torch.int64)
+        return SampledTeacher(token_ids=token_ids, behavior_logprobs=empty(N), logprobs=empty(N), temperature=2.0)
     return None
 
 

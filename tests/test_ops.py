@@ -26,6 +26,10 @@ def topk(N: int = 4, K: int = 2) -> TopKTeacher:
     return TopKTeacher(torch.arange(K).expand(N, K).contiguous(), torch.full((N, K), math.log(0.5 / K)), torch.full((N,), math.log(0.5)))
 
 
+def sampled(**known: Tensor) -> SampledTeacher:
+    return SampledTeacher(token_ids=torch.zeros(4, dtype=torch.int64), behavior_logprobs=torch.zeros(4), **known)
+
+
 def spoil(teacher: TopKTeacher, name: str, where: tuple[int, ...], value: float) -> TopKTeacher:
     getattr(teacher, name)[where] = value
     return teacher
@@ -250,9 +254,23 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
     "NaN token_weight": (lambda h, w: linear_distill(h, w, topk(), token_weight=torch.tensor([1, 1, NAN, 1])), r"token_weight\[2\] is nan"),
     "negative normalizer": (lambda h, w: linear_distill(h, w, topk(), normalizer=-1.0), r"normalizer is \[-1.0, -1.0\]"),
     "NaN sampled": (
-        lambda h, w: linear_distill(h, w, SampledTeacher(torch.zeros(4, dtype=torch.int64), torch.full((4,), NAN), torch.zeros(4))),
-        r"teacher.logprobs\[0\] is nan",
+        lambda h, w: linear_distill(h, w, sampled(logprobs=torch.full((4,), NAN))),
+        r"teacher.logprobs or advantages\[0\] is nan",
     ),
+    "infinite advantage": (
+        lambda h, w: linear_distill(h, w, sampled(advantages=torch.tensor([1.0, 2.0, -math.inf, NAN]))),
+        r"teacher.logprobs or advantages\[2\] is -inf",
+    ),
+    "both kinds of sampled": (
+        lambda h, w: linear_distill(h, w, sampled(logprobs=torch.zeros(4), advantages=torch.zeros(4))),
+        r"takes logprobs \(the teacher's\) or advantages: give exactly one",
+    ),
+    "neither kind of sampled": (lambda h, w: linear_distill(h, w, sampled()), r"give exactly one of the two"),
+    "integer advantages": (
+        lambda h, w: linear_distill(h, w, sampled(advantages=torch.ones(4, dtype=torch.int64))),
+        r"teacher.advantages has dtype torch.int64",
+    ),
+    "rows of advantages": (lambda h, w: linear_distill(h, w, sampled(advantages=torch.ones(3))), r"teacher.advantages has 3 rows"),
     "valid of another dtype": (lambda h, w: linear_distill(h, w, CandidateTeacher(*_parts(topk()), valid=torch.ones(4))), r"torch.bool"),
     "top_k beyond": (lambda h, w: linear_logprobs(h, w, top_k=10), r"top_k is 10: it must be from 0 to the vocabulary's 9"),
     "token id beyond": (lambda h, w: linear_logprobs(h, w, token_ids=torch.tensor([0, 1, 2, -1])), r"token_ids\[3\] is -1"),

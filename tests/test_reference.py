@@ -47,10 +47,11 @@ def test_every_teacher_and_divergence_matches_the_oracle(kind: str, divergence: 
         assert not ours.kd.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["sampled", "advantages"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
-def test_sampled_teacher_is_reverse_kl_by_policy_gradient(temperature: float) -> None:
+def test_sampled_teacher_is_policy_gradient(temperature: float, kind: str) -> None:
     hidden, weight, generator = draw(6, 13)
-    teacher = make_teacher("sampled", 6, 13, temperature, generator, valid=torch.tensor([True] * 5 + [False]))
+    teacher = make_teacher(kind, 6, 13, temperature, generator, valid=torch.tensor([True] * 5 + [False]))
     teacher.token_ids[5] = -1  # whatever a token without a signal holds is not looked at
     labels = torch.tensor([1, -100, 2, 3, -100, 12])
     ours = linear_distill(hidden, weight, teacher, labels, temperature=temperature)
@@ -66,7 +67,7 @@ def test_sampled_gradient_is_unbiased_for_the_reverse_kl() -> None:
     hidden, weight, generator = draw(1, V)
     log_p_V = torch.randn(V, generator=generator, dtype=torch.float64).log_softmax(0)
     log_q_V = logits_of(hidden, weight).log_softmax(1)[0].detach()
-    teacher = SampledTeacher(torch.arange(V), log_p_V, log_q_V)
+    teacher = SampledTeacher(token_ids=torch.arange(V), behavior_logprobs=log_q_V, logprobs=log_p_V)
     loss = linear_distill(hidden.expand(V, -1), weight, teacher, kd_weight=1.0, token_weight=log_q_V.exp(), normalizer=1.0).loss
     exact = linear_distill(hidden, weight, FullTeacher(log_p_V[None]), kd_weight=1.0, divergence="reverse_kl").loss
     compare(loss, exact, (hidden, weight), 1e-10)
@@ -74,14 +75,14 @@ def test_sampled_gradient_is_unbiased_for_the_reverse_kl() -> None:
 
 def test_importance_ratio_is_capped_and_counted() -> None:
     hidden, weight, _ = draw(1, 5)
-    teacher = SampledTeacher(torch.tensor([2]), torch.tensor([-1.0]), torch.tensor([-60.0]))
+    teacher = SampledTeacher(token_ids=torch.tensor([2]), behavior_logprobs=torch.tensor([-60.0]), logprobs=torch.tensor([-1.0]))
     out = linear_distill(hidden, weight, teacher, kd_weight=1.0)
     assert out.loss.item() == pytest.approx(-1e4 * 59.0)
     assert out.metrics["ratio_capped"].item() == 1
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+@pytest.mark.parametrize("kind", [*KINDS, "sampled", "advantages"])
 def test_gradcheck(kind: str, divergence: str) -> None:
     hidden, weight, generator = draw(3, 7, D=3)
     bias = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -201,20 +202,20 @@ def test_support_without_any_id_says_nothing() -> None:
 # ---------------------------------------------------------------- means, masks, engines' duties
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sampled", "none"])
+@pytest.mark.parametrize("kind", [*KINDS, "sampled", "advantages", "none"])
 def test_no_valid_token_is_zero_and_never_nan(kind: str) -> None:
     hidden, weight, generator = draw(3, 9, dtype=torch.float32)
     teacher = None
     if kind != "none":
         teacher = make_teacher(kind, 3, 9, 1.0, generator, torch.float32, valid=torch.zeros(3, dtype=torch.bool))
-        spoiled = {"logits": "full", "hidden": "full_hidden", "logprobs": "topk candidates sampled"}
+        spoiled = {"logits": "full", "hidden": "full_hidden", "logprobs": "topk candidates sampled", "advantages": "advantages"}
         teacher = replace(teacher, **{f: getattr(teacher, f) * torch.nan for f, kinds in spoiled.items() if kind in kinds.split()})
     out = linear_distill(hidden, weight, teacher, torch.full((3,), -100))
     assert out.loss.item() == 0
     assert all(g.eq(0).all() for g in torch.autograd.grad(out.loss, (hidden, weight)))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+@pytest.mark.parametrize("kind", [*KINDS, "sampled", "advantages"])
 def test_no_tokens_at_all_and_one(kind: str) -> None:
     hidden, weight, generator = draw(1, 9, dtype=torch.float32)
     teacher = make_teacher(kind, 1, 9, 1.0, generator, torch.float32)
@@ -226,7 +227,7 @@ def test_no_tokens_at_all_and_one(kind: str) -> None:
     assert torch.autograd.grad(none.loss, weight)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+@pytest.mark.parametrize("kind", [*KINDS, "sampled", "advantages"])
 def test_micro_batches_with_a_normalizer_add_up(kind: str) -> None:
     hidden, weight, generator = draw(6, 9)
     teacher = make_teacher(kind, 6, 9, 1.0, generator, valid=torch.tensor([True, False, True, True, True, True]))
@@ -241,7 +242,7 @@ def test_micro_batches_with_a_normalizer_add_up(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sampled"])
+@pytest.mark.parametrize("kind", [*KINDS, "sampled", "advantages"])
 def test_chunks_do_not_matter_and_repeats_are_bitwise_equal(kind: str) -> None:
     hidden, weight, generator = draw(11, 23, dtype=torch.float32)
     teacher = make_teacher(kind, 11, 23, 2.0, generator, torch.float32)

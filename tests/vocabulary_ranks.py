@@ -94,6 +94,7 @@ for _kind in ("full", "full_hidden", "topk", "candidates"):
 for _T in (1.0, 2.0, 0.7):
     CASES[f"sampled T={_T}"] = Case("sampled", bias=True, valid=True, used=17, options={"temperature": _T} | EVERYTHING)
     CASES[f"sampled T={_T} plain"] = Case("sampled", torch.float32, labels=_T != 2.0, options={"temperature": _T})
+CASES["advantages"] = Case("advantages", bias=True, valid=True, used=17, options={"temperature": 2.0} | EVERYTHING)
 for _kind in ("full", "topk"):
     CASES[f"{_kind} chunks"] = Case(_kind, torch.float32, chunk_tokens=2, options={"divergence": "jsd"})
     CASES[f"{_kind} of two ids"] = Case(_kind, used=2, K=2, options={"divergence": "reverse_kl"})

@@ -120,8 +120,8 @@ def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: Signa
     drawn = torch.from_numpy(np.repeat([r.logprobs is not None for r in rollouts], [len(r) for r in rollouts]))
     return SampledTeacher(
         token_ids=torch.tensor([token for r in rollouts for token in r.token_ids]),
-        logprobs=logprobs_N,
         behavior_logprobs=torch.from_numpy(np.concatenate(behavior)),
+        logprobs=logprobs_N,
         temperature=want.temperature,
         valid=drawn if valid_N is None else drawn & valid_N,
     )
