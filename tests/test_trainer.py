@@ -107,6 +107,31 @@ def test_tail_mass_is_a_mean_over_the_tokens_of_the_step():
     assert step.teacher_tail_mass == pytest.approx(float((1 - best).mean()), rel=1e-4)
 
 
+class TellsMore:
+    """Forward KL that tells a mean, a largest value and a count of it, and keeps what it found."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.inner, self.found = make_objective(config), []
+
+    def loss(self, *arguments, **options):
+        out = self.inner.loss(*arguments, **options)
+        self.found.append(out.kd)
+        more = {"mean_kd": out.kd.mean(), "kd_max": out.kd.max(), "ratio_capped": (out.kd > 5).sum().float()}
+        return dataclasses.replace(out, metrics={**out.metrics, **more})
+
+
+def test_further_figures_of_an_objective_are_those_of_the_whole_step():
+    sequences, teacher, _ = sequences_and_batch(seed=12)
+    parts = [pack(sequences[:1], teacher[:1]), pack(sequences[1:], teacher[1:]), pack(sequences[:2], None)]  # the last has no signal
+    config = ObjectiveConfig(temperature=1.0, ramp=0)
+    objective = TellsMore(config)
+    step = Trainer(tiny_llama(), objective, train=TrainConfig(warmup=0), objective_config=config, planned_steps=20).train_step(parts)
+    kd_N = torch.cat(objective.found[:2])
+    assert step.more["mean_kd"] == pytest.approx(kd_N.mean().item(), rel=1e-5)
+    assert (step.more["kd_max"], step.more["ratio_capped"]) == (kd_N.max().item(), (kd_N > 5).sum().item())
+    assert 0 < step.more["ratio_capped"] < len(kd_N)
+
+
 def test_cross_entropy_alone_needs_no_teacher():
     batch = pack(random_sequences(4, 6), None)
     step = make_trainer(tiny_llama(), objective=ObjectiveConfig(name="sft")).train_step([batch])

@@ -74,7 +74,7 @@ class Updates:
         self._books.train(numbers)
         line = {
             "phase": phase,
-            **asdict(metrics),
+            **_figures_of(metrics),
             "cycle": cycle,
             "on_policy_tokens": state.on_policy_tokens,
             "trained_tokens": state.trained_tokens,
@@ -114,3 +114,9 @@ class Updates:
                 f"the teacher's {self._config.teacher.topk} ids leave {tail_mass:.0%} of its mass in the tail, where the student "
                 "learns only the total: raise teacher.topk, lower objective.temperature, or set teacher.signal=full"
             )
+
+
+def _figures_of(metrics: StepMetrics) -> dict[str, Any]:
+    """One line of them, the objective's own among the others."""
+    line = asdict(metrics)
+    return {**line, **line.pop("more")}

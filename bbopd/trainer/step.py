@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,7 @@ class StepMetrics:
     seconds: float
     teacher_tail_mass: float | None  # mean mass outside the teacher's ids; None where it gives whole distributions
     floored: int  # logprobs of the teacher that a reverse term read as their floor
+    more: Mapping[str, float] = field(default_factory=dict)  # what else the objective tells: see `_more`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +55,7 @@ class Gradients:
 
     micro_batches: Sequence[DistillBatch]
     totals: Mapping[str, Tensor]
+    more: Mapping[str, Tensor]
     labelled_tokens: int
     signal_tokens: int
     ce_weight: float
@@ -125,6 +127,7 @@ class Trainer:
         ce_weight, kd_weight = loss_weights_at(self.steps_done, self.planned_steps, self.objective_config)
         normalizer = (float(max(1, labelled)), float(max(1, signalled)))
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.model.device))
+        more: dict[str, Tensor] = {}
         self.model.train()
         try:
             for micro_batch, signal in zip(micro_batches, signals, strict=True):
@@ -136,12 +139,14 @@ class Trainer:
                 totals["floored"] += result.metrics.get("floored", 0)
                 if signal and "teacher_tail_mass" in result.metrics:
                     totals["teacher_tail_mass"] += result.metrics["teacher_tail_mass"] * (signal / signalled)
+                if signal:
+                    more = _more(more, result.metrics, signal / signalled)
         except BaseException:
             self.optimizer.zero_grad(set_to_none=True)
             raise
         finally:
             self.model.eval()
-        return Gradients(micro_batches, totals, labelled, signalled, ce_weight, kd_weight, time.perf_counter() - started)
+        return Gradients(micro_batches, totals, more, labelled, signalled, ce_weight, kd_weight, time.perf_counter() - started)
 
     def update(self, gradients: Gradients) -> StepMetrics:
         """The second, short part of `train_step`: weights change. Raises as that does."""
@@ -174,6 +179,7 @@ class Trainer:
             seconds=gradients.seconds + time.perf_counter() - started,
             teacher_tail_mass=totals["teacher_tail_mass"].item() if "teacher_tail_mass" in totals else None,
             floored=int(totals["floored"].item()),
+            more={name: figure.item() for name, figure in gradients.more.items()},
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -209,6 +215,24 @@ class Trainer:
                     "train.warmup, or look at the teacher's answers; the last checkpoint holds the weights from before"
                 )
         return loss.item()
+
+
+_NAMED = ("ce_tokens", "kd_tokens", "floored", "teacher_tail_mass")  # these have fields of their own in `StepMetrics`
+_COUNTS = ("ratio_capped",)
+
+
+def _more(so_far: Mapping[str, Tensor], metrics: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Figures of a step with those of one micro-batch more, which has ``share`` of the step's tokens with a signal.
+
+    Counts are added up, of what ends in ``_max`` the largest stays, and all others are means over the tokens with a signal.
+    """
+    more = dict(so_far)
+    for name, figure in metrics.items():
+        if name.endswith("_max"):
+            more[name] = torch.maximum(more.get(name, figure), figure)
+        elif name not in _NAMED:
+            more[name] = more.get(name, torch.zeros_like(figure)) + (figure if name in _COUNTS else figure * share)
+    return more
 
 
 def _signalled_tokens(batch: DistillBatch) -> int:
