@@ -100,7 +100,10 @@ class EngineAgreementConfig(Section):
     tokens: Annotated[int, Field(ge=0)] = 256
     """Sampled tokens that the trainer scores too, about; 0 checks nothing. Needs top_p 1 and top_k 0."""
     limit: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean difference of a token's logprob, in nats; None: 0.001 where the student computes in float32, 0.1 in bfloat16."""
+    """Largest mean difference of a token's logprob, in nats.
+
+    None: 0.001 where the student computes in float32; in bfloat16 0.1, or twice what rounding alone makes of this student, if that is more.
+    """
 
 
 class RolloutsConfig(Section):

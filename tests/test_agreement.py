@@ -83,3 +83,39 @@ def test_logprobs_that_are_no_numbers_do_not_pass():
     broken = Rollout("r", rollout.prompt, rollout.token_ids, logprobs=np.full(len(rollout), np.nan, np.float32))
     with pytest.raises(EngineError, match="nan"):
         AgreementCheck(model, compute_dtype=torch.float32, tokens=1)([broken], 0)
+
+
+def chaotic_llama():
+    """A student as pruning leaves it: a deep one, sure of itself, whose logprobs follow every rounding."""
+    model = tiny_llama(seed=9, layers=12, tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5.0)
+    return model
+
+
+def test_a_student_that_magnifies_rounding_is_held_to_what_rounding_does_to_it():
+    model = chaotic_llama()
+    rollouts = write(copy.deepcopy(model).bfloat16(), 10, dtype=torch.bfloat16)  # as an engine does: residuals and logits too
+    figures = AgreementCheck(model, compute_dtype=torch.bfloat16, tokens=1000)(rollouts, 0)
+    assert 0.1 < figures["engine_difference_mean"] < 2 * figures["engine_rounding"]
+    assert figures["engine_kl"] > 0
+    with pytest.raises(EngineError, match=r"with the limit 0.1 \(rollouts.agreement.limit\)"):
+        AgreementCheck(model, compute_dtype=torch.bfloat16, tokens=1000, limit=0.1)(rollouts, 0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[5].self_attn.o_proj.weight.mul_(-1.0)
+    with pytest.raises(EngineError, match="2 times what rounding to bfloat16 makes of this student"):
+        AgreementCheck(other, compute_dtype=torch.bfloat16, tokens=1000)(rollouts, 0)
+
+
+def test_the_estimate_of_kl_is_k3():
+    model = tiny_llama(seed=6)
+    rollouts = write(model, 3)
+    shift = np.random.default_rng(0).normal(0, 0.2, 200).astype(np.float32)
+    moved = [
+        Rollout(one.rollout_id, one.prompt, one.token_ids, logprobs=one.logprobs + shift[20 * place :][: len(one)], draw=one.draw)
+        for place, one in enumerate(rollouts)
+    ]
+    figures = AgreementCheck(model, compute_dtype=torch.float32, tokens=1000, limit=9.0)(moved, 0)
+    used = np.concatenate([shift[20 * place :][: len(one)] for place, one in enumerate(rollouts)]).astype(np.float64)
+    assert figures["engine_kl"] == pytest.approx((np.exp(-used) - 1 + used).mean(), rel=1e-3)
