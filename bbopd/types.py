@@ -1,4 +1,4 @@
-"""The nouns that travel through bbopd, as frozen dataclasses, and the two protocols at its seams.
+"""The nouns that travel through bbopd, as frozen dataclasses, and the protocols at its seams.
 
 Nothing here imports torch. Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary, ``K`` top-k, ``M`` candidates,
 ``L`` response tokens of one rollout, ``P`` packed tokens of a batch, ``S`` sequences.
@@ -6,8 +6,8 @@ Nothing here imports torch. Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vo
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -156,6 +156,14 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The answers to one prompt that were drawn together and passed the filters: ``number`` is its name among those under way."""
+
+    number: int
+    size: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One prompt with one answer to it.
@@ -176,6 +184,7 @@ class Rollout:
     weights_version: int = 0
     draw: int = 0  # position in the order of drawing, within its update cycle
     candidate_ids: np.ndarray | None = None
+    group: Group | None = None  # where answers to one prompt are judged together
 
     @property
     def is_labelled(self) -> bool:
@@ -204,6 +213,14 @@ class Completion:
 
 
 # ---------------------------------------------------------------- what a teacher offers, is asked, and answers
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What a judge thinks of one answer; ``parts`` are what ``value`` is made of, by name, for the metrics."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +272,7 @@ class TeacherSignal:
 
     full: ``logits`` [L, V] float16 (or float32), z − max(z) at temperature 1. topk, candidates: ``ids`` [L, K] int32 (−1 is
     an empty slot), ``logprobs`` [L, K] float32, ``log_tail`` [L] float32, at ``temperature``. topk and sampled also give
-    ``sampled`` [L] float32, the logprob of the rollout's own token.
+    ``sampled`` [L] float32, the logprob of the rollout's own token. text, where answers are judged: ``advantages`` [L] float32.
     """
 
     level: Level
@@ -265,12 +282,26 @@ class TeacherSignal:
     logprobs: np.ndarray | None = None
     log_tail: np.ndarray | None = None
     sampled: np.ndarray | None = None
+    advantages: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredRollout:
+    """A rollout with its signal; where it was judged also with its ``reward`` and the standard deviation of its group's rewards."""
+
     rollout: Rollout
     signal: TeacherSignal
+    reward: Reward | None = None
+    group_std: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unscored:
+    """A rollout that gets no signal and is not trained on: ``reason`` is what is counted, ``detail`` is for a person."""
+
+    rollout: Rollout
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,6 +340,18 @@ class Teacher(Protocol):
     def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]: ...
 
     def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]: ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Anything that says how good answers are, with a number for each whole answer."""
+
+    async def rewards(self, group: Sequence[Rollout]) -> Sequence[Reward | Unscored]:
+        """Of every answer in ``group``, all to one prompt, in their order. Several groups may be asked about at once.
+
+        An answer that cannot be judged is `Unscored`. Raises `TeacherError` where the judge itself fails.
+        """
+        ...
 
 
 @runtime_checkable

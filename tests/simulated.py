@@ -16,11 +16,12 @@ from bbopd.config import RunConfig
 from bbopd.data.rejected import Rejection
 from bbopd.errors import EngineError, TeacherError, TrainingError
 from bbopd.pipeline.loop import Loop
-from bbopd.pipeline.parts import Parts
+from bbopd.pipeline.parts import Parts, Scores
+from bbopd.pipeline.rewards import GroupRewards
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.trainer.step import StepMetrics
-from bbopd.types import DistillBatch, Offer, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherInfo, TeacherSignal
+from bbopd.types import DistillBatch, Judge, Offer, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherInfo, TeacherSignal
 from tests.virtual_clock import run_virtually
 
 WANT = SignalSpec("sampled")
@@ -107,7 +108,8 @@ class TimedEngine:
             if not self._writing:
                 self._idle.set()
         self.busy_slot_seconds += seconds
-        done.put_nowait(Rollout(f"{prompt.prompt_id}#{draw}", prompt, (1,) * length, weights_version=version, draw=draw))
+        logprobs = np.full(length, -1.0, np.float32)
+        done.put_nowait(Rollout(f"{prompt.prompt_id}#{draw}", prompt, (1,) * length, logprobs=logprobs, weights_version=version, draw=draw))
 
 
 class TimedTeacher:
@@ -272,7 +274,9 @@ def any_length(random: np.random.Generator, longest: int) -> int:
     return int(random.integers(1, longest, endpoint=True))
 
 
-def simulated_config(*, per_update: int, batch_tokens: int, steps: int, staleness: int, longest: int = 32, **train: Any) -> RunConfig:
+def simulated_config(
+    *, per_update: int, batch_tokens: int, steps: int, staleness: int, longest: int = 32, samples: int = 1, **train: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "student": {"model": "none"},
@@ -280,7 +284,7 @@ def simulated_config(*, per_update: int, batch_tokens: int, steps: int, stalenes
             "rollouts": {
                 "engine": "vllm",
                 "per_update": per_update,
-                "samples_per_prompt": 1,
+                "samples_per_prompt": samples,
                 "max_new_tokens": longest,
                 "on_policy_fraction": train.pop("on_policy_fraction", 1.0),
                 "max_staleness": staleness,
@@ -315,6 +319,7 @@ class Simulation:
         engine_fails_at: int = -1,
         teacher_fails_at: int = -1,
         trainer_fails_at: int = -1,
+        judge: Judge | None = None,
     ) -> None:
         self.config, self.durations = config, durations
         self.state = state or RunState()
@@ -322,7 +327,9 @@ class Simulation:
         self.saved: list[RunState] = []
         self.stop = asyncio.Event()
         self.engine = TimedEngine(durations, lengths=lengths, lags=lags, fail_at=engine_fails_at)
-        self.teacher = TimedTeacher(durations, fail_at=teacher_fails_at)
+        self.by_group = judge is not None
+        self.want = SignalSpec("text") if self.by_group else WANT
+        self.teacher: Scores = TimedTeacher(durations, fail_at=teacher_fails_at) if judge is None else GroupRewards(judge)
         self.trainer = TimedTrainer(durations, steps_done=self.state.step, fail_at=trainer_fails_at)
         self.gate = gate or OpenGate(counts=self.state.rejected)
         self.evaluations: list[tuple[str, int, int]] = []
@@ -347,8 +354,9 @@ class Simulation:
             prompts=Stream(),
             gate=self.gate,
             teacher=self.teacher,
-            want=WANT,
+            want=self.want,
             save=self.saved.append,
+            by_group=self.by_group,
             overlaps=self.config.rollouts.max_staleness > 0,
             run_blocking=blocking,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -135,6 +136,37 @@ def test_sampled_is_valid_where_the_student_drew() -> None:
     np.testing.assert_array_equal(teacher.valid.numpy(), drawn)
     logprobs = [item.rollout.logprobs for item in items if item.rollout.logprobs is not None]
     np.testing.assert_array_equal(teacher.behavior_logprobs.numpy()[drawn], np.concatenate(logprobs))
+
+
+def test_advantages_are_signals_of_what_was_judged_alone() -> None:
+    random = np.random.default_rng()
+    text = SignalSpec("text", temperature=0.7)
+    rollouts = [make_rollout(random, draw, labelled=draw % 3 == 1) for draw in range(6)]
+    judged = [None if rollout.is_labelled else random.normal(size=len(rollout)).astype(np.float32) for rollout in rollouts]
+    items = [ScoredRollout(rollout, TeacherSignal("text", advantages=given)) for rollout, given in zip(rollouts, judged, strict=True)]
+    teacher = assemble([*items, rollouts[1]], text).teacher
+    assert isinstance(teacher, SampledTeacher)
+    assert teacher.logprobs is None
+    assert teacher.temperature == 0.7
+    expected = [
+        given is not None for given, rollout in zip([*judged, None], [*rollouts, rollouts[1]], strict=True) for _ in rollout.token_ids
+    ]
+    assert teacher.valid.tolist() == expected
+    np.testing.assert_array_equal(
+        teacher.advantages[teacher.valid].numpy(), np.concatenate([given for given in judged if given is not None])
+    )
+    behavior = np.concatenate([rollout.logprobs for rollout in rollouts if rollout.logprobs is not None])
+    np.testing.assert_array_equal(teacher.behavior_logprobs[teacher.valid].numpy(), behavior)
+    assert assemble([items[1], rollouts[1]], text).teacher is None
+    for advantages, error in (
+        (judged[0][:0], "0 rows of advantages for"),
+        (np.full_like(judged[0], np.nan), r"NaN or \+inf in advantages"),
+    ):
+        with pytest.raises(BadAnswerError, match=error):
+            assemble([ScoredRollout(rollouts[0], TeacherSignal("text", advantages=advantages))], text)
+    unknown = ScoredRollout(dataclasses.replace(rollouts[0], logprobs=None), items[0].signal)
+    with pytest.raises(BadAnswerError, match="nobody says with which logprobs it was sampled"):
+        assemble([unknown], text)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

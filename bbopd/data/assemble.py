@@ -50,12 +50,13 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
     items
         At least one; each with a prompt and a response.
     want
-        What the teacher was asked; None, or level ``text``, makes ``teacher`` None, as does a batch without any signal.
+        What the teacher was asked; None makes ``teacher`` None, as does a batch without any signal, which written answers have not.
 
     Raises
     ------
     BadAnswerError
-        For a signal of another level, temperature or number of rows than asked, or one with NaN or +inf; the rollout is named.
+        For a signal of another level, temperature or number of rows than asked, or one with NaN or +inf, or advantages of a rollout
+        without sampling logprobs; the rollout is named.
     """
     if not items:
         raise ValueError("a batch needs at least one sequence")
@@ -89,7 +90,10 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
 
 def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None:
     scored = [item for item in items if isinstance(item, ScoredRollout)]
-    if want is None or want.level == "text" or not scored:
+    if want is not None and want.level == "text":  # only what was judged has a signal
+        items = [rollout_of(item) if isinstance(item, ScoredRollout) and item.signal.advantages is None else item for item in items]
+        scored = [item for item in items if isinstance(item, ScoredRollout)]
+    if want is None or not scored:
         return None
     for item in scored:
         _check_signal(item, want)
@@ -114,14 +118,17 @@ def _ids_and_logprobs(items: Sequence[Item], scored: Sequence[ScoredRollout], wa
 
 
 def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
+    """One number for every token that was sampled: the teacher's logprob, or the advantage of the answer that it is part of."""
     rollouts = [rollout_of(item) for item in items]
-    logprobs_N, valid_N = _fill(items, lambda signal: signal.sampled, (), np.float32, 0)
+    is_judged = want.level == "text"
+    values_N, valid_N = _fill(items, lambda signal: signal.advantages if is_judged else signal.sampled, (), np.float32, 0)
     behavior = [np.zeros(len(r), np.float32) if r.logprobs is None else np.asarray(r.logprobs, np.float32) for r in rollouts]
     drawn = torch.from_numpy(np.repeat([r.logprobs is not None for r in rollouts], [len(r) for r in rollouts]))
     return SampledTeacher(
         token_ids=torch.tensor([token for r in rollouts for token in r.token_ids]),
         behavior_logprobs=torch.from_numpy(np.concatenate(behavior)),
-        logprobs=logprobs_N,
+        logprobs=None if is_judged else values_N,
+        advantages=values_N if is_judged else None,
         temperature=want.temperature,
         valid=drawn if valid_N is None else drawn & valid_N,
     )
@@ -132,6 +139,7 @@ _TEACHERS: dict[Level, Callable[[Sequence[Item], Sequence[ScoredRollout], Signal
     "topk": _ids_and_logprobs,
     "candidates": _ids_and_logprobs,
     "sampled": _sampled,
+    "text": _sampled,
 }
 
 
@@ -166,6 +174,7 @@ _FIELDS: dict[Level, tuple[str, ...]] = {
     "topk": ("ids", "logprobs", "log_tail"),
     "candidates": ("ids", "logprobs", "log_tail"),
     "sampled": ("sampled",),
+    "text": ("advantages",),
 }
 
 
@@ -174,7 +183,7 @@ def _check_signal(item: ScoredRollout, want: SignalSpec) -> None:
     who = f"teacher signal of rollout {rollout.rollout_id}"
     if signal.level != want.level:
         raise BadAnswerError(f"{who} is of level {signal.level}; {want.level} was asked for")
-    if want.level != "full" and signal.temperature != want.temperature:
+    if want.level not in ("full", "text") and signal.temperature != want.temperature:
         raise BadAnswerError(f"{who} was taken at temperature {signal.temperature}; {want.temperature} was asked for")
     for name in _FIELDS[want.level]:
         values = getattr(signal, name)
@@ -184,6 +193,8 @@ def _check_signal(item: ScoredRollout, want: SignalSpec) -> None:
             raise BadAnswerError(f"{who} has {values.shape[0]} rows of {name} for {len(rollout)} response tokens")
         if values.dtype.kind == "f" and has_nan_or_inf(values):
             raise BadAnswerError(f"{who} holds NaN or +inf in {name}")
+    if want.level == "text" and rollout.logprobs is None:
+        raise BadAnswerError(f"{who} holds advantages, but nobody says with which logprobs it was sampled: take another rollouts.engine")
     logits_width = {scored.shape[1] for scored in (signal.ids, signal.logprobs) if scored is not None}
     if len(logits_width) > 1:
         raise BadAnswerError(f"{who} has ids and logprobs of different widths: {sorted(logits_width)}")

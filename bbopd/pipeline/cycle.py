@@ -15,10 +15,13 @@ from typing import TypeVar
 
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, rollout_of
+from bbopd.data.rejected import Rejection
 from bbopd.data.streams import each
+from bbopd.pipeline.parts import Scores
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.timing import Activity, Timeline
-from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Teacher
+from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, SignalSpec, Unscored
 
 Answer = TypeVar("Answer")
 
@@ -27,7 +30,7 @@ Answer = TypeVar("Answer")
 class CycleItems:
     """What one cycle has to train on: scored rollouts, or bare ones where the objective asks no teacher.
 
-    ``accepted`` counts the rollouts that passed the filters.
+    ``accepted`` counts the rollouts that passed the filters; those that the teacher then left unscored are not among the items.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -42,11 +45,13 @@ async def collect_cycle(
     labelled_prompts: Sequence[Prompt],
     *,
     engine: RolloutEngine,
-    teacher: Teacher | None,
+    teacher: Scores | None,
     want: SignalSpec | None,
     sampling: Sampling,
     cycle: int,
     accept: Callable[[Rollout], bool],
+    reject: Callable[[Rollout, Rejection], None],
+    by_group: bool,
     stream: bool,
     timeline: Timeline,
     progress: Progress,
@@ -54,13 +59,15 @@ async def collect_cycle(
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
-    rejected ones. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
+    rejected ones; ``reject`` is told of what the teacher leaves unscored. ``by_group`` sends the answers to one prompt on together.
+    ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
     ``progress`` hear "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the
     teacher raises; both are then closed. ``cycle`` is its number in the run.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
     switch = _Switch(timeline, progress)
+    groups = PromptGroups(rollout_prompts, by_group=by_group)
     labelled = [as_labelled(prompt, draw=len(rollout_prompts) + index, cycle=cycle) for index, prompt in enumerate(labelled_prompts)]
 
     async def asked() -> AsyncGenerator[Prompt, None]:
@@ -92,9 +99,10 @@ async def collect_cycle(
             switch.to("scoring")
         async with aclosing(as_generator(finished)) as rollouts:
             async for rollout in rollouts:
-                if accept(rollout):
-                    result.accepted += 1
-                    yield rollout
+                is_accepted = accept(rollout)
+                result.accepted += is_accepted
+                for ready in groups.accept(rollout) if is_accepted else groups.reject(rollout.draw):
+                    yield ready
         switch.to("scoring")
         for rollout in labelled:
             yield rollout
@@ -108,6 +116,9 @@ async def collect_cycle(
                 async for scored in answers:
                     rollout = scored.rollout
                     scoring_items.leave(rollout.draw, rollout.rollout_id, tokens=len(rollout))
+                    if isinstance(scored, Unscored):
+                        reject(rollout, Rejection(scored.reason, detail=scored.detail))
+                        continue
                     result.scored_tokens += len(rollout)
                     result.items.append(scored)
     finally:

@@ -129,6 +129,8 @@ class Loop:
             sampling=sampling_of(config, state.cycle),
             cycle=state.cycle,
             accept=self._parts.gate.accepts,
+            reject=self._parts.gate.reject,
+            by_group=self._parts.by_group,
             stream=config.rollouts.max_staleness > 0,
             timeline=self._timeline,
             progress=self._progress,

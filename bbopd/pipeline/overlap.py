@@ -32,11 +32,12 @@ from bbopd.pipeline.cycle import as_generator, as_labelled, sampling_of
 from bbopd.pipeline.ledger import Ledger
 from bbopd.pipeline.parts import Parts
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.pipeline.updates import Updates
 from bbopd.pipeline.weights import Weights
-from bbopd.types import Prompt, Rollout
+from bbopd.types import Prompt, Rollout, Unscored
 
 
 class Overlap:
@@ -155,6 +156,7 @@ class Overlap:
     async def _write(self, draw: Draw) -> int:
         """Have the rollouts of ``draw`` written; send on what the filters accept, labelled ones in between. How many they accepted."""
         self._parts.gate.begin_cycle()
+        groups = PromptGroups(draw.rollouts, first=draw.first, by_group=self._parts.by_group)
         numbers = draw.numbers[len(draw.rollouts) :]
         labelled = deque(as_labelled(prompt, draw=number) for number, prompt in zip(numbers, draw.labelled, strict=True))
         accepted, written = 0, 0
@@ -173,11 +175,12 @@ class Overlap:
                 self._sampling.leave(number, rollout.rollout_id, tokens=len(rollout), version=rollout.weights_version)
                 self._state.sampled_tokens += len(rollout)
                 written += 1
-                if self._parts.gate.accepts(rollout):
-                    accepted += 1
-                    await self._send(rollout)
-                else:
+                is_accepted = self._parts.gate.accepts(rollout)
+                accepted += is_accepted
+                if not is_accepted:
                     self._drop(number)
+                for ready in groups.accept(rollout) if is_accepted else groups.reject(number):
+                    await self._send(ready)
                 while len(labelled) * len(draw.rollouts) > len(draw.labelled) * (len(draw.rollouts) - written):
                     await self._send(labelled.popleft())
         if written != len(draw.rollouts):
@@ -206,6 +209,10 @@ class Overlap:
             async for scored in answers:
                 rollout = scored.rollout
                 self._scoring.leave(rollout.draw, rollout.rollout_id, tokens=len(rollout))
+                if isinstance(scored, Unscored):
+                    self._parts.gate.reject(rollout, Rejection(scored.reason, detail=scored.detail))
+                    self._drop(rollout.draw)
+                    continue
                 self._state.scored_tokens += len(rollout)
                 if self._scored.is_full:
                     with self._timeline.wait("scoring", "the trainer's queue is full"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ from bbopd.data.rejected import Rejection
 from bbopd.pipeline.state import RunState
 from bbopd.teachers.budget import Spending
 from bbopd.trainer.step import Gradients, StepMetrics
-from bbopd.types import DistillBatch, Prompt, Rollout, RolloutEngine, SignalSpec, Teacher
+from bbopd.types import DistillBatch, Prompt, Rollout, RolloutEngine, ScoredRollout, SignalSpec, Unscored
 
 Answer = TypeVar("Answer")
 
@@ -36,6 +36,12 @@ class Gate(Protocol):
     def reject(self, rollout: Rollout, rejection: Rejection) -> None: ...
     @property
     def counts(self) -> Mapping[str, int]: ...
+
+
+class Scores(Protocol):
+    """The teacher, as far as a loop knows it: of every rollout it says something, or that nothing is to be learned from it."""
+
+    def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout | Unscored]: ...
 
 
 class Trains(Protocol):
@@ -87,20 +93,22 @@ async def to_the_end(work: Awaitable[Answer]) -> tuple[Answer, asyncio.Cancelled
 class Parts:
     """Everything that a loop turns; built by `session.open_session`, or from fakes in a test.
 
-    ``overlaps`` says that the engine writes while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave
-    the event loop free, and run one call after another. ``agreement`` checks such an engine. ``spending`` is that on a
-    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session.
+    ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``overlaps`` says that the engine writes
+    while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
+    another. ``agreement`` checks such an engine. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
+    are kept: hits, misses and more, in this session.
     """
 
     trainer: Trains
     engine: RolloutEngine
     prompts: Prompts
     gate: Gate
-    teacher: Teacher | None
+    teacher: Scores | None
     want: SignalSpec | None
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
     spending: Callable[[], Spending] | None = None
     cache_counts: Mapping[str, int] | None = None
+    by_group: bool = False
     overlaps: bool = False
     run_blocking: Blocking = at_once

@@ -16,6 +16,7 @@ from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.parts import Parts, to_the_end
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.reward_figures import reward_figures
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.trainer.step import StepMetrics
@@ -80,6 +81,7 @@ class Updates:
             "trained_tokens": state.trained_tokens,
             "elapsed": round(self._timeline.elapsed, 3),
             **figures,
+            **reward_figures(items),
             **self._cost(),
         }
         self._metrics.step(line)
