@@ -34,7 +34,7 @@ help:
 	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
-	@echo "make sanitize the tests of the C++ ops with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize the tests of the C++ ops, and of answers checked in C++, with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
 
 # The library, built and installed editable, with the demo's model.
@@ -130,7 +130,7 @@ package: wheel
 	cd / && $(CURDIR)/build/package/bin/bbopd --version
 
 # In an environment and a folder of their own, where the ordinary build cannot be imported by mistake.
-SANITIZED := tests/test_cpu_distill.py tests/test_cpu_logprobs.py
+SANITIZED := tests/test_cpu_distill.py tests/test_cpu_logprobs.py tests/test_rows.py
 sanitize: $(DEVELOPED)
 	rm -rf build/sanitize && $(PYTHON) -m venv build/sanitize
 	build/sanitize/bin/pip install -q -c constraints.txt torch==2.13.0

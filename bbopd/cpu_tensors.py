@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-"""Instruction sets that there are kernels for; ``BBOPD_CPU_LEVEL`` sets the highest that may be used."""
+from bbopd.hardware import LEVELS, allowed_level
 
 MatrixTuple = tuple[int, int, int, int, int]
 HeadTuple = tuple[MatrixTuple | None, MatrixTuple | None, int, float, float]
@@ -19,11 +16,7 @@ def cpu_level() -> str:
     """The instruction set whose kernels are used: the machine's best, or ``BBOPD_CPU_LEVEL`` where that is lower."""
     from bbopd._C import best_level
 
-    best = LEVELS[best_level()]
-    asked = os.environ.get("BBOPD_CPU_LEVEL", best)
-    if asked not in LEVELS:
-        raise ValueError(f"BBOPD_CPU_LEVEL is {asked!r}: choose one of {', '.join(LEVELS)}")
-    return min(best, asked, key=LEVELS.index)
+    return allowed_level(LEVELS[best_level()])
 
 
 def takes(*tensors: Tensor | None) -> bool:

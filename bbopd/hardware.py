@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+"""Instruction sets that there are C++ kernels for; ``BBOPD_CPU_LEVEL`` sets the highest that may be used."""
+
+
+def allowed_level(best: str) -> str:
+    """``best``, or ``BBOPD_CPU_LEVEL`` where that is lower."""
+    asked = os.environ.get("BBOPD_CPU_LEVEL", best)
+    if asked not in LEVELS:
+        raise ValueError(f"BBOPD_CPU_LEVEL is {asked!r}: choose one of {', '.join(LEVELS)}")
+    return min(best, asked, key=LEVELS.index)
 
 
 @cache

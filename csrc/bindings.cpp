@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
 #include "cpu/alignment.h"
 #include "cpu/buffer.h"
+#include "cpu/crc32.h"
 #include "cpu/dispatch.h"
 #include "cpu/features.h"
 
@@ -112,6 +114,66 @@ cpu::Tokens to_tokens(const TokensTuple& tokens, const BytesTuple& vocabulary) {
           to_pointer<const std::uint8_t>(is_text), size};
 }
 
+// Numbers of an array in C order: `type` is the character of Python's buffer protocol. Null where it is another array.
+template <class T>
+T* numbers_of(const py::buffer_info& info, char type, cpu::Index count) {
+  py::ssize_t step = info.itemsize;
+  for (auto i = static_cast<std::size_t>(info.ndim); i-- > 0; step *= info.shape[i])
+    if (info.strides[i] != step && info.shape[i] > 1) return nullptr;
+  const bool fits = info.format.size() == 1 && info.format[0] == type && info.size == count;
+  return fits ? static_cast<T*>(info.ptr) : nullptr;
+}
+
+template <class T>
+T* output_of(const std::optional<py::buffer_info>& info, char type, cpu::Index count) {
+  if (!info || info->format[0] != type) return nullptr;
+  T* const found = numbers_of<T>(*info, type, count);
+  if (found == nullptr) throw std::invalid_argument("an output has another size than its input");
+  return found;
+}
+
+std::optional<py::buffer_info> writable(const std::optional<py::buffer>& buffer) {
+  return buffer ? std::optional(buffer->request(true)) : std::nullopt;
+}
+
+bool signal_rows(const py::buffer& ids, const py::buffer& logprobs, const py::buffer& log_tail,
+                 const py::buffer& sampled, const py::buffer& targets, cpu::Index vocab_size, bool is_ranked, int level,
+                 const std::optional<py::buffer>& ids_out, const py::buffer& logprobs_out,
+                 const std::optional<py::buffer>& log_tail_out) {
+  constexpr cpu::Index kLargestVocabulary = 1 << 22;  // a bit for each
+  const py::buffer_info given_ids = ids.request(), given = logprobs.request(), tail = log_tail.request();
+  const py::buffer_info own = sampled.request(), own_ids = targets.request();
+  if (given_ids.ndim != 2 || given_ids.shape[1] < 1 || vocab_size < 1 || vocab_size > kLargestVocabulary) return false;
+  cpu::SignalRows a;
+  a.N = given_ids.shape[0], a.K = given_ids.shape[1], a.V = vocab_size;
+  const cpu::Index size = a.N * a.K;
+  a.ids = numbers_of<const std::int32_t>(given_ids, 'i', size);
+  a.small_ids = numbers_of<const std::uint16_t>(given_ids, 'H', size);
+  a.logprobs = numbers_of<const float>(given, 'f', size);
+  a.half_logprobs = numbers_of<const std::uint16_t>(given, 'e', size);
+  a.log_tail = numbers_of<const float>(tail, 'f', a.N);
+  a.sampled = numbers_of<const float>(own, 'f', a.N);
+  a.targets = numbers_of<const std::int32_t>(own_ids, 'i', a.N);
+  a.is_ranked = is_ranked;
+  if ((a.ids == nullptr && a.small_ids == nullptr) || (a.logprobs == nullptr && a.half_logprobs == nullptr) ||
+      a.log_tail == nullptr || a.sampled == nullptr || a.targets == nullptr)
+    return false;
+  const auto new_ids = writable(ids_out), new_logprobs = writable(logprobs_out), new_tail = writable(log_tail_out);
+  a.ids_out = output_of<std::int32_t>(new_ids, 'i', size);
+  a.small_ids_out = output_of<std::uint16_t>(new_ids, 'H', size);
+  a.logprobs_out = output_of<float>(new_logprobs, 'f', size);
+  a.half_logprobs_out = output_of<std::uint16_t>(new_logprobs, 'e', size);
+  a.log_tail_out = output_of<float>(new_tail, 'f', a.N);
+  const py::gil_scoped_release unlocked;
+  return cpu::signal_rows(a, static_cast<cpu::Level>(level));
+}
+
+std::uint32_t crc32(const py::buffer& data, std::uint32_t start) {
+  const py::buffer_info info = data.request();
+  const auto size = static_cast<cpu::Index>(info.size * info.itemsize);
+  return cpu::crc32(static_cast<const std::uint8_t*>(info.ptr), static_cast<std::size_t>(size), start);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -141,6 +203,11 @@ PYBIND11_MODULE(_C, module) {
                                  to_pointer<std::int64_t>(ends));
       },
       "Groups of tokens that spell the same bytes; bbopd.alignment says what each argument is.");
+  module.def("signal_rows", &signal_rows, "Rows checked and copied in one pass; bbopd.rpc.rows says what each is.",
+             py::arg("ids"), py::arg("logprobs"), py::arg("log_tail"), py::arg("sampled"), py::arg("targets"),
+             py::arg("vocab_size"), py::arg("is_ranked"), py::arg("level"), py::arg("ids_out"), py::arg("logprobs_out"),
+             py::arg("log_tail_out"));
+  module.def("crc32", &crc32, "zlib.crc32 of an array in C order.", py::arg("data"), py::arg("start") = 0);
   module.def("release_unused_memory", &cpu::Buffer::release_unused,
              "Gives memory kept for the next call back to the system.");
   py::class_<cpu::Buffer>(module, "Buffer", py::buffer_protocol())

@@ -5,15 +5,16 @@ Shape suffixes: ``L`` response tokens of one rollout, ``V`` vocabulary, ``K`` to
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
+from bbopd._C import crc32
 from bbopd.errors import BadAnswerError
 from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
-from bbopd.rpc.signals import check_signal, signal_temperature
+from bbopd.rpc.rows import id_dtype, kept_rows
+from bbopd.rpc.signals import signal_temperature
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
 __all__ = ["CHUNK_BYTES", "SignalAssembler", "answer_bytes", "payload_bytes", "signal_chunks"]
@@ -75,7 +76,7 @@ def signal_chunks(
         chunk.input_sha256, chunk.weights_version = digest, weights_version
         for name, array in arrays.items():
             fill_tensor(getattr(chunk, name), array[start:stop])
-            chunk.crc32 = zlib.crc32(array[start:stop].data, chunk.crc32)
+            chunk.crc32 = crc32(array[start:stop], chunk.crc32)
         yield response, (stop - start) * row_bytes
 
 
@@ -85,7 +86,7 @@ def _wire_arrays(signal: TeacherSignal, vocab_size: int) -> dict[str, np.ndarray
     if signal.logits is not None:
         arrays["logits"] = np.ascontiguousarray(signal.logits)
     if signal.ids is not None and signal.level == "topk":  # candidates are known to the one who chose them
-        arrays["ids"] = signal.ids.astype(np.uint16 if vocab_size <= 2**16 else np.int32, order="C", copy=False)
+        arrays["ids"] = signal.ids.astype(id_dtype(vocab_size), order="C", copy=False)
     if signal.logprobs is not None:
         arrays["logprobs"] = signal.logprobs.astype(np.float16, order="C", copy=False)
     if signal.log_tail is not None:
@@ -125,12 +126,11 @@ class SignalAssembler:
         """Take the next rows. Raises `BadAnswerError` naming the request and the value, and is of no further use then."""
         try:
             self._check_header(chunk)
-            rows = self._decode(chunk)
             own = self._target_ids[self.position : self.position + chunk.rows]
-            mass = check_signal(rows, self._want, own, self._vocab_size, self.position)
+            rows = kept_rows(self._decode(chunk), self._want, own, self._vocab_size, self.position)
         except ValueError as error:
             raise BadAnswerError(f"{self._request}: the answer {error}") from None
-        self._store(rows, chunk.rows, mass)
+        self._store(rows, chunk.rows)
         self.position += chunk.rows
 
     def signal(self) -> TeacherSignal:
@@ -162,25 +162,18 @@ class SignalAssembler:
                 if name not in _BELONGING[self._want.level]:
                     raise ValueError(f"has {name}, which does not belong to level {self._want.level!r}")
                 arrays[name] = decode_tensor(getattr(chunk, name), name)
-                checksum = zlib.crc32(arrays[name].data, checksum)
+                checksum = crc32(arrays[name], checksum)
         if checksum != chunk.crc32:
             raise ValueError(f"was damaged on its way: crc32 {checksum:#010x}, expected {chunk.crc32:#010x}")
-        if "ids" in arrays:
-            if arrays["ids"].dtype.kind not in "iu":
-                raise ValueError(f"has ids {arrays['ids'].dtype}, expected int32 or uint16")
-            arrays["ids"] = arrays["ids"].astype(np.int32, copy=False)
-        if "logprobs" in arrays and arrays["logprobs"].dtype == np.float16:
-            arrays["logprobs"] = arrays["logprobs"].astype(np.float32)
+        if "ids" in arrays and arrays["ids"].dtype.kind not in "iu":
+            raise ValueError(f"has ids {arrays['ids'].dtype}, expected int32 or uint16")
         if self._want.level == "candidates":
             assert self._rollout.candidate_ids is not None
             arrays["ids"] = self._rollout.candidate_ids[self.position : self.position + chunk.rows].astype(np.int32, copy=False)
         return TeacherSignal(self._want.level, chunk.temperature, **arrays)
 
-    def _store(self, rows: TeacherSignal, count: int, mass: np.ndarray | None) -> None:
+    def _store(self, rows: TeacherSignal, count: int) -> None:
         arrays = {name: getattr(rows, name) for name in _TENSORS if getattr(rows, name) is not None}
-        if mass is not None:
-            log_mass = np.log(mass)
-            arrays["logprobs"], arrays["log_tail"] = arrays["logprobs"] - log_mass[:, None], arrays["log_tail"] - log_mass
         if self._want.level == "candidates":
             del arrays["ids"]
         if count == len(self._rollout):

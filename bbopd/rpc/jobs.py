@@ -12,7 +12,7 @@ import numpy as np
 
 from bbopd.rpc.backend import TeacherBackend
 from bbopd.rpc.limits import RefusedError
-from bbopd.rpc.signals import check_signal
+from bbopd.rpc.rows import sent_rows
 from bbopd.types import Completion, Prompt, Rollout, Sampling, SignalSpec, TeacherSignal
 
 __all__ = ["Answer", "Job", "answer_jobs", "internal_error", "job_name"]
@@ -89,11 +89,11 @@ def _call(backend: TeacherBackend, jobs: list[Job]) -> list[Any]:
 def _checked(backend: TeacherBackend, job: Job, result: Any) -> Answer:
     if isinstance(job.kind, SignalSpec) and isinstance(job.payload, Rollout):
         try:
-            check_signal(result, job.kind, np.array(job.payload.token_ids, np.int32), backend.info.vocab_size)
+            return sent_rows(result, job.kind, np.array(job.payload.token_ids, np.int32), backend.info.vocab_size)
         except ValueError as error:
             _log.warning("%s: the model's answer %s", job_name(job), error)
             return RefusedError("bad_signal", f"{job_name(job)}: the model's answer {error}")
-    elif not isinstance(result, Completion):
+    if not isinstance(result, Completion):
         raise TypeError(f"the model answered with {type(result).__name__}, not with a Completion")
     return result
 

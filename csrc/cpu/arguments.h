@@ -78,6 +78,26 @@ struct LogprobsArguments {
   float* candidates_log_tail = nullptr;  // [N]
 };
 
+// Rows of a teacher's answer with ids (rpc/signals.py says what they must be), to be checked and copied in one pass.
+struct SignalRows {
+  Index N = 0, K = 0, V = 0;
+  const std::int32_t* ids = nullptr;             // [N, K], or
+  const std::uint16_t* small_ids = nullptr;      // [N, K]
+  const float* logprobs = nullptr;               // [N, K], or
+  const std::uint16_t* half_logprobs = nullptr;  // [N, K], float16
+  const float* log_tail = nullptr;               // [N]
+  const float* sampled = nullptr;                // [N], the own token's logprob
+  const std::int32_t* targets = nullptr;         // [N], the own tokens
+  bool is_ranked = false;  // top-k: ids distinct and within the vocabulary, logprobs in falling order
+  // written, each where it is not null: as received, with the mass of every row divided out,
+  std::int32_t* ids_out = nullptr;  // [N, K]
+  float* logprobs_out = nullptr;    // [N, K]
+  float* log_tail_out = nullptr;    // [N]
+  // or as sent
+  std::uint16_t* small_ids_out = nullptr;      // [N, K]
+  std::uint16_t* half_logprobs_out = nullptr;  // [N, K]
+};
+
 // torch's product of bfloat16 tiles, found at run time; null where this torch or this processor lacks it.
 using Brgemm = void (*)(long, long, long, long, long, long, bool, const void*, const void*, float*, bool);
 using BrgemmRelease = void (*)(bool);

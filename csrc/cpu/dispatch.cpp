@@ -70,4 +70,15 @@ void distill(const DistillArguments& arguments, Level level) { kernels_of(level)
 
 void logprobs(const LogprobsArguments& arguments, Level level) { kernels_of(level).logprobs(arguments); }
 
+bool signal_rows(const SignalRows& rows, Level level) {
+#if defined(__x86_64__)
+  // not best_level(): it looks for torch, which need not be loaded here, and remembers what it found
+  static const Features features = detect_features();
+  if (level >= Level::avx512 && features.avx512) return signal_rows_avx512(rows);
+  if (level >= Level::avx2 && features.avx2) return signal_rows_avx2(rows);
+#endif
+  (void)level;
+  return signal_rows_portable(rows);
+}
+
 }  // namespace bbopd::cpu

@@ -14,6 +14,10 @@ Level best_level();
 void distill(const DistillArguments& arguments, Level level);
 void logprobs(const LogprobsArguments& arguments, Level level);
 
+// Whether rows are what they must be, and were copied. False does not say what is wrong, nor quite that anything is:
+// whoever asks has to look again, more slowly. Takes the best of avx512, avx2 and portable up to `level`.
+bool signal_rows(const SignalRows& rows, Level level);
+
 void distill_portable(const DistillArguments&);
 void distill_avx2(const DistillArguments&);
 void distill_avx512(const DistillArguments&);
@@ -25,5 +29,9 @@ void logprobs_avx2(const LogprobsArguments&);
 void logprobs_avx512(const LogprobsArguments&);
 void logprobs_avx512_bf16(const LogprobsArguments&);
 void logprobs_amx_bf16(const LogprobsArguments&, const Products&);
+
+bool signal_rows_portable(const SignalRows&);
+bool signal_rows_avx2(const SignalRows&);
+bool signal_rows_avx512(const SignalRows&);
 
 }  // namespace bbopd::cpu

@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/distill_kernel.h"
 #include "cpu/logprobs_kernel.h"
+#include "cpu/signal_rows.h"
 
 namespace bbopd::cpu::BBOPD_ISA {
 
