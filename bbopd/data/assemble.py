@@ -70,18 +70,19 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         np.arange(start + len(rollout.prompt.token_ids) - 1, start + len(rollout.all_ids) - 1)
         for start, rollout in zip(boundaries, rollouts, strict=False)
     ]
-    rows_N = torch.from_numpy(np.concatenate(target_rows))
-    input_ids = torch.from_numpy(np.fromiter(chain.from_iterable(rollout.all_ids for rollout in rollouts), np.int64, boundaries[-1]))
+    # in NumPy: what torch does of this wakes all its threads, which wait for more while the teacher needs the cores
+    rows_N = np.concatenate(target_rows)
+    input_ids = np.fromiter(chain.from_iterable(rollout.all_ids for rollout in rollouts), np.int64, boundaries[-1])
     target_ids = input_ids[rows_N + 1]
-    labelled = torch.from_numpy(np.repeat([rollout.is_labelled for rollout in rollouts], [len(rollout) for rollout in rollouts]))
+    labelled = np.repeat([rollout.is_labelled for rollout in rollouts], [len(rollout) for rollout in rollouts])
     return DistillBatch(
-        input_ids=input_ids,
+        input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         boundaries=torch.tensor(boundaries, dtype=torch.int32),
-        target_rows=rows_N,
-        target_ids=target_ids,
-        labels=torch.where(labelled, target_ids, IGNORE_INDEX),
-        token_weight=torch.ones(len(target_ids)),
+        target_rows=torch.from_numpy(rows_N),
+        target_ids=torch.from_numpy(target_ids),
+        labels=torch.from_numpy(np.where(labelled, target_ids, IGNORE_INDEX)),
+        token_weight=torch.from_numpy(np.ones(len(target_ids), np.float32)),
         teacher=_teacher(items, want),
         response_tokens=len(target_ids),
         rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
@@ -149,7 +150,7 @@ def _fill(
     """One tensor [N, *width] of a signal's field, and which of its rows are signals (None: all)."""
     counts = [len(rollout_of(item)) for item in items]
     out = torch.from_numpy(np.empty((sum(counts), *width), dtype=dtype))
-    valid_N = torch.ones(sum(counts), dtype=torch.bool)
+    valid_N = np.ones(sum(counts), np.bool_)
     block = out.numpy()  # NumPy copies from the read-only arrays that a codec gives; torch would warn
     start = 0
     for item, count in zip(items, counts, strict=True):
@@ -166,7 +167,7 @@ def _fill(
         else:
             block[rows] = empty
             valid_N[rows] = False
-    return out, None if bool(valid_N.all()) else valid_N
+    return out, None if valid_N.all() else torch.from_numpy(valid_N)
 
 
 _FIELDS: dict[Level, tuple[str, ...]] = {
