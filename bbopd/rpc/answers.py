@@ -12,7 +12,7 @@ import numpy as np
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd._C import crc32
 from bbopd.errors import BadAnswerError
-from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, tensor_bytes
+from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, packed_ids, tensor_bytes
 from bbopd.rpc.rows import id_dtype, kept_rows
 from bbopd.rpc.signals import signal_temperature
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
@@ -113,9 +113,11 @@ class SignalAssembler:
         self._want = want
         self._vocab_size = vocab_size
         self._request = request
-        self.digest = input_sha256(rollout, want)
+        self.packed = packed_ids(rollout)
+        """All ids of what is scored, as they travel."""
+        self.digest = input_sha256(rollout, want, self.packed)
         """SHA-256 of what is scored."""
-        self._target_ids = np.array(rollout.token_ids, np.int32)
+        self._target_ids = np.frombuffer(self.packed, "<i4")[len(rollout.prompt.token_ids) :]
         self._arrays: dict[str, np.ndarray] = {}
 
     @property

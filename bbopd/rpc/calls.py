@@ -253,7 +253,8 @@ class ScoreStream(_Call):
         self._credited.set()
 
     def _take(self, message: pb.ScoreItem) -> None:
-        payload = len(message.token_ids.data) + len(message.candidate_ids.data)
+        packed = message.token_ids.data
+        payload = len(packed) + len(message.candidate_ids.data)
         if self._request_credit <= 0:
             raise ProtocolError(grpc.StatusCode.RESOURCE_EXHAUSTED, "an item was sent without credit for it")
         item = _Item(message.request_id, "item", peek_level(message.want.level), payload)
@@ -268,7 +269,7 @@ class ScoreStream(_Call):
             item.prompt_tokens, item.tokens = len(rollout.prompt.token_ids), len(rollout)
             check_want(want, info)
             check_rollout(rollout, want, info)
-            item.digest = input_sha256(rollout, want)
+            item.digest = input_sha256(rollout, want, packed)
             self._submit(item, want, rollout, answer_bytes(rollout, want, info.vocab_size), replay_id, resume_from)
         except (ValueError, RefusedError) as error:
             self._fail(item, _refusal(error), 0)

@@ -38,6 +38,7 @@ __all__ = [
     "encode_tensor",
     "fill_tensor",
     "input_sha256",
+    "packed_ids",
     "peek_level",
     "tensor_bytes",
 ]
@@ -201,12 +202,15 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
 # ---------------------------------------------------------------- one rollout to score
 
 
-def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0, replay_id: str = "") -> pb.ScoreRequest:
+def encode_item(
+    request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0, replay_id: str = "", packed: bytes = b""
+) -> pb.ScoreRequest:
+    """``packed``: the `packed_ids`, where they are known already."""
     request = pb.ScoreRequest()
     item = request.item
     item.request_id, item.rollout_id, item.resume_from, item.replay_id = request_id, rollout.rollout_id, resume_from, replay_id
     item.prompt_tokens = len(rollout.prompt.token_ids)
-    item.token_ids.dtype, item.token_ids.data = pb.DTYPE_INT32, _packed_ids(rollout)
+    item.token_ids.dtype, item.token_ids.data = pb.DTYPE_INT32, packed or packed_ids(rollout)
     item.token_ids.shape.append(len(rollout.all_ids))
     item.want.level, item.want.temperature, item.want.top_k = LEVEL_NUMBERS[want.level], want.temperature, want.top_k
     candidates = _candidates(rollout, want)
@@ -236,16 +240,19 @@ def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
     return Rollout(rollout_id, prompt, answer, candidate_ids=candidates), want, item.resume_from
 
 
-def input_sha256(rollout: Rollout, want: SignalSpec) -> bytes:
-    """SHA-256 of what is scored: length of the prompt, all ids, then the candidate ids where there are any, as int32."""
-    digest = hashlib.sha256(len(rollout.prompt.token_ids).to_bytes(4, "little") + _packed_ids(rollout))
+def input_sha256(rollout: Rollout, want: SignalSpec, packed: bytes = b"") -> bytes:
+    """SHA-256 of what is scored: length of the prompt, all ids, then the candidate ids where there are any, as int32.
+
+    ``packed``: the `packed_ids`, where they are known already.
+    """
+    digest = hashlib.sha256(len(rollout.prompt.token_ids).to_bytes(4, "little") + (packed or packed_ids(rollout)))
     candidates = _candidates(rollout, want)
     if candidates is not None:
         digest.update(candidates.astype("<i4", copy=False).tobytes())
     return digest.digest()
 
 
-def _packed_ids(rollout: Rollout) -> bytes:
+def packed_ids(rollout: Rollout) -> bytes:
     """All ids of a rollout as little-endian int32; `struct` takes half as long as NumPy for a tuple."""
     ids = rollout.all_ids
     return struct.pack(f"<{len(ids)}i", *ids)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bbopd.rpc.backend import TeacherBackend
+from bbopd.rpc.codec import packed_ids
 from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.rows import sent_rows
 from bbopd.types import Completion, Prompt, Rollout, Sampling, SignalSpec, TeacherSignal
@@ -89,7 +90,8 @@ def _call(backend: TeacherBackend, jobs: list[Job]) -> list[Any]:
 def _checked(backend: TeacherBackend, job: Job, result: Any) -> Answer:
     if isinstance(job.kind, SignalSpec) and isinstance(job.payload, Rollout):
         try:
-            return sent_rows(result, job.kind, np.array(job.payload.token_ids, np.int32), backend.info.vocab_size)
+            own = np.frombuffer(packed_ids(job.payload), "<i4")[len(job.payload.prompt.token_ids) :]
+            return sent_rows(result, job.kind, own, backend.info.vocab_size)
         except ValueError as error:
             _log.warning("%s: the model's answer %s", job_name(job), error)
             return RefusedError("bad_signal", f"{job_name(job)}: the model's answer {error}")

@@ -181,9 +181,10 @@ class ScoreStream:
                 continue
             _, request_id = heapq.heappop(self._unsent)
             item = self._items[request_id]
-            request = encode_item(request_id, item.rollout, self._owner.want, item.assembler.position, self._owner.replay_id(item))
+            packed, position = item.assembler.packed, item.assembler.position
+            request = encode_item(request_id, item.rollout, self._owner.want, position, self._owner.replay_id(item), packed)
             self._request_credit -= tensor_bytes(request.item.token_ids) + tensor_bytes(request.item.candidate_ids)
-            item.sent_from = item.assembler.position
+            item.sent_from = position
             await call.write(request)
 
     def _grantable(self) -> int:
