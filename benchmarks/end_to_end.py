@@ -3,6 +3,8 @@
 Every contestant distils the same pruned student from the same teacher on the same prompts, as many rollouts an update, of as many tokens
 at most, by forward KL at T = 1 with the same optimizer. Each is a process of its own, started in turn in every round, whose first update
 (compiling, filling caches) is not counted. TRL's teacher is in its process; bbopd's is behind gRPC, in one of its own.
+
+``--updates 2 --only bfloat16`` is a short look (one update counts); ``--results benchmarks/results`` keeps table, rows and every update.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -25,7 +27,6 @@ import yaml
 
 from benchmarks.contest import ROOT
 from benchmarks.machine import describe
-from benchmarks.report import RESULTS
 
 KEPT_LAYERS = tuple(range(0, 30, 2))
 PROMPT_TOKENS = 48
@@ -48,6 +49,10 @@ class Task:
     updates: int  # the first is not counted
 
 
+Measured = tuple[list[float], list[float], dict[str, float]]
+"""Seconds and tokens of each update that counts, and seconds an update by stage."""
+
+
 @dataclass(slots=True)
 class Entry:
     """A contestant: the command of its process, which leaves one object a line, ``seconds`` and ``tokens``, for every update."""
@@ -55,6 +60,8 @@ class Entry:
     name: str
     seconds: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    busy: dict[str, float] = field(default_factory=dict)
+    """Seconds an update in which each stage of bbopd was at work, of the last round, the first update included; they may overlap."""
     skipped: str = ""
 
     @property
@@ -93,8 +100,8 @@ def _encoded(tokenizer: Any, count: int) -> list[list[int]]:
     raise ValueError(f"Python's topics make {len(found)} prompts, {count} are needed: ask for fewer updates or sequences")
 
 
-def run_bbopd(task: Task, output: Path, python: str, settings: dict[str, dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Seconds and tokens of each update that counts, of a `bbopd distill` as a user starts it."""
+def run_bbopd(task: Task, output: Path, python: str, settings: dict[str, dict[str, Any]]) -> Measured:
+    """Seconds and tokens of each update that counts, of a `bbopd distill` as a user starts it, and how long its stages were at work."""
     tokens = task.sequences * task.new_tokens
     config: dict[str, dict[str, Any]] = {
         "student": {"model": str(task.folder / "student")},
@@ -132,10 +139,12 @@ def run_bbopd(task: Task, output: Path, python: str, settings: dict[str, dict[st
     _call([python, "-m", "bbopd", "distill", str(path), "--plain"])
     lines = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
     ends = [line["elapsed"] for line in lines]
-    return [end - start for start, end in pairwise(ends)], [line["rollout_tokens"] for line in lines[1:]]
+    busy = json.loads((output / "run" / "summary.json").read_text())["busy_seconds"]
+    by_stage = {stage: busy.get(stage, 0.0) / len(lines) for stage in ("sampling", "scoring", "training")}
+    return [end - start for start, end in pairwise(ends)], [line["rollout_tokens"] for line in lines[1:]], by_stage
 
 
-def run_trl(task: Task, output: Path, settings: dict[str, Any]) -> tuple[list[float], list[float]]:
+def run_trl(task: Task, output: Path, settings: dict[str, Any]) -> Measured:
     """The same of TRL's trainer."""
     output.mkdir(parents=True)
     request = {
@@ -152,15 +161,16 @@ def run_trl(task: Task, output: Path, settings: dict[str, Any]) -> tuple[list[fl
     }
     _call([sys.executable, "-m", "benchmarks.trl_worker", json.dumps(request)])
     lines = [json.loads(line) for line in (output / "updates.jsonl").read_text().splitlines()][1:]
-    return [line["seconds"] for line in lines], [line["tokens"] for line in lines]
+    return [line["seconds"] for line in lines], [line["tokens"] for line in lines], {}
 
 
 def _call(command: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"exit status {done.returncode}: {last[0] if last else 'nothing was said'}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        print("\n".join(said[-20:]), file=sys.stderr, flush=True)
+        raise RuntimeError(f"exit status {done.returncode}: {said[-1] if said else 'nothing was said'}")
 
 
 def contestants(task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +200,7 @@ def contestants(task: Task, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_contest(task: Task, options: argparse.Namespace) -> list[Entry]:
-    """Every contestant once a round, the order turning; a peer that fails is kept, with the reason."""
+    """Every contestant once a round, the order turning; one that fails is kept, with the reason."""
     able = contestants(task, options)
     entries = {name: Entry(name) for name in able}
     names = list(able)
@@ -200,23 +210,20 @@ def run_contest(task: Task, options: argparse.Namespace) -> list[Entry]:
             if entry.skipped:
                 continue
             try:
-                seconds, tokens = able[name](task.folder / f"{names.index(name)}-{number}")
+                seconds, tokens, entry.busy = able[name](task.folder / f"{names.index(name)}-{number}")
             except RuntimeError as error:
-                if name.startswith("bbopd"):
-                    raise
                 entry.skipped = str(error)
+                print(f"{name}: {error}", flush=True)
                 continue
             entry.seconds += seconds
             entry.tokens += tokens
-            print(f"{name}: {', '.join(f'{one:.1f}' for one in seconds)} s an update, {entry.rate:.0f} tokens/s", flush=True)
+            stages = "".join(f", {stage} {value:.1f} s" for stage, value in entry.busy.items())
+            print(f"{name}: {', '.join(f'{one:.1f}' for one in seconds)} s an update, {entry.rate:.0f} tokens/s{stages}", flush=True)
     return list(entries.values())
 
 
-def publish(entries: list[Entry], task: Task, results: Path) -> Path:
-    """A table and its figures, ``end_to_end.csv`` and ``.md``, in the folder of this kind of machine."""
-    machine = describe(module="benchmarks.end_to_end")
-    folder = results / machine["machine"]
-    folder.mkdir(parents=True, exist_ok=True)
+def describe_run(entries: list[Entry], task: Task, machine: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """A row for every contestant, and the table of them."""
     best_peer = max((entry.rate for entry in entries if entry.name.startswith("TRL") and entry.rate), default=None)
     rows = [
         {
@@ -225,15 +232,12 @@ def publish(entries: list[Entry], task: Task, results: Path) -> Path:
             "seconds": round(statistics.median(entry.seconds), 2) if entry.seconds else None,
             "tokens_per_second": round(entry.rate, 1) if entry.rate else None,
             "ratio": round(entry.rate / best_peer, 2) if entry.rate and best_peer else None,
+            **{f"{stage}_seconds": round(entry.busy[stage], 2) if entry.busy else None for stage in ("sampling", "scoring", "training")},
             "skipped": entry.skipped,
             **machine,
         }
         for entry in entries
     ]
-    with (folder / "end_to_end.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     lines = [
         "# Whole updates",
         "",
@@ -242,17 +246,34 @@ def publish(entries: list[Entry], task: Task, results: Path) -> Path:
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date']}.",
         f"`{machine['command']}`",
         "",
-        "Medians over updates, the first of each process left out; the ratio is to the fastest of TRL's settings.",
+        "Medians over updates, the first of each process left out; the ratio is to the fastest of TRL's settings. The last three columns:",
+        "seconds an update in which a stage was at work, the first one included; stages overlap where vLLM samples.",
         "",
-        "| | updates | seconds an update | tokens/s | ratio |",
-        "|---|---|---|---|---|",
+        "| | updates | seconds an update | tokens/s | ratio | sampling | scoring | training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        figures = row["skipped"] or f"{row['updates']} | {row['seconds']} | {row['tokens_per_second']} | {row['ratio'] or '–'}"
-        lines.append(f"| {row['contestant']} | {figures} |" + (" | | |" if row["skipped"] else ""))
-    path = folder / "end_to_end.md"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+        names = ("updates", "seconds", "tokens_per_second", "ratio", "sampling_seconds", "scoring_seconds", "training_seconds")
+        cells = [row["skipped"], *[""] * 6] if row["skipped"] else ["–" if row[name] is None else str(row[name]) for name in names]
+        lines.append(f"| {row['contestant']} | {' | '.join(cells)} |")
+    return rows, "\n".join(lines) + "\n"
+
+
+def publish(entries: list[Entry], task: Task, results: Path | None) -> str:
+    """The table. ``results`` also gets ``end_to_end.md``, ``.csv`` and, with every update, ``.json``, in this kind of machine's folder."""
+    machine = describe(module="benchmarks.end_to_end")
+    rows, table = describe_run(entries, task, machine)
+    if results is not None:
+        folder = results / machine["machine"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "end_to_end.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        every = {"machine": machine, "contestants": [asdict(entry) for entry in entries]}
+        (folder / "end_to_end.json").write_text(json.dumps(every, indent=1) + "\n")
+        (folder / "end_to_end.md").write_text(table)
+    return table
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -263,11 +284,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="processes of each contestant (default 1)")
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment with bbopd and vLLM (make vllm)")
     parser.add_argument("--only", nargs="+", metavar="WORDS", help="contestants whose name holds one of these")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for <machine>/end_to_end.csv and .md")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="keep <machine>/end_to_end.md, .csv and .json there")
     options = parser.parse_args(arguments)
     if options.updates < 2:
         parser.error(f"--updates {options.updates}: the first is not counted, so give 2 or more")
-    options.results = options.results.resolve()
+    options.results = options.results and options.results.resolve()
     return options
 
 
@@ -275,9 +296,9 @@ def main() -> int:
     options = parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="bbopd-end-to-end-") as folder:
         task = prepare(Path(folder), options)
-        path = publish(run_contest(task, options), task, options.results)
-    print(path.read_text())
-    return 0
+        entries = run_contest(task, options)
+        print(publish(entries, task, options.results))
+    return int(any(entry.skipped for entry in entries if entry.name.startswith("bbopd")))
 
 
 if __name__ == "__main__":
