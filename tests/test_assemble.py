@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from bbopd.data.assemble import assemble, rollout_of, split_into_steps
+from bbopd.data.assemble import assemble, rollout_of, split_into_steps, with_sampled
 from bbopd.errors import BadAnswerError, DataError
 from bbopd.types import (
     CandidateTeacher,
@@ -104,6 +105,7 @@ def test_ids_and_logprobs_of_unequal_width_and_sequences_without_a_signal(level:
     random = np.random.default_rng(2)
     rollouts = mixed(4)
     items = [score(random, r, level, K=3 + r.draw % 3) if r.draw != 2 else r for r in rollouts]
+    items = [replace(i, signal=replace(i.signal, sampled=None)) if isinstance(i, ScoredRollout) else i for i in items]
     teacher = assemble(items, SignalSpec(level, top_k=5)).teacher
     assert isinstance(teacher, kind)
     assert isinstance(teacher, TopKTeacher | CandidateTeacher)
@@ -251,3 +253,49 @@ def test_too_long_a_sequence_is_named() -> None:
     with pytest.raises(DataError, match=r"r#4 has 30 \+ 40 tokens, more than train.max_seq_len 64"):
         split_into_steps([rollout], 100, 100, 64)
     assert split_into_steps([], 100, 100, 64) == []
+
+
+def test_a_topk_support_holds_the_token_itself():
+    """Where the token is none of the K ids it leaves the tail, and no mass is made or lost; against dense float64."""
+    random = np.random.default_rng(4)
+    L, V, K = 40, 30, 4
+    log_p = random.standard_normal((L, V)) * 2
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    own = random.integers(0, V, L)
+    ids = np.argsort(-log_p, axis=1)[:, :K].astype(np.int32)
+    rest = log_p.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    signal = TeacherSignal(
+        "topk",
+        ids=ids,
+        logprobs=np.take_along_axis(log_p, ids, 1).astype(np.float32),
+        log_tail=np.log(np.exp(rest).sum(axis=1)).astype(np.float32),
+        sampled=np.take_along_axis(log_p, own[:, None], 1)[:, 0].astype(np.float32),
+    )
+    joined = with_sampled(signal, tuple(own))
+    missing = (ids != own[:, None]).all(axis=1)
+    assert 0 < missing.sum() < L
+    assert joined.ids.shape == (L, K + 1)
+    np.testing.assert_array_equal(joined.ids[:, :K], ids)
+    np.testing.assert_array_equal(joined.ids[:, K], np.where(missing, own, -1))
+    for row in range(L):
+        live = joined.ids[row][joined.ids[row] >= 0]
+        np.testing.assert_allclose(joined.logprobs[row][joined.ids[row] >= 0], log_p[row, live], atol=1e-5)
+        outside = np.setdiff1d(np.arange(V), live)
+        np.testing.assert_allclose(joined.log_tail[row], np.log(np.exp(log_p[row, outside]).sum()), atol=1e-5)
+    item = ScoredRollout(Rollout("r", Prompt("p", (1,)), tuple(own.tolist())), signal)
+    batch = assemble([item], SignalSpec("topk", top_k=K))
+    assert (batch.teacher.ids == batch.target_ids[:, None]).any(1).all()
+
+
+@pytest.mark.parametrize(("sampled", "log_tail"), [(-1.0, -1.5), (-np.inf, -np.inf), (-2.0, -2.0), (-np.inf, -0.5)])
+def test_a_token_with_all_of_the_tail_leaves_none(sampled, log_tail):
+    kept = np.log1p(-np.exp(log_tail))
+    arrays = {"ids": [[3]], "logprobs": [[kept]], "log_tail": [log_tail], "sampled": [sampled]}
+    types = {"ids": np.int32}
+    signal = TeacherSignal("topk", **{name: np.array(value, types.get(name, np.float32)) for name, value in arrays.items()})
+    joined = with_sampled(signal, (7,))
+    assert joined.ids.tolist() == [[3, 7]]
+    np.testing.assert_allclose(np.exp(joined.logprobs).sum() + np.exp(joined.log_tail).sum(), 1.0, rtol=1e-6)
+    assert not np.isnan(joined.logprobs).any()
+    assert joined.log_tail[0] == (-np.inf if sampled >= log_tail else np.float32(log_tail))

@@ -6,6 +6,7 @@ Shapes: ``P`` packed tokens, ``S`` sequences, ``N`` response tokens, ``L`` those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -98,6 +99,12 @@ def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None
         return None
     for item in scored:
         _check_signal(item, want)
+    if want.level == "topk":
+        items = [
+            ScoredRollout(item.rollout, with_sampled(item.signal, item.rollout.token_ids)) if isinstance(item, ScoredRollout) else item
+            for item in items
+        ]
+        scored = [item for item in items if isinstance(item, ScoredRollout)]
     return _TEACHERS[want.level](items, scored, want)
 
 
@@ -116,6 +123,34 @@ def _ids_and_logprobs(items: Sequence[Item], scored: Sequence[ScoredRollout], wa
     log_tail_N, _ = _fill(items, lambda signal: signal.log_tail, (), np.float32, 0)
     kind = TopKTeacher if want.level == "topk" else CandidateTeacher
     return kind(ids=ids_NK, logprobs=logprobs_NK, log_tail=log_tail_N, temperature=want.temperature, valid=valid_N)
+
+
+def with_sampled(signal: TeacherSignal, token_ids: Sequence[int]) -> TeacherSignal:
+    """A topk signal with the rollout's own token in its support: where it is none of the K ids, it leaves the tail for a slot of its own.
+
+    No mass is made: a token that is said to have more than all of the tail, which only rounding can explain, has all of it.
+    """
+    if signal.level != "topk" or signal.sampled is None:
+        return signal
+    assert signal.ids is not None
+    assert signal.logprobs is not None
+    assert signal.log_tail is not None
+    own_L = np.asarray(token_ids, dtype=np.int32)
+    is_missing_L = (signal.ids != own_L[:, None]).all(axis=1)
+    if not is_missing_L.any():
+        return signal
+    tail_L = signal.log_tail.astype(np.float64)
+    own_logprob_L = np.minimum(signal.sampled, tail_L)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left_L = np.where(tail_L == -np.inf, -np.inf, tail_L + np.log1p(-np.exp(own_logprob_L - tail_L)))
+    slot_L = np.where(is_missing_L, own_L, -1)
+    slot_logprob_L = np.where(is_missing_L, own_logprob_L, -np.inf)
+    return replace(
+        signal,
+        ids=np.concatenate([signal.ids, slot_L[:, None]], axis=1),
+        logprobs=np.concatenate([signal.logprobs, slot_logprob_L[:, None].astype(np.float32)], axis=1),
+        log_tail=np.where(is_missing_L, left_L, tail_L).astype(np.float32),
+    )
 
 
 def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
