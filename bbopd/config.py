@@ -238,10 +238,10 @@ class RunConfig(Section):
         if (objective.name == "seqkd") != (self.teacher.signal == "text") and objective.name != "sft":
             raise ValueError(
                 f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd learns from what the teacher writes "
-                "(text), the divergences from its signal on tokens (full, topk); set objective.name=seqkd with teacher.signal=text, or "
-                "neither of them"
+                "(text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
+                "teacher.signal=text, or neither of them"
             )
-        if self.teacher.signal == "topk" and objective.name != "sft" and objective.temperature != 1.0:
+        if self.teacher.signal in ("candidates", "topk") and objective.name != "sft" and objective.temperature != 1.0:
             raise ValueError(
                 f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
                 "temperature 1; set objective.temperature=1, or teacher.signal=full"
@@ -279,6 +279,11 @@ class RunConfig(Section):
     @property
     def writes_rollouts(self) -> bool:
         return not self.objective.is_cross_entropy and self.rollouts.on_policy_fraction > 0
+
+    @property
+    def candidates(self) -> int:
+        """Ids of every response token that the student has its teacher asked about; 0 where the teacher needs none."""
+        return self.teacher.topk if self.teacher.signal == "candidates" and not self.objective.is_cross_entropy else 0
 
     @property
     def rollouts_per_cycle(self) -> int:

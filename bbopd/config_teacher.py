@@ -167,12 +167,13 @@ class TeacherConfig(Section):
     """Holds the token that the teacher wants."""
     token_env: str | None = None
     """The environment variable that holds it."""
-    signal: Literal["full", "topk", "text", "none"] = "full"
-    """``text``: the teacher's own written answers, for ``objective.name: seqkd``; no vocabulary in common is needed."""
+    signal: Literal["full", "candidates", "topk", "text", "none"] = "full"
+    """``full``: all logits. ``topk``: the teacher's own best ids. ``candidates``: the student's best ids, with the token itself.
+    ``text``: the teacher's own written answers, for ``objective.name: seqkd``; no vocabulary in common is needed."""
     answers: AnswersConfig = AnswersConfig()
     """How the teacher writes them."""
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Ids a token, where ``signal`` is topk. Giving it alone selects ``signal: topk``."""
+    """Ids a token, where ``signal`` is topk or candidates. Giving it alone selects ``signal: topk``."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without any answer, from any replica, before the teacher counts as gone."""
     start_timeout: Annotated[float, Field(gt=0)] = 300.0

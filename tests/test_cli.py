@@ -217,6 +217,43 @@ def test_top_k_at_temperature_1_is_one_line(model, text, tmp_path):
     assert all(line["kd"] >= 0 for line in steps(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_reverse_kl_on_the_students_own_ids(model, text, tmp_path, staleness):
+    config = write_config(
+        tmp_path,
+        model,
+        text,
+        teacher={"signal": "candidates", "topk": 16},
+        objective={"name": "reverse_kl", "temperature": 1.0},
+        rollouts={"max_staleness": staleness},
+        train={"on_policy_tokens": 150, "cold_start_tokens": 60},
+    )
+    result = bbopd("distill", str(config))
+    assert result.returncode == 0, result.stderr
+    lines = steps(tmp_path / "run")
+    assert all(line["kd"] > 0 and line["signal_tokens"] == line["tokens"] for line in lines)
+    assert {line["phase"] for line in lines} == {"cold_start", "on_policy"}
+    looked = bbopd("doctor", str(config), "--set", f"output={tmp_path / 'other'}")
+    assert "reverse_kl at T = 1 asks for candidates 16" in looked.stdout
+    assert "FAIL" not in looked.stdout, looked.stdout
+
+
+def test_candidates_are_refused_by_a_teacher_that_does_not_offer_them(model, text, tmp_path, capsys):
+    own = ["--set", "teacher.signal=candidates", "--set", "objective.temperature=1", "--set", "objective.name=reverse_kl"]
+    config = str(write_config(tmp_path, model, text))
+    for number, (words, expected) in enumerate(
+        [
+            (["--set", "teacher.serve.levels=[topk, text]"], ["asks for the candidates signal", "offers topk, text", "forward_kl"]),
+            (["--set", "teacher.serve.max_top_k=8"], ["teacher.topk is 64", "no more than 8", "teacher.topk=8"]),
+        ]
+    ):
+        assert main(["distill", config, "--set", f"output={tmp_path / f'refused{number}'}", *own, *words]) == 3
+        errors = capsys.readouterr().err
+        for word in expected:
+            assert word in errors, errors
+        assert not steps(tmp_path / f"refused{number}")
+
+
 def test_sft_runs_without_a_teacher(model, text, tmp_path):
     config = write_config(tmp_path, model, text, objective={"name": "sft"}, train={"labelled_tokens": 200, "cold_start_tokens": 0})
     data = yaml.safe_load(config.read_text())

@@ -90,7 +90,7 @@ def test_signal_asks_for_raw_logits_or_for_ids_at_the_temperature() -> None:
 def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"reverse_kl cannot use teacher.signal topk: set teacher.signal to full, or objective.name to forward_kl or jsd or skew_for",
+        match=r"reverse_kl cannot use teacher.signal topk: set teacher.signal to full or candidates, or objective.name to forward_kl",
     ):
         make_objective(ObjectiveConfig(name="reverse_kl")).signal(served(topk=32))
 

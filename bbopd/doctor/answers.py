@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bbopd.data.assemble import assemble
+from bbopd.data.assemble import assemble, with_sampled
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import TeacherError
@@ -22,7 +22,7 @@ from bbopd.ops import linear_distill
 from bbopd.pipeline.texts import texts_to_compare
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.replicas import largest_difference
-from bbopd.types import FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TopKTeacher
+from bbopd.types import CandidateTeacher, FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherSignal, TopKTeacher
 
 __all__ = ["check_agreement", "check_determinism", "check_own_words", "check_zero"]
 
@@ -44,7 +44,7 @@ async def check_determinism(setup: SetUp) -> Verdict:
     if setup.want.level == "text":
         setup.steady = True
         return Verdict("skip", _NO_SIGNAL)
-    rollouts, limit = texts_to_compare(setup.prompts, setup.teacher.info), setup.config.teacher.max_replica_difference
+    rollouts, limit = _texts(setup), setup.config.teacher.max_replica_difference
     if isinstance(setup.teacher, RemoteTeacher):
         difference = await setup.teacher.compare_replicas(rollouts, setup.want, limit=limit, rounds=_ROUNDS)
     else:
@@ -137,16 +137,19 @@ async def check_zero(setup: SetUp) -> Verdict:
     assert setup.objective is not None
     if setup.want.level == "text":
         return Verdict("skip", _NO_SIGNAL)
-    scored = list((await _score(setup, texts_to_compare(setup.prompts, setup.teacher.info)[:1])).values())
+    scored = list((await _score(setup, _texts(setup)[:1])).values())
     batch = assemble(scored, setup.want)
     N = min(_PROBE_ROWS, batch.response_tokens)
-    logits_NV = _logits_of(scored[0], setup)[:N]
-    kept: FullTeacher | TopKTeacher
+    signal = with_sampled(scored[0].signal, scored[0].rollout.token_ids)
+    logits_NV = _logits_of(signal, setup.teacher.info.vocab_size)[:N]
+    kept: FullTeacher | TopKTeacher | CandidateTeacher
     match batch.teacher:
         case FullTeacher(logits=Tensor() as logits):
             kept = FullTeacher(logits=logits[:N])
         case TopKTeacher() as teacher:
             kept = TopKTeacher(teacher.ids[:N], teacher.logprobs[:N], teacher.log_tail[:N], teacher.temperature)
+        case CandidateTeacher() as teacher:
+            kept = CandidateTeacher(teacher.ids[:N], teacher.logprobs[:N], teacher.log_tail[:N], teacher.temperature)
         case _:
             return Verdict("skip", f"a {setup.want.level} signal is no distribution")
     objective = setup.config.objective
@@ -172,16 +175,13 @@ async def check_zero(setup: SetUp) -> Verdict:
     return passed(f"{objective.name} at T = {objective.temperature:g} is {worst:.1e} nats for a student that equals the teacher")
 
 
-def _logits_of(scored: ScoredRollout, setup: SetUp) -> Tensor:
+def _logits_of(signal: TeacherSignal, V: int) -> Tensor:
     """Logits [N, V] in float32 that have the distribution of a signal; what a tail holds lies evenly over the other ids."""
-    signal = scored.signal
     if signal.logits is not None:
         return torch.from_numpy(signal.logits.astype(np.float32))
     assert signal.ids is not None
     assert signal.logprobs is not None
     assert signal.log_tail is not None
-    assert setup.teacher is not None
-    V = setup.teacher.info.vocab_size
     spread_N = signal.log_tail - np.log(np.maximum(1, V - (signal.ids >= 0).sum(axis=1)))
     logits_NV = np.repeat(spread_N[:, None], V, axis=1).astype(np.float32)
     row, slot = np.nonzero(signal.ids >= 0)  # -1 is an empty slot
@@ -197,7 +197,7 @@ async def check_agreement(setup: SetUp) -> Verdict:
     want = signal_to_measure(setup.teacher.info)
     if want is None:
         return Verdict("skip", "the teacher offers neither full nor topk at T = 1, which KL is measured from")
-    scored = await _score(setup, texts_to_compare(setup.prompts, setup.teacher.info), want)
+    scored = await _score(setup, _texts(setup), want)
 
     def measure() -> tuple[float, float]:
         assert setup.model is not None
@@ -228,6 +228,13 @@ def _is_same_model(setup: SetUp) -> bool:
     assert setup.teacher is not None
     student, info = setup.config.student, setup.teacher.info
     return student.model == info.model and student.init.keep_layers is None and (student.revision or "") == info.revision
+
+
+def _texts(setup: SetUp) -> list[Rollout]:
+    """A few texts of the run, as its teacher is asked about them."""
+    assert setup.teacher is not None
+    assert setup.prompts is not None
+    return texts_to_compare(setup.prompts, setup.teacher.info, setup.chooser())
 
 
 async def _score(setup: SetUp, rollouts: Sequence[Rollout], want: SignalSpec | None = None) -> dict[str, ScoredRollout]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, assemble, rollout_of, split_into_steps
 from bbopd.data.prompts import PromptSet
@@ -72,7 +74,8 @@ def _bytes_per_token(setup: SetUp) -> int:
     assert setup.want is not None
     if setup.want.level == "text":
         return _WRITTEN_BYTES
-    return answer_bytes(Rollout("one", Prompt("one", (0,)), (0,)), setup.want, setup.teacher.info.vocab_size)
+    one = Rollout("one", Prompt("one", (0,)), (0,), candidate_ids=np.zeros((1, setup.config.candidates), np.int32))
+    return answer_bytes(one, setup.want, setup.teacher.info.vocab_size)
 
 
 # ------------------------------------------------------------ tokens
@@ -205,8 +208,11 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
         if setup.want.level == "text":
             assert setup.tokenizer is not None
             asked = writing_teacher(config, setup.teacher, setup.tokenizer, shares_ids=setup.vocab_size is not None)
+        questions = [item for item in items if isinstance(item, Rollout)]
+        choose = setup.chooser()
+        questions = questions if choose is None else choose(questions)
         started = time.perf_counter()
-        answers = asked.score(each([item for item in items if isinstance(item, Rollout)]), setup.want)
+        answers = asked.score(each(questions), setup.want)
         items = [scored async for scored in answers]
         measured.scoring = (sum(len(scored.rollout) for scored in items if not isinstance(scored, Rollout)), time.perf_counter() - started)
     if setup.want is not None and setup.want.level == "text" and items:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bbopd.config import RunConfig
-from bbopd.errors import BbopdError
+from bbopd.errors import BbopdError, TeacherError
+from bbopd.pipeline.engine import candidate_chooser
 from bbopd.types import Teacher
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bbopd.data.prompts import PromptSet
     from bbopd.objectives import Objective
     from bbopd.pipeline.folder import RunFolder
+    from bbopd.rollouts.candidates import CandidateChooser
     from bbopd.types import SignalSpec
 
 __all__ = ["Check", "Finding", "SetUp", "Verdict", "examine", "passed", "warned"]
@@ -76,6 +78,16 @@ class SetUp:
     want: SignalSpec | None = None
     steady: bool | None = None
     """That the teacher answers the same twice."""
+
+    def chooser(self) -> CandidateChooser | None:
+        """What has the student choose ids for its teacher; None where the run's signal needs none. Raises `TeacherError`."""
+        if not self.config.candidates:
+            return None
+        assert self.model is not None
+        assert self.compute_dtype is not None
+        if self.vocab_size is None:
+            raise TeacherError("a student can choose ids for its teacher only where both have the same tokens")
+        return candidate_chooser(self.config, self.model, self.compute_dtype, self.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

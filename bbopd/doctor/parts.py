@@ -11,6 +11,7 @@ from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer
 from bbopd.objectives import make_objective
+from bbopd.pipeline.preflight import check_candidates
 from bbopd.pipeline.student import check_positions, end_of_text, load_student
 from bbopd.pipeline.teacher import open_api, open_budget, start_teacher
 from bbopd.pipeline.texts import check_labels, read_prompts
@@ -149,13 +150,14 @@ async def check_signal(setup: SetUp) -> Verdict:
     if want is None:
         return Verdict("skip", f"objective {config.objective.name} asks no teacher")
     setup.objective.check(setup.teacher.info, want)
+    check_candidates(setup.teacher.info, config.candidates)
     setup.want = want
     offer = setup.teacher.info.offer(want.level)
     assert offer is not None, "the objective has checked it"
     asked = f"{config.objective.name} at T = {config.objective.temperature:g} asks for {want.level}" + (
-        f" {want.top_k}" if want.top_k else ""
+        f" {config.teacher.topk}" if want.level in ("candidates", "topk") else ""
     )
-    if want.level == "topk" and offer.tail != "exact":
+    if want.level in ("candidates", "topk") and offer.tail != "exact":
         return warned(
             f"{asked}; the teacher's tail is {offer.tail}, not summed from all its logits: the mass outside the ids is as exact as its "
             "logprobs are; a teacher of your own behind `bbopd serve` sums it"

@@ -1,4 +1,4 @@
-"""What a model thinks of answers as they were sampled: a logprob for every token, from one packed pass.
+"""What a model thinks of answers that are written: of every token of theirs, from one packed pass.
 
 Shape suffixes: ``P`` packed tokens, ``N`` response tokens, ``D`` hidden.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ import torch
 from bbopd.modeling.head import OutputHead, undisturbed
 from bbopd.modeling.packed import packed_hidden
 from bbopd.ops import linear_logprobs
-from bbopd.types import Rollout
+from bbopd.types import Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.no_grad()
 def response_logprobs(
     model: PreTrainedModel, head: OutputHead, rollouts: Sequence[Rollout], *, compute_dtype: torch.dtype, vocab_size: int | None = None
 ) -> np.ndarray:
@@ -30,6 +29,22 @@ def response_logprobs(
     ``head`` is the model's; logits from ``vocab_size`` on are padding. torch.bfloat16 multiplies matrices in it. The model's modes are
     left as they were.
     """
+    found = score_responses(model, head, rollouts, compute_dtype=compute_dtype, vocab_size=vocab_size, temperature=rollouts[0].temperature)
+    assert found.sampled is not None, "it is always asked for"
+    return found.sampled.float().cpu().numpy()
+
+
+@torch.no_grad()
+def score_responses(
+    model: PreTrainedModel,
+    head: OutputHead,
+    rollouts: Sequence[Rollout],
+    *,
+    compute_dtype: torch.dtype,
+    vocab_size: int | None = None,
+    **wanted: Any,
+) -> TokenLogprobs:
+    """`linear_logprobs` of the response tokens [N] of ``rollouts``, their own logprobs included; ``wanted`` goes to that op as it is."""
     device = head.weight_VD.device
     lengths = [len(rollout.all_ids) for rollout in rollouts]
     boundaries = [0, *accumulate(lengths)]
@@ -38,15 +53,13 @@ def response_logprobs(
     positions_P = torch.cat([torch.arange(length, device=device) for length in lengths])
     with undisturbed(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16):
         hidden_PD = packed_hidden(model, ids_P, positions_P, torch.tensor(boundaries))
-    found = linear_logprobs(
+    return linear_logprobs(
         hidden_PD[torch.from_numpy(rows_N).to(device)].to(compute_dtype),
         head.weight_VD.to(compute_dtype),
         token_ids=ids_P[torch.from_numpy(rows_N + 1).to(device)],
-        temperature=rollouts[0].temperature,
         bias=head.bias,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
         vocab_size=vocab_size,
+        **wanted,
     )
-    assert found.sampled is not None, "token_ids were given"
-    return found.sampled.float().cpu().numpy()

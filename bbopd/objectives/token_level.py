@@ -51,7 +51,8 @@ class TokenLevel:
             )
         if level == "full":
             return SignalSpec(level="full")  # raw logits: the loss applies the temperature
-        return SignalSpec(level=level, temperature=self.config.temperature, top_k=teacher.topk)
+        top_k = teacher.topk if level == "topk" else 0  # candidates come with the rollouts
+        return SignalSpec(level=level, temperature=self.config.temperature, top_k=top_k)
 
     def check(self, info: TeacherInfo, want: SignalSpec) -> None:
         check_offer(self.name, info, want, NEEDS)

@@ -8,7 +8,7 @@ the order of drawing, so that the same cycle gives the same batches whatever ord
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -51,6 +51,7 @@ async def collect_cycle(
     cycle: int,
     accept: Callable[[Rollout], bool],
     reject: Callable[[Rollout, Rejection], None],
+    choose: Callable[[Sequence[Rollout]], Awaitable[list[Rollout]]],
     by_group: bool,
     stream: bool,
     timeline: Timeline,
@@ -59,10 +60,10 @@ async def collect_cycle(
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
-    rejected ones; ``reject`` is told of what the teacher leaves unscored. ``by_group`` sends the answers to one prompt on together.
-    ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
-    ``progress`` hear "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the
-    teacher raises; both are then closed. ``cycle`` is its number in the run.
+    rejected ones; ``reject`` is told of what the teacher leaves unscored. ``choose`` gives what was accepted, and labelled sequences, the
+    ids to ask about. ``by_group`` sends the answers to one prompt on together. ``stream`` sends each rollout on at once, else all are
+    sent together when the last one is finished. ``timeline`` and ``progress`` hear "sampling" while the student writes and "scoring" once
+    only the teacher is waited for. Raises what the engine or the teacher raises; both are then closed. ``cycle`` is its number in the run.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
@@ -77,10 +78,20 @@ async def collect_cycle(
             await asyncio.sleep(0)  # others get a turn
 
     async def given() -> AsyncGenerator[Rollout, None]:
-        async with aclosing(to_score()) as rollouts:
+        async with aclosing(to_ask()) as rollouts:
             async for rollout in rollouts:
                 scoring_items.enter(rollout.draw)
                 yield rollout
+
+    async def to_ask() -> AsyncGenerator[Rollout, None]:
+        async with aclosing(to_score()) as rollouts:
+            if not stream:  # none goes before all are ready: what shares the teacher's batch must not depend on how long choosing takes
+                for rollout in await choose([rollout async for rollout in rollouts]):
+                    yield rollout
+                return
+            async for rollout in rollouts:
+                for chosen in await choose([rollout]):
+                    yield chosen
 
     async def written() -> AsyncGenerator[Rollout, None]:
         if not rollout_prompts:

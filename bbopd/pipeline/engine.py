@@ -14,6 +14,7 @@ from bbopd.modeling import max_positions
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.progress import Progress
 from bbopd.rollouts.agreement import AgreementCheck
+from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.rollouts.hf import HFEngine
 from bbopd.types import RolloutEngine
 
@@ -34,7 +35,14 @@ async def open_engine(
 ) -> RolloutEngine:
     """The engine that ``rollouts.engine`` names; its weights come from the loop. One that was started here is stopped with the run."""
     if config.rollouts.engine == "hf":
-        return HFEngine(model, eos_token_ids=stop_token_ids, pad_token_id=stop_token_ids[0], vocab_size=vocab_size, compute_dtype=dtype)
+        return HFEngine(
+            model,
+            eos_token_ids=stop_token_ids,
+            pad_token_id=stop_token_ids[0],
+            vocab_size=vocab_size,
+            compute_dtype=dtype,
+            candidates=min(config.candidates, vocab_size),
+        )
     from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 
     progress.activity("loading", "vLLM, in its own process")
@@ -61,3 +69,10 @@ def agreement_check(config: RunConfig, model: PreTrainedModel, dtype: torch.dtyp
     if rollouts.engine == "hf" or not rollouts.agreement.tokens or rollouts.top_k or rollouts.top_p < 1.0:
         return None
     return AgreementCheck(model, compute_dtype=dtype, tokens=rollouts.agreement.tokens, limit=rollouts.agreement.limit)
+
+
+def candidate_chooser(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype, vocab_size: int) -> CandidateChooser | None:
+    """What has the student choose ids for its teacher, where the run's signal is of such."""
+    if not config.candidates:
+        return None
+    return CandidateChooser(model, count=config.candidates, compute_dtype=dtype, vocab_size=vocab_size)

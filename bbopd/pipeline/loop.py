@@ -130,6 +130,7 @@ class Loop:
             cycle=state.cycle,
             accept=self._parts.gate.accepts,
             reject=self._parts.gate.reject,
+            choose=self._parts.with_candidates,
             by_group=self._parts.by_group,
             stream=config.rollouts.max_staleness > 0,
             timeline=self._timeline,

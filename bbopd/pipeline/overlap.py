@@ -228,7 +228,8 @@ class Overlap:
             rollout = self._written.popleft()
             self._changed.tell()
             self._scoring.enter(rollout.draw)
-            yield rollout
+            for chosen in await self._parts.with_candidates([rollout]):
+                yield chosen
 
     # ------------------------------------------------------------ training
 

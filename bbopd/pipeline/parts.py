@@ -95,8 +95,9 @@ class Parts:
 
     ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``overlaps`` says that the engine writes
     while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
-    another. ``agreement`` checks such an engine. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
-    are kept: hits, misses and more, in this session.
+    another. ``agreement`` checks such an engine. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
+    chooses them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and
+    more, in this session.
     """
 
     trainer: Trains
@@ -107,8 +108,18 @@ class Parts:
     want: SignalSpec | None
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
+    choose: Callable[[Sequence[Rollout]], list[Rollout]] | None = None
     spending: Callable[[], Spending] | None = None
     cache_counts: Mapping[str, int] | None = None
     by_group: bool = False
     overlaps: bool = False
     run_blocking: Blocking = at_once
+
+    async def with_candidates(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """``rollouts`` as the teacher shall see them."""
+        if self.choose is None:
+            return list(rollouts)
+        chosen, cancelled = await to_the_end(self.run_blocking(self.choose, rollouts))
+        if cancelled is not None:
+            raise cancelled
+        return chosen

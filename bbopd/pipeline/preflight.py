@@ -52,6 +52,16 @@ def check_vocabulary(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows
     )
 
 
+def check_candidates(info: TeacherInfo, count: int) -> None:
+    """Raises `TeacherError` where the teacher answers at fewer ids a token than the ``count`` that the student will choose."""
+    offer = info.offer("candidates")
+    if count and offer is not None and count > offer.max_top_k:
+        raise TeacherError(
+            f"teacher.topk is {count}, but teacher {info.model} answers at no more than {offer.max_top_k} ids a token that the student "
+            f"chose: set teacher.topk={offer.max_top_k} or less"
+        )
+
+
 def _name_differences(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows: int, named: str | None) -> str:
     """Which ids differ first, where the teacher's tokenizer can be had and its hash proves it to be the teacher's."""
     if named is None:

@@ -25,11 +25,11 @@ from bbopd.errors import CheckpointError, TeacherError
 from bbopd.modeling import compute_dtype, load_tokenizer, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
-from bbopd.pipeline.engine import agreement_check, open_engine
+from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.parts import Parts, at_once, in_executor
-from bbopd.pipeline.preflight import check_lengths, check_vocabulary
+from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student
@@ -119,10 +119,11 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         want = objective.signal(config.teacher) if teacher is not None else None
         rows = model.get_input_embeddings().weight.shape[0]
         vocab_size = used_vocabulary(tokenizer, rows)
-        measured = asked = kept = None
+        measured = asked = kept = choose = None
         if teacher is not None:
             if want is not None:
                 objective.check(teacher.info, want)
+                check_candidates(teacher.info, config.candidates)
             measured = asked = kept = remembering(teacher, budget, config.teacher, folder, stack)
             assert asked is not None, "there is a teacher"
             try:
@@ -140,7 +141,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             if want is not None and want.level == "text":
                 asked = writing_teacher(config, asked, tokenizer, shares_ids=measured is not None)
             elif want is not None:
-                await compare_replicas(teacher, config, prompts, want, progress)
+                choose = candidate_chooser(config, model, dtype, vocab_size)
+                await compare_replicas(teacher, config, prompts, want, progress, choose)
 
         trainer = Trainer(
             model,
@@ -204,6 +206,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 want=want,
                 save=save,
                 agreement=agreement_check(config, model, dtype),
+                choose=choose,
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
                 overlaps=overlaps,

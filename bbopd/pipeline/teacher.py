@@ -11,6 +11,7 @@ from bbopd.errors import ConfigError
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.texts import texts_to_compare
+from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.budget import Budget, Prices
@@ -127,12 +128,17 @@ def writing_teacher(config: RunConfig, teacher: Teacher, tokenizer: PreTrainedTo
 
 
 async def compare_replicas(
-    teacher: RemoteTeacher | OpenAITeacher, config: RunConfig, prompts: PromptSet, want: SignalSpec, progress: Progress
+    teacher: RemoteTeacher | OpenAITeacher,
+    config: RunConfig,
+    prompts: PromptSet,
+    want: SignalSpec,
+    progress: Progress,
+    choose: CandidateChooser | None,
 ) -> None:
     """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
     if len(config.teacher.targets) < 2 or not isinstance(teacher, RemoteTeacher):
         return
-    rollouts = texts_to_compare(prompts, teacher.info)
+    rollouts = texts_to_compare(prompts, teacher.info, choose)
     progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
     limit = config.teacher.max_replica_difference
     difference = await teacher.compare_replicas(rollouts, want, limit=limit)

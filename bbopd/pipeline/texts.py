@@ -9,6 +9,7 @@ from bbopd.config import RunConfig
 from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.errors import DataError
 from bbopd.pipeline.student import end_of_text
+from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.types import Prompt, Rollout, TeacherInfo
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def check_labels(config: RunConfig, prompts: PromptSet) -> None:
         )
 
 
-def texts_to_compare(prompts: PromptSet, info: TeacherInfo) -> list[Rollout]:
-    """A few short texts of the run's own, each cut in half, for a teacher to score."""
+def texts_to_compare(prompts: PromptSet, info: TeacherInfo, choose: CandidateChooser | None) -> list[Rollout]:
+    """A few short texts of the run's own, each cut in half, for a teacher to score; with the ids to ask about where ``choose`` is given."""
     longest = min(_COMPARED_TOKENS, info.max_sequence_tokens or _COMPARED_TOKENS)
     rollouts = []
     for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
         ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:longest]
         if len(ids) > 1:
             rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
-    return rollouts
+    return rollouts if choose is None else choose(rollouts)

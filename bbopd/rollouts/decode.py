@@ -2,7 +2,7 @@
 
 All rows end at the same column of the cache, so that a step writes one column. A row that joins is put there by its end.
 
-Shapes: ``B`` active rows, ``R`` rows there is room for, ``M`` prompt tokens, ``T`` new tokens, ``V`` vocabulary.
+Shapes: ``B`` active rows, ``R`` rows there is room for, ``M`` prompt tokens, ``T`` new tokens, ``V`` vocabulary, ``K`` candidates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bbopd.rollouts.cache import RowCache
+from bbopd.rollouts.candidates import with_own_tokens
 from bbopd.rollouts.requests import Request, Requests
 from bbopd.rollouts.sampling import draw_uniforms, sample_tokens
 from bbopd.types import FinishReason, Rollout, Sampling
@@ -48,6 +50,7 @@ class Decoder:
         *,
         stop_ids: frozenset[int],
         version: int,
+        candidates: int,
         cache_dtype: torch.dtype | None,
         emit: Callable[[Rollout], None],
         is_wanted: Callable[[], bool],
@@ -55,6 +58,7 @@ class Decoder:
     ) -> None:
         self._model, self._limits, self._sampling = model, limits, sampling
         self._stop_ids, self._version, self._cache_dtype = stop_ids, version, cache_dtype
+        self._candidates = candidates
         self._emit, self._is_wanted, self._abandoned = emit, is_wanted, abandoned
         self._device = next(model.parameters()).device
 
@@ -92,6 +96,7 @@ class Decoder:
         self._uniforms_RT = torch.zeros(rows, steps, dtype=torch.float64, device=device)
         self._ids_RT = torch.zeros(rows, steps, dtype=torch.long, device=device)
         self._logprobs_RT = torch.zeros(rows, steps, device=device)
+        self._candidates_RTK = torch.zeros(rows, steps, self._candidates, dtype=torch.int32, device=device)
 
     # ------------------------------------------------------------ rows come and go
 
@@ -138,6 +143,7 @@ class Decoder:
     def _finish(self, row: int, reason: FinishReason) -> None:
         """Hand the answer of ``row`` out; the last active row takes its place."""
         request, length = self._requests[row], int(self._counts_R[row])
+        candidate_ids = self._candidates_RTK[row, :length].to("cpu", copy=True).numpy()
         self._emit(
             Rollout(
                 rollout_id=f"{request.prompt.prompt_id}#{request.draw}",
@@ -148,14 +154,26 @@ class Decoder:
                 temperature=self._sampling.temperature,
                 weights_version=self._version,
                 draw=request.draw,
+                candidate_ids=candidate_ids if self._candidates else None,
             )
         )
         self._cache.drop_row(row)
         last = self._cache.active
         self._requests[row] = self._requests[last]
         del self._requests[last]
-        for rows in (self._starts_R, self._counts_R, self._current_R, self._uniforms_RT, self._ids_RT, self._logprobs_RT):
+        for rows in self._of_rows():
             rows[row] = rows[last]
+
+    def _of_rows(self) -> tuple[Tensor, ...]:
+        return (
+            self._starts_R,
+            self._counts_R,
+            self._current_R,
+            self._uniforms_RT,
+            self._ids_RT,
+            self._logprobs_RT,
+            self._candidates_RTK,
+        )
 
     def _move(self, by: int) -> None:
         self._cache.move(by)
@@ -184,7 +202,10 @@ class Decoder:
             logits_to_keep=1,
         ).logits[:, -1, : self._limits.vocab_size]
         rows_B, counts_B = torch.arange(B, device=self._device), self._counts_R[:B]
+        best_BK = logits_BV.topk(self._candidates).indices if self._candidates else None  # drawing overwrites the logits
         ids_B, logprobs_B = sample_tokens(logits_BV, self._uniforms_RT[rows_B, counts_B], self._sampling)
+        if best_BK is not None:
+            self._candidates_RTK[rows_B, counts_B] = with_own_tokens(best_BK, ids_B).int()
         self._current_R[:B] = self._ids_RT[rows_B, counts_B] = ids_B
         self._logprobs_RT[rows_B, counts_B] = logprobs_B
         self._counts_R[:B] += 1

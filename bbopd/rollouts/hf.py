@@ -45,6 +45,8 @@ class HFEngine:
         Ids from there on only pad the head and are never sampled; None: all are tokens.
     compute_dtype
         Where it is not the weights' own, passes run under autocast.
+    candidates
+        Ids of every token to name in the rollout (``candidate_ids``): the student's best, and the token itself; 0 names none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class HFEngine:
         max_batch_tokens: int = 65536,
         vocab_size: int | None = None,
         compute_dtype: torch.dtype | None = None,
+        candidates: int = 0,
     ) -> None:
         self.model = model
         self.version = 0
@@ -68,6 +71,7 @@ class HFEngine:
         self._limits = Limits(rows=max_batch, tokens=max_batch_tokens, vocab_size=vocab_size, pad_token_id=pad_token_id)
         weights_dtype = next(model.parameters()).dtype
         self._autocast_dtype = compute_dtype if compute_dtype not in (None, weights_dtype) else None
+        self._candidates = candidates
         self._in_use, self._next = threading.Lock(), threading.Lock()
 
     async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
@@ -162,6 +166,7 @@ class HFEngine:
                     sampling,
                     stop_ids=self._stop_ids | set(sampling.stop_token_ids),
                     version=self.version,
+                    candidates=self._candidates,
                     cache_dtype=self._autocast_dtype,
                     emit=emit,
                     is_wanted=self._next.locked,
