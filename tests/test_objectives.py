@@ -12,7 +12,7 @@ from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError, TrainingError
 from bbopd.objectives import OBJECTIVES, make_objective
 from bbopd.types import DIVERGENCES, DistillBatch, FullTeacher, Offer, OpTeacher, SignalSpec, TeacherInfo
-from tests.distill_oracle import compare, draw, logits_of, make_teacher, oracle
+from tests.distill_oracle import bucket, compare, draw, logits_of, make_teacher, oracle
 
 
 def batch_of(teacher: OpTeacher | None, labels: torch.Tensor) -> DistillBatch:
@@ -120,6 +120,46 @@ def test_a_teacher_that_fits_is_taken() -> None:
     offers = (Offer("full"), Offer("topk", 64, 0.5, 4.0))
     for config in (served(), served(topk=64)):
         objective.check(teacher_of(*offers), objective.signal(config))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("kind", ["topk", "candidates"])
+def test_the_share_of_the_tail_is_told(name: str, kind: str) -> None:
+    """Against float64: the bucket's own term of each divergence, all of which are of the form that is never negative."""
+    hidden, weight, generator = draw(7, 12)
+    valid = torch.tensor([True, True, False, True, True, True, True])
+    batch = batch_of(make_teacher(kind, 7, 12, 1.0, generator, K=5, valid=valid), torch.full((7,), -100))
+    config = ObjectiveConfig(name=name, temperature=1.0, beta=0.3, skew=0.2)
+    out = make_objective(config).loss(hidden, weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
+    log_q_NV = logits_of(hidden, weight).detach().log_softmax(1)
+    tails, whole = 0.0, 0.0
+    for row in torch.arange(7)[valid]:
+        ids = batch.teacher.ids[row]
+        live = ids >= 0
+        p = torch.cat([batch.teacher.logprobs[row][live], batch.teacher.log_tail[row : row + 1]]).log_softmax(0).exp()
+        q = bucket(log_q_NV[row], ids).exp()
+        terms = {
+            "forward_kl": p * (p / q).log() + q - p,
+            "reverse_kl": q * (q / p).log() + p - q,
+            "jsd": 0.3 * p * (p / (0.3 * p + 0.7 * q)).log() + 0.7 * q * (q / (0.3 * p + 0.7 * q)).log(),
+            "skew_forward_kl": p * (p / (0.2 * p + 0.8 * q)).log() + 0.8 * (q - p),
+            "skew_reverse_kl": q * (q / (0.2 * q + 0.8 * p)).log() + 0.8 * (p - q),
+        }[name]
+        assert (terms > -1e-12).all()
+        tails, whole = tails + terms[-1], whole + terms.sum()
+    assert float(out.metrics["tail_share"]) == pytest.approx(float(tails / whole), rel=1e-4)
+
+
+def test_whole_distributions_have_no_tail() -> None:
+    hidden, weight, generator = draw(4, 9)
+    batch = batch_of(make_teacher("full", 4, 9, 1.0, generator), torch.full((4,), -100))
+    out = make_objective(ObjectiveConfig(name="jsd")).loss(hidden, weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
+    assert "tail_share" not in out.metrics
+    all_ids = batch_of(make_teacher("candidates", 4, 9, 1.0, generator, K=9), torch.full((4,), -100))
+    out = make_objective(ObjectiveConfig(name="jsd", temperature=1.0)).loss(
+        hidden, weight, all_ids, ce_weight=0.0, kd_weight=1.0, normalizer=None
+    )
+    assert 0.0 <= float(out.metrics["tail_share"]) <= 1.0
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "sft"])

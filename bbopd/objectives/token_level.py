@@ -5,15 +5,19 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError
 from bbopd.objectives.base import SIGNALS, check_offer, check_student
-from bbopd.ops import linear_distill
-from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
+from bbopd.ops import linear_distill, linear_logprobs
+from bbopd.reference_math import divergence_shares
+from bbopd.types import CandidateTeacher, DistillBatch, DistillLoss, Divergence, Level, SignalSpec, TeacherInfo, TopKTeacher
 
 NEEDS: dict[str, tuple[Level, ...]] = {
     "forward_kl": ("full", "topk"),
@@ -24,6 +28,8 @@ NEEDS: dict[str, tuple[Level, ...]] = {
 }
 """The levels on whose support each divergence means something: forward KL weighs by the teacher's mass, so it wants the teacher's ids;
 reverse KL by the student's, so it wants the student's. The others are bounded where one of the two is 0, and take either."""
+
+_TAIL_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +78,56 @@ class TokenLevel:
         vocab_size: int | None = None,
     ) -> DistillLoss:
         check_student(hidden_ND, weight_VD)
-        return linear_distill(
+        config = self.config
+        head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap, "vocab_size": vocab_size}
+        out = linear_distill(
             hidden_ND,
             weight_VD,
             batch.teacher,
             batch.labels,
-            temperature=self.config.temperature,
+            temperature=config.temperature,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
-            divergence=self.config.name,
-            beta=self.config.beta,
-            skew=self.config.skew,
-            t2_scaling=self.config.t2_scaling,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
+            divergence=config.name,
+            beta=config.beta,
+            skew=config.skew,
+            t2_scaling=config.t2_scaling,
             token_weight=batch.token_weight,
             normalizer=normalizer,
+            **head,
         )
+        if not isinstance(batch.teacher, TopKTeacher | CandidateTeacher):
+            return out
+        kd_N = out.kd / (config.temperature**2 if config.t2_scaling else 1.0)
+        share = tail_share(hidden_ND, weight_VD, batch.teacher, kd_N, cast("Divergence", config.name), config.beta, config.skew, head)
+        return replace(out, metrics={**out.metrics, "tail_share": share})
+
+
+@torch.no_grad()
+def tail_share(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    teacher: TopKTeacher | CandidateTeacher,
+    kd_N: Tensor,
+    name: Divergence,
+    beta: float,
+    skew: float,
+    head: Mapping[str, Any],
+) -> Tensor:
+    """How large a share of the divergences ``kd_N`` is that of the tail buckets, where only the total is learned; a scalar in 0..1.
+
+    Told by the first 256 tokens, as it takes the student's tails, which are a matrix product of their own.
+    """
+    if name == "jsd" and beta in (0.0, 1.0):
+        name = "forward_kl" if beta == 0.0 else "reverse_kl"
+    rows = slice(0, _TAIL_TOKENS)
+    ids_nK = teacher.ids[rows]
+    found = linear_logprobs(hidden_ND.detach()[rows], weight_VD.detach(), candidate_ids=ids_nK, temperature=teacher.temperature, **head)
+    assert found.candidates_log_tail is not None, "candidate_ids were given"
+    log_q_n1 = found.candidates_log_tail[:, None]
+    log_p_nC = torch.cat([teacher.logprobs[rows].masked_fill(ids_nK < 0, -torch.inf), teacher.log_tail[rows, None]], 1).to(log_q_n1)
+    log_p_n1 = (log_p_nC[:, -1:] - log_p_nC.logsumexp(1, keepdim=True)).masked_fill(log_q_n1 == -torch.inf, -torch.inf)
+    tail_n = divergence_shares(log_p_n1.clone(), log_q_n1, log_p_n1.exp(), log_q_n1.exp(), name, beta, skew).kd
+    counts_n = (ids_nK >= 0).any(1) if teacher.valid is None else teacher.valid[rows] & (ids_nK >= 0).any(1)
+    total = torch.where(counts_n, kd_N[rows], 0.0).sum()
+    return (torch.where(counts_n, tail_n, 0.0).sum() / total.clamp(min=1e-12)).clamp(0.0, 1.0).float()

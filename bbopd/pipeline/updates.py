@@ -21,7 +21,7 @@ from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.trainer.step import StepMetrics
 
-_LARGE_TAIL = 0.2  # share of a top-k teacher's mass outside its ids
+_LARGE_TAIL = 0.2  # share of the teacher's mass outside the ids
 
 
 class Updates:
@@ -113,7 +113,7 @@ class Updates:
         if tail_mass is not None and tail_mass > _LARGE_TAIL and not self._has_warned_of_tail:
             self._has_warned_of_tail = True
             self._progress.note(
-                f"the teacher's {self._config.teacher.topk} ids leave {tail_mass:.0%} of its mass in the tail, where the student "
+                f"{self._config.teacher.topk} ids a token leave {tail_mass:.0%} of the teacher's mass in the tail, where the student "
                 "learns only the total: raise teacher.topk, lower objective.temperature, or set teacher.signal=full"
             )
 
