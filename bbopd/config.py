@@ -123,8 +123,9 @@ class RolloutsConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    on_policy_fraction: Fraction = 0.5
-    """Share of a cycle's sequences that the student writes (GKD's lambda)."""
+    on_policy_fraction: Fraction | tuple[Fraction, Fraction] = 0.5
+    """Share of a cycle's sequences that the student writes (GKD's lambda). Two numbers: from the first to the second, as the tokens of
+    ``train.on_policy_tokens`` are trained; a cycle has one rollout or more."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
     """Update cycles that may begin between a push of weights and the training on what they wrote.
 
@@ -134,11 +135,35 @@ class RolloutsConfig(Section):
     """
 
 
+Weight = Annotated[float, Field(ge=0)]
+Skew = Annotated[float, Field(gt=0, lt=1)]
+
+
+class SideConfig(Section):
+    """One side of ``objective.name: mixed``. Two numbers are those of the run's beginning and end, with a straight line between them."""
+
+    name: Divergence
+    weight: Weight | tuple[Weight, Weight] = 1.0
+    """Times kd_weight, which both sides have in common."""
+    skew: Skew | tuple[Skew, Skew] = 0.1
+    beta: Fraction = 0.5
+
+
+def value_at(value: float | tuple[float, float], progress: float) -> float:
+    """``value`` when ``progress`` (0 to 1) of the run is done."""
+    first, last = value if isinstance(value, tuple) else (value, value)
+    return first + (last - first) * min(1.0, progress)
+
+
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["sft", "seqkd"] = "forward_kl"
-    """A divergence, or cross-entropy alone: ``sft`` on labelled text, without a teacher; ``seqkd`` on answers that the teacher writes."""
+    name: Divergence | Literal["mixed", "sft", "seqkd"] = "forward_kl"
+    """A divergence; ``mixed``, one on labelled sequences and another on rollouts; or cross-entropy alone: ``sft`` on labelled text, without
+    a teacher, ``seqkd`` on answers that the teacher writes."""
+    labelled: SideConfig = SideConfig(name="skew_forward_kl")
+    """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
+    rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
     alpha: Fraction | None = None
     """Short for ce_weight = alpha, kd_weight = 1 - alpha. 0.5 where nothing is given."""
     ce_weight: Annotated[float, Field(ge=0)] | None = None
@@ -159,6 +184,18 @@ class ObjectiveConfig(Section):
         if self.ramp_kind == "alpha" and (self.ce_weight is not None or self.kd_weight is not None):
             raise ValueError("ramp_kind alpha needs alpha, not ce_weight and kd_weight")
         return self
+
+    @model_validator(mode="after")
+    def _sides_belong_to_mixed(self) -> ObjectiveConfig:
+        if self.name != "mixed" and self._changed("labelled", "rollouts"):
+            raise ValueError(f"labelled and rollouts belong to objective.name=mixed, not {self.name}")
+        if self.name == "mixed" and self._changed("beta", "skew"):
+            raise ValueError("mixed has a beta and a skew for each side: set objective.labelled.skew and objective.rollouts.skew")
+        return self
+
+    def _changed(self, *names: str) -> bool:
+        """Whether one of these is not its default; a resolved configuration names all of them."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in names)
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -246,6 +283,8 @@ class RunConfig(Section):
                 f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
                 "temperature 1; set objective.temperature=1, or teacher.signal=full"
             )
+        if self.teacher.writes_labels and self.teacher.signal == "none":
+            raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
         if self.writes_rollouts and objective.weights[1] == 0:
             raise ValueError("the KD weight is 0, so rollouts would teach nothing: lower objective.alpha, or take objective.name=sft")
         if self.writes_rollouts and train.on_policy_tokens == 0:
@@ -257,12 +296,12 @@ class RunConfig(Section):
                 f"rollouts.max_new_tokens {rollouts.max_new_tokens} leaves no room for a prompt within train.max_seq_len "
                 f"{train.max_seq_len}"
             )
-        if self.writes_rollouts and self.rollouts_per_cycle < 1:
+        if self.writes_rollouts and round(rollouts.per_update * max(self._fractions)) < 1:
             raise ValueError(
                 f"rollouts.per_update {rollouts.per_update} x on_policy_fraction {rollouts.on_policy_fraction} is no rollout at all"
             )
         has_ramp = objective.ramp > 0 and not objective.is_cross_entropy
-        if has_ramp and rollouts.on_policy_fraction == 1.0 and train.cold_start_tokens == 0:
+        if has_ramp and min(self._fractions) == 1.0 and train.cold_start_tokens == 0:
             raise ValueError(
                 "objective.ramp without labelled tokens only rescales one loss, which AdamW cancels: set objective.ramp=0, "
                 "or rollouts.on_policy_fraction below 1"
@@ -278,28 +317,47 @@ class RunConfig(Section):
 
     @property
     def writes_rollouts(self) -> bool:
-        return not self.objective.is_cross_entropy and self.rollouts.on_policy_fraction > 0
+        return not self.objective.is_cross_entropy and max(self._fractions) > 0
 
     @property
     def candidates(self) -> int:
         """Ids of every response token that the student has its teacher asked about; 0 where the teacher needs none."""
         return self.teacher.topk if self.teacher.signal == "candidates" and not self.objective.is_cross_entropy else 0
 
+    def rollouts_at(self, progress: float) -> int:
+        """Rollouts of a cycle when ``progress`` (0 to 1) of the on-policy tokens is trained; the others of ``per_update`` are labelled."""
+        share = value_at(self.rollouts.on_policy_fraction, progress)
+        return max(1, round(self.rollouts.per_update * share)) if self.writes_rollouts else 0
+
     @property
     def rollouts_per_cycle(self) -> int:
-        return round(self.rollouts.per_update * self.rollouts.on_policy_fraction) if self.writes_rollouts else 0
+        """About as many in the mean over the run."""
+        return self.rollouts_at(0.5)
+
+    @property
+    def most_labelled(self) -> int:
+        """Labelled sequences of a cycle, where there are most."""
+        return self.rollouts.per_update - min(self.rollouts_at(0.0), self.rollouts_at(1.0))
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether labelled sequences are answers of the teacher's own."""
+        return self.objective.name == "seqkd" or (self.teacher.writes_labels and self.objective.name != "sft")
+
+    @property
+    def _fractions(self) -> tuple[float, float]:
+        fraction = self.rollouts.on_policy_fraction
+        return fraction if isinstance(fraction, tuple) else (fraction, fraction)
 
     @property
     def planned_steps(self) -> int:
         """Optimizer steps that the budgets allow where every answer is as long as it may be; shorter answers make more of them."""
         train, rollouts = self.train, self.rollouts
         on_policy = self.rollouts_per_cycle * rollouts.max_new_tokens
-        labelled = rollouts.per_update * (
-            self.teacher.answers.max_new_tokens if self.objective.name == "seqkd" else self.data.response_tokens
-        )
+        labelled = rollouts.per_update * (self.teacher.answers.max_new_tokens if self.teacher_writes else self.data.response_tokens)
         steps = _cycles(train.cold_start_tokens, labelled) * self._steps_of(labelled)
         if self.writes_rollouts:
-            mixed = on_policy + (rollouts.per_update - self.rollouts_per_cycle) * self.data.response_tokens
+            mixed = on_policy + (rollouts.per_update - self.rollouts_per_cycle) * labelled // rollouts.per_update
             steps += _cycles(train.on_policy_tokens, on_policy) * self._steps_of(mixed)
         elif train.labelled_tokens is not None:
             steps += _cycles(train.labelled_tokens, labelled) * self._steps_of(labelled)

@@ -170,8 +170,10 @@ class TeacherConfig(Section):
     signal: Literal["full", "candidates", "topk", "text", "none"] = "full"
     """``full``: all logits. ``topk``: the teacher's own best ids. ``candidates``: the student's best ids, with the token itself.
     ``text``: the teacher's own written answers, for ``objective.name: seqkd``; no vocabulary in common is needed."""
+    writes_labels: bool = False
+    """Labelled sequences are answers that the teacher writes, scored like any other, in place of the data's own continuations."""
     answers: AnswersConfig = AnswersConfig()
-    """How the teacher writes them."""
+    """How the teacher writes them, and those of ``signal: text``."""
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids a token, where ``signal`` is topk or candidates. Giving it alone selects ``signal: topk``."""
     timeout: Annotated[float, Field(gt=0)] = 300.0

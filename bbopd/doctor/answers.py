@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bbopd.config import ObjectiveConfig, SideConfig, value_at
 from bbopd.data.assemble import assemble, with_sampled
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
@@ -153,19 +154,23 @@ async def check_zero(setup: SetUp) -> Verdict:
         case _:
             return Verdict("skip", f"a {setup.want.level} signal is no distribution")
     objective = setup.config.objective
-    found = linear_distill(
-        torch.eye(N),
-        logits_NV.T.contiguous(),
-        kept,
-        temperature=objective.temperature,
-        ce_weight=0.0,
-        kd_weight=1.0,
-        divergence=objective.name,
-        beta=objective.beta,
-        skew=objective.skew,
-        t2_scaling=False,
-    )
-    worst = float(found.kd.abs().max())
+    sides: list[SideConfig | ObjectiveConfig] = [objective.labelled, objective.rollouts] if objective.name == "mixed" else [objective]
+    found = [
+        linear_distill(
+            torch.eye(N),
+            logits_NV.T.contiguous(),
+            kept,
+            temperature=objective.temperature,
+            ce_weight=0.0,
+            kd_weight=1.0,
+            divergence=side.name,
+            beta=side.beta,
+            skew=value_at(side.skew, 0.0),
+            t2_scaling=False,
+        )
+        for side in sides
+    ]
+    worst = max(float(one.kd.abs().max()) for one in found)
     if not worst <= _ZERO_NATS:
         raise TeacherError(
             f"a student with the teacher's own logits is {worst:.3g} nats from it by {objective.name} at T = {objective.temperature:g}, "

@@ -28,7 +28,7 @@ from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import answer_bytes
 from bbopd.trainer.checkpoint import require_space
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, Sampling
+from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 
 __all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
 
@@ -94,7 +94,7 @@ def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> For
     """Tokens of ``config``'s run where an answer has ``answer_tokens`` in the mean. Evaluation is not counted."""
     train, rollouts = config.train, config.rollouts
     prompt = _mean([len(prompt.token_ids) for prompt in prompts.train])
-    is_written = config.objective.name == "seqkd"
+    is_written = config.teacher_writes
     labelled = [prompt for prompt in prompts.train if prompt.reference_ids or is_written]
     reference = answer_tokens if is_written else _mean([len(one.reference_ids or ()) for one in labelled])
     labelled_prompt = _mean([len(one.token_ids) for one in labelled])
@@ -202,7 +202,11 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
         assert setup.eos_token_id is not None
         prompts = prompts_to_label(config, setup.prompts, setup.eos_token_id)
         labelled = [prompt for prompt in prompts if prompt.reference_ids][:_PROBE_SEQUENCES]
-        items.extend(as_labelled(prompt, draw=len(items) + number) for number, prompt in enumerate(labelled))
+        known = [as_labelled(prompt, draw=len(items) + number) for number, prompt in enumerate(labelled)]
+        if config.teacher.writes_labels and setup.teacher is not None and setup.has_room and setup.tokenizer is not None:
+            writer = writing_teacher(config, setup.teacher, setup.tokenizer, shares_ids=setup.vocab_size is not None)
+            known = [scored.rollout async for scored in writer.score(each(known), SignalSpec("text"))]
+        items.extend(known)
     if setup.teacher is not None and setup.want is not None and setup.has_room:
         asked = setup.teacher
         if setup.want.level == "text":

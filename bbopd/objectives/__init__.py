@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 from bbopd.config import ObjectiveConfig
 from bbopd.objectives.base import Objective
+from bbopd.objectives.mixed import Mixed
 from bbopd.objectives.seqkd import SeqKD
 from bbopd.objectives.sft import Sft
 from bbopd.objectives.token_level import NEEDS, TokenLevel
 
 __all__ = ["OBJECTIVES", "Objective", "make_objective"]
 
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {**dict.fromkeys(NEEDS, TokenLevel), "sft": Sft, "seqkd": SeqKD}
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    **dict.fromkeys(NEEDS, TokenLevel),
+    "mixed": Mixed,
+    "sft": Sft,
+    "seqkd": SeqKD,
+}
 """By the name in ``objective.name``."""
 
 

@@ -6,7 +6,7 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, get_args
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ class Objective(Protocol):
         TrainingError
             On a CPU, hidden states or weights that are not finite.
         """
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """An objective whose settings change over the run."""
+
+    def at(self, progress: float) -> Objective:
+        """What it is when ``progress`` (0 to 1) of the run's steps are done."""
         ...
 
 

@@ -28,6 +28,10 @@ class Budgets:
             return state.on_policy_tokens + on_policy_tokens_under_way >= train.on_policy_tokens
         return train.labelled_tokens is not None and state.labelled_tokens >= train.labelled_tokens
 
+    def rollouts_of_cycle(self) -> int:
+        """How many of the next cycle's sequences the student writes."""
+        return self._config.rollouts_at(self._state.on_policy_tokens / max(1, self._config.train.on_policy_tokens))
+
     def projected_steps(self) -> int:
         """Length of the run for the schedules: what was planned, or more where answers turn out shorter than they may be."""
         planned, train, state = self._config.planned_steps, self._config.train, self._state

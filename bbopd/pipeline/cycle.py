@@ -52,6 +52,7 @@ async def collect_cycle(
     accept: Callable[[Rollout], bool],
     reject: Callable[[Rollout, Rejection], None],
     choose: Callable[[Sequence[Rollout]], Awaitable[list[Rollout]]],
+    write_labels: Callable[[Sequence[Rollout]], Awaitable[list[Rollout]]],
     by_group: bool,
     stream: bool,
     timeline: Timeline,
@@ -60,10 +61,11 @@ async def collect_cycle(
     """Sample every prompt once, filter, and have the rollouts and the labelled sequences scored.
 
     ``rollout_prompts`` holds a prompt as often as it shall be answered. ``accept`` decides on a finished rollout and keeps the books on
-    rejected ones; ``reject`` is told of what the teacher leaves unscored. ``choose`` gives what was accepted, and labelled sequences, the
-    ids to ask about. ``by_group`` sends the answers to one prompt on together. ``stream`` sends each rollout on at once, else all are
-    sent together when the last one is finished. ``timeline`` and ``progress`` hear "sampling" while the student writes and "scoring" once
-    only the teacher is waited for. Raises what the engine or the teacher raises; both are then closed. ``cycle`` is its number in the run.
+    rejected ones; ``reject`` is told of what the teacher leaves unscored. ``write_labels`` gives labelled sequences the teacher's answers,
+    where it writes them, ``choose`` these and what was accepted the ids to ask about. ``by_group`` sends the answers to one prompt on
+    together. ``stream`` sends each rollout on at once, else all are sent together when the last one is finished. ``timeline`` and
+    ``progress`` hear "sampling" while the student writes and "scoring" once only the teacher is waited for. Raises what the engine or the
+    teacher raises; both are then closed. ``cycle`` is its number in the run.
     """
     result = CycleItems(drawn_rollouts=len(rollout_prompts))
     sampling_items, scoring_items = timeline.items("sampling"), timeline.items("scoring")
@@ -115,7 +117,7 @@ async def collect_cycle(
                 for ready in groups.accept(rollout) if is_accepted else groups.reject(rollout.draw):
                     yield ready
         switch.to("scoring")
-        for rollout in labelled:
+        for rollout in await write_labels(labelled):
             yield rollout
 
     try:

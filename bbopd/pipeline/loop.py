@@ -114,7 +114,7 @@ class Loop:
 
     async def _collect(self, phase: str) -> tuple[Draw, CycleItems]:
         config, state = self._config, self.state
-        rollouts = config.rollouts_per_cycle if phase == "on_policy" else 0
+        rollouts = self._budgets.rollouts_of_cycle() if phase == "on_policy" else 0
         self._weights.figures = {}
         if rollouts:
             await self._push_weights()
@@ -131,6 +131,7 @@ class Loop:
             accept=self._parts.gate.accepts,
             reject=self._parts.gate.reject,
             choose=self._parts.with_candidates,
+            write_labels=self._parts.with_labels,
             by_group=self._parts.by_group,
             stream=config.rollouts.max_staleness > 0,
             timeline=self._timeline,

@@ -126,7 +126,7 @@ class Overlap:
 
     async def _begin(self, group: int) -> Draw:
         """Draw a group, once the engine has the weights of now."""
-        config, rollouts = self._config, self._config.rollouts_per_cycle
+        config, rollouts = self._config, self._budgets.rollouts_of_cycle()
         with self._timeline.wait("sampling", "weights change"):
             await self._updates.weights_in_use.acquire()
         probe: list[Rollout] = []
@@ -158,7 +158,9 @@ class Overlap:
         self._parts.gate.begin_cycle()
         groups = PromptGroups(draw.rollouts, first=draw.first, by_group=self._parts.by_group)
         numbers = draw.numbers[len(draw.rollouts) :]
-        labelled = deque(as_labelled(prompt, draw=number) for number, prompt in zip(numbers, draw.labelled, strict=True))
+        known = [as_labelled(prompt, draw=number) for number, prompt in zip(numbers, draw.labelled, strict=True)]
+        labels = self._tasks.create_task(self._parts.with_labels(known))
+        labelled = deque(range(len(known)))
         accepted, written = 0, 0
 
         async def asked() -> AsyncGenerator[Prompt, None]:
@@ -182,7 +184,7 @@ class Overlap:
                 for ready in groups.accept(rollout) if is_accepted else groups.reject(number):
                     await self._send(ready)
                 while len(labelled) * len(draw.rollouts) > len(draw.labelled) * (len(draw.rollouts) - written):
-                    await self._send(labelled.popleft())
+                    await self._send((await labels)[labelled.popleft()])
         if written != len(draw.rollouts):
             raise EngineError(f"the rollout engine was asked for {len(draw.rollouts)} answers and ended after {written}")
         return accepted

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from bbopd.data.rejected import Rejection
+from bbopd.data.streams import each
 from bbopd.pipeline.state import RunState
 from bbopd.teachers.budget import Spending
 from bbopd.trainer.step import Gradients, StepMetrics
@@ -96,8 +97,8 @@ class Parts:
     ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``overlaps`` says that the engine writes
     while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
     another. ``agreement`` checks such an engine. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
-    chooses them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and
-    more, in this session.
+    chooses them; ``write_labels`` gives labelled sequences the teacher's own answers, where it writes them. ``spending`` is that on a
+    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session.
     """
 
     trainer: Trains
@@ -109,6 +110,7 @@ class Parts:
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
     choose: Callable[[Sequence[Rollout]], list[Rollout]] | None = None
+    write_labels: Scores | None = None
     spending: Callable[[], Spending] | None = None
     cache_counts: Mapping[str, int] | None = None
     by_group: bool = False
@@ -123,3 +125,10 @@ class Parts:
         if cancelled is not None:
             raise cancelled
         return chosen
+
+    async def with_labels(self, labelled: Sequence[Rollout]) -> list[Rollout]:
+        """``labelled`` as they shall be trained on, in their order."""
+        if self.write_labels is None or not labelled:
+            return list(labelled)
+        answers = self.write_labels.score(each(labelled), SignalSpec("text"))
+        return sorted([answer.rollout async for answer in answers], key=lambda rollout: rollout.draw)

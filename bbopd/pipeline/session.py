@@ -119,7 +119,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         want = objective.signal(config.teacher) if teacher is not None else None
         rows = model.get_input_embeddings().weight.shape[0]
         vocab_size = used_vocabulary(tokenizer, rows)
-        measured = asked = kept = choose = None
+        measured = asked = kept = choose = write_labels = None
         if teacher is not None:
             if want is not None:
                 objective.check(teacher.info, want)
@@ -143,6 +143,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             elif want is not None:
                 choose = candidate_chooser(config, model, dtype, vocab_size)
                 await compare_replicas(teacher, config, prompts, want, progress, choose)
+                if config.teacher_writes:
+                    write_labels = writing_teacher(config, asked, tokenizer, shares_ids=True)
 
         trainer = Trainer(
             model,
@@ -207,6 +209,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 save=save,
                 agreement=agreement_check(config, model, dtype),
                 choose=choose,
+                write_labels=write_labels,
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
                 overlaps=overlaps,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bbopd.config import CacheConfig, RunConfig, TeacherConfig
 from bbopd.data.prompts import PromptSet
-from bbopd.errors import ConfigError
+from bbopd.errors import ConfigError, TeacherError
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.texts import texts_to_compare
@@ -120,6 +120,8 @@ def remembering(
 
 def writing_teacher(config: RunConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, *, shares_ids: bool) -> WritingTeacher:
     """``teacher`` as it is heard at level ``text``. Raises `TeacherError` where it can be asked in no tokens but its own."""
+    if teacher.info.offer("text") is None:
+        raise TeacherError(f"teacher {teacher.info.model} does not offer text, so it writes no labels: set teacher.writes_labels=false")
     answers = config.teacher.answers
     sampling = Sampling(
         answers.max_new_tokens, temperature=answers.temperature, top_p=answers.top_p, top_k=answers.top_k, seed=config.train.seed

@@ -34,16 +34,15 @@ def read_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Promp
 
 def prompts_to_label(config: RunConfig, prompts: PromptSet, eos_token_id: int) -> list[Prompt]:
     """The prompts to train on; where the teacher writes all labels, each has a place for one, whether or not an answer is known."""
-    if config.objective.name != "seqkd":
+    if not config.teacher_writes:
         return prompts.train
     return [replace(prompt, reference_ids=(eos_token_id,)) for prompt in prompts.train]
 
 
 def check_labels(config: RunConfig, prompts: PromptSet) -> None:
-    if config.objective.name == "seqkd":
+    if config.teacher_writes:
         return
-    labelled = config.rollouts.per_update - config.rollouts_per_cycle
-    if (labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
+    if (config.most_labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
         raise DataError(
             f"rollouts.on_policy_fraction {config.rollouts.on_policy_fraction} and train.cold_start_tokens "
             f"{config.train.cold_start_tokens} ask for labelled sequences, but no prompt has a known continuation: "

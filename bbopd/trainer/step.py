@@ -18,6 +18,7 @@ from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import TrainingError
 from bbopd.modeling import output_head, packed_attention, packed_hidden, to_device
 from bbopd.objectives import Objective
+from bbopd.objectives.base import Scheduled
 from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss
@@ -192,7 +193,7 @@ class Trainer:
         with packed_attention(self.model):
             with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
                 hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
-                result = self.objective.loss(
+                result = self._objective_now().loss(
                     hidden_PD[batch.target_rows],
                     self.head.weight_VD.to(self.compute_dtype),  # as autocast would; the gradient reaches the float32 master
                     batch,
@@ -206,6 +207,11 @@ class Trainer:
                 )
             result.loss.backward()
         return result
+
+    def _objective_now(self) -> Objective:
+        if not isinstance(self.objective, Scheduled):
+            return self.objective
+        return self.objective.at(self.steps_done / max(1, self.planned_steps - 1))
 
     def _finite(self, loss: Tensor, grad_norm: Tensor) -> float:
         for what, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):

@@ -1,0 +1,127 @@
+"""One divergence on labelled sequences, another on the student's own, each with a weight and a skew that may change over the run.
+
+Its defaults are DistiLLM-2's two terms (Ko et al., 2503.07067, section 3): skew forward KL where the teacher wrote, which raises what the
+teacher holds likely, and skew reverse KL where the student wrote, which lowers what it does not.
+
+Shape suffixes: ``N`` rows of a batch that predict a response token, ``n`` those of one side, ``D`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bbopd.config import ObjectiveConfig, SideConfig, TeacherConfig, value_at
+from bbopd.objectives.token_level import NEEDS, TokenLevel
+from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec, TeacherInfo
+
+_MEANS = ("teacher_tail_mass", "tail_share")  # over the tokens with a signal; what else the op tells are counts
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """``ce_weight * CE + kd_weight * T^2 * KD``, KD being that of a token's side times the side's weight."""
+
+    config: ObjectiveConfig
+    progress: float = 0.0
+    """Of the run, from 0 to 1."""
+
+    @property
+    def name(self) -> str:
+        return "mixed"
+
+    @property
+    def needs(self) -> tuple[Level, ...]:
+        return tuple(level for level in NEEDS[self.config.labelled.name] if level in NEEDS[self.config.rollouts.name])
+
+    def at(self, progress: float) -> Mixed:
+        """The same with the weights and skews of another time."""
+        return replace(self, progress=progress)
+
+    def signal(self, teacher: TeacherConfig) -> SignalSpec:
+        want, _ = (self._token_level(side).signal(teacher) for side in (self.config.labelled, self.config.rollouts))
+        return want
+
+    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
+        for side in (self.config.labelled, self.config.rollouts):
+            self._token_level(side).check(info, want)
+
+    def loss(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        batch: DistillBatch,
+        *,
+        ce_weight: float,
+        kd_weight: float,
+        normalizer: tuple[float, float] | None,
+        **head: Any,
+    ) -> DistillLoss:
+        is_labelled_N = batch.labels != IGNORE_INDEX
+        signals_N = _signals(batch)
+        if normalizer is None:
+            normalizer = (max(1.0, float(is_labelled_N.sum())), max(1.0, float(signals_N.sum())))
+        loss = hidden_ND.sum() * 0.0  # differentiable where a batch has no row at all
+        ce_N, kd_N = (torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
+        metrics: dict[str, Tensor] = {}
+        for name, side, chosen_N in (("labelled", self.config.labelled, is_labelled_N), ("rollouts", self.config.rollouts, ~is_labelled_N)):
+            rows_n = chosen_N.nonzero()[:, 0]
+            if not len(rows_n):
+                continue
+            weight = value_at(side.weight, self.progress)
+            out = self._token_level(side).loss(
+                hidden_ND[rows_n],
+                weight_VD,
+                _rows(batch, rows_n),
+                ce_weight=ce_weight,
+                kd_weight=kd_weight * weight,
+                normalizer=normalizer,
+                **head,
+            )
+            loss = loss + out.loss
+            ce_N, kd_N = ce_N.to(out.ce).index_copy(0, rows_n, out.ce), kd_N.to(out.kd).index_copy(0, rows_n, out.kd * weight)
+            _add(metrics, out.metrics, signals_N[rows_n].sum() / signals_N.sum().clamp(min=1))
+            metrics[f"kd_{name}"] = (out.kd * weight).sum() / signals_N.sum().clamp(min=1)
+        return DistillLoss(loss=loss, ce=ce_N, kd=kd_N, metrics=metrics)
+
+    def _token_level(self, side: SideConfig) -> TokenLevel:
+        skew = value_at(side.skew, self.progress)
+        return TokenLevel(self.config.model_copy(update={"name": side.name, "beta": side.beta, "skew": skew}))
+
+
+def _signals(batch: DistillBatch) -> Tensor:
+    """The rows [N] bool that carry a signal."""
+    if batch.teacher is None:
+        return torch.zeros_like(batch.labels, dtype=torch.bool)
+    return torch.ones_like(batch.labels, dtype=torch.bool) if batch.teacher.valid is None else batch.teacher.valid
+
+
+def _rows(batch: DistillBatch, rows_n: Tensor) -> DistillBatch:
+    """A part of the rows of a batch, as far as a loss looks at it."""
+    if len(rows_n) == len(batch.labels):
+        return batch
+    return replace(
+        batch,
+        target_rows=batch.target_rows[rows_n],
+        target_ids=batch.target_ids[rows_n],
+        labels=batch.labels[rows_n],
+        token_weight=batch.token_weight[rows_n],
+        teacher=None if batch.teacher is None else _teacher_rows(batch.teacher, rows_n),
+    )
+
+
+def _teacher_rows(teacher: OpTeacher, rows_n: Tensor) -> OpTeacher:
+    """A teacher of those rows; a head, which a full teacher may bring, is of all of them."""
+    tensors = {one.name: getattr(teacher, one.name) for one in fields(teacher) if one.name not in ("weight", "bias")}
+    cut: dict[str, Any] = {name: tensor[rows_n] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return replace(teacher, **cut)
+
+
+def _add(metrics: dict[str, Tensor], more: Mapping[str, Tensor], share: Tensor) -> None:
+    for name, figure in more.items():
+        part = figure * share if name in _MEANS else figure
+        metrics[name] = metrics[name] + part if name in metrics else part
