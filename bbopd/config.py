@@ -6,12 +6,13 @@ What a run needs is checked here, all of it, before anything is loaded or spent;
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from bbopd.config_base import Fraction, Positive, Section, StepsOrFraction
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
+from bbopd.config_student import InitConfig, LoRAConfig, StudentConfig
 from bbopd.config_teacher import (
     AnswersConfig,
     ApiConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "EvalConfig",
     "FiltersConfig",
     "InitConfig",
+    "LoRAConfig",
     "ObjectiveConfig",
     "PricesConfig",
     "PromptSource",
@@ -48,50 +50,6 @@ __all__ = [
     "TrainConfig",
     "resolve_steps",
 ]
-
-
-class InitConfig(Section):
-    """How the student starts."""
-
-    keep_layers: tuple[int, ...] | None = None
-    """Layers of the model to keep, in order; the others are dropped. None keeps all."""
-
-    @field_validator("keep_layers", mode="before")
-    @classmethod
-    def _expand_ranges(cls, value: Any) -> Any:
-        """Accept ``[0, 1, 2]`` or ``"0-11,22-29"``."""
-        if not isinstance(value, str):
-            return value
-        layers: list[int] = []
-        for part in value.split(","):
-            first, _, last = part.strip().partition("-")
-            try:
-                layers.extend(range(int(first), int(last or first) + 1))
-            except ValueError:
-                raise ValueError(f"{part.strip()!r} is neither a layer nor a range such as 0-11") from None
-        return layers
-
-    @field_validator("keep_layers")
-    @classmethod
-    def _check_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or list(value) != sorted(set(value)) or value[0] < 0):
-            raise ValueError("layers must be given in rising order, each once, at least one")
-        return value
-
-
-class StudentConfig(Section):
-    """The model that learns."""
-
-    model: str
-    """Hub id, folder, or a GGUF file."""
-    init: InitConfig = InitConfig()
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights are always float32. ``auto``: bfloat16 where the hardware multiplies it, else float32."""
-    device: str = "auto"
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    activation_checkpointing: bool = False
-    trust_remote_code: bool = False
 
 
 class EngineAgreementConfig(Section):

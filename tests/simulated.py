@@ -194,7 +194,7 @@ class TimedTrainer:
     def seconds_of(self, tokens: int) -> float:
         return self._durations.step + tokens * self._durations.trained_token
 
-    def weights(self) -> Iterator[tuple[str, Any]]:
+    def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Any]]:
         yield from ()
 
 

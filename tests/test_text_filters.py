@@ -10,12 +10,12 @@ import pytest
 from bbopd.config import FiltersConfig
 from bbopd.data.demo_chat import CHAT_PROMPTS
 from bbopd.data.demo_text import demo_topics
-from bbopd.data.extra import need
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.near_duplicates import AcceptedAnswers, NearDuplicates
 from bbopd.data.rejected import Rejection
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import ConfigError, DataError
+from bbopd.extras import need
 from bbopd.types import Prompt, Rollout
 
 OTHER_LANGUAGES = {

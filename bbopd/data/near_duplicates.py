@@ -9,9 +9,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from bbopd.data.extra import need
 from bbopd.data.rejected import Rejection
 from bbopd.errors import DataError
+from bbopd.extras import need
 from bbopd.types import Rollout
 
 _SHINGLE = 8  # characters; any language has them

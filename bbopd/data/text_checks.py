@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import regex
 
 from bbopd.config import FiltersConfig
-from bbopd.data.extra import need
 from bbopd.data.hooks import load_hook
 from bbopd.data.rejected import Rejection
 from bbopd.errors import ConfigError
+from bbopd.extras import need
 from bbopd.types import Rollout
 
 TextCheck: TypeAlias = Callable[[Rollout, str], Rejection | None]

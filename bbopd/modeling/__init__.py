@@ -3,23 +3,30 @@
 from bbopd.modeling.head import OutputHead, output_head
 from bbopd.modeling.layers import keep_layers
 from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
+from bbopd.modeling.lora import adapter_parameters, add_lora, is_adapted, merge_lora, merged_weights, save_adapter
 from bbopd.modeling.packed import can_share_prefixes, packed_attention, packed_hidden
 from bbopd.modeling.placement import to_device
 from bbopd.modeling.vocabulary import chat_template_sha256, token_bytes, tokenizer_sha256, used_vocabulary, vocabulary_sha256
 
 __all__ = [
     "OutputHead",
+    "adapter_parameters",
+    "add_lora",
     "can_share_prefixes",
     "chat_template_sha256",
     "compute_dtype",
+    "is_adapted",
     "keep_layers",
     "load_model",
     "load_tokenizer",
     "max_positions",
+    "merge_lora",
+    "merged_weights",
     "output_head",
     "packed_attention",
     "packed_hidden",
     "resolve_device",
+    "save_adapter",
     "to_device",
     "token_bytes",
     "tokenizer_sha256",

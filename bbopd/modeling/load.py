@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from bbopd.errors import ModelError
+from bbopd.errors import BbopdError, ModelError
 from bbopd.hardware import multiplies_bfloat16
 from bbopd.modeling.layers import keep_layers as prune_layers
+from bbopd.modeling.lora import adapter_base, merge_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,8 @@ def load_model(
     Parameters
     ----------
     source
-        Hub id, folder, or a path that ends in ``.gguf`` (its weights are unpacked to ``dtype``).
+        Hub id, folder, or a path that ends in ``.gguf`` (its weights are unpacked to ``dtype``). A folder with a LoRA adapter in PEFT's
+        format is its base model with the adapter merged in; ``revision`` is then the adapter's own to say.
     device
         ``"auto"`` takes CUDA where there is one.
     attention
@@ -56,6 +58,20 @@ def load_model(
     ModelError
         Not a model, unreadable or incomplete weights, a hub that cannot be reached, an attention that does not fit.
     """
+    if (adapted := adapter_base(source)) is not None:
+        base, base_revision = adapted
+        model = load_model(
+            base,
+            device=device,
+            attention=attention,
+            revision=base_revision,
+            trust_remote_code=trust_remote_code,
+            keep_layers=keep_layers,
+            dtype=dtype,
+        )
+        with _explained(source, "adapter"):
+            merge_adapter(model, Path(source).expanduser())
+        return model.eval()
     where = _locate(source, _WEIGHT_FILES, "weights")
     place = resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **where.options}
@@ -91,6 +107,8 @@ def load_tokenizer(
     ModelError
         There is none, it cannot be read, or the hub cannot be reached.
     """
+    if (adapted := adapter_base(source)) is not None and not _holds(Path(source).expanduser(), _TOKENIZER_FILES):
+        return load_tokenizer(adapted[0], revision=adapted[1], trust_remote_code=trust_remote_code)
     where = _locate(source, _TOKENIZER_FILES, "tokenizer")
     with quiet(), where.muted(), _explained(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(where.name, revision=revision, trust_remote_code=trust_remote_code, **where.options)
@@ -147,11 +165,11 @@ def _locate(source: str | os.PathLike[str], wanted: Sequence[str], what: str) ->
                 raise ModelError(f"{path} does not begin as a GGUF file does: the download was probably cut off; fetch it again")
         return _Location(str(path.parent), {"gguf_file": path.name})
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not _holds(path, ("config.json", "adapter_config.json")):
             raise ModelError(
                 f"{path} is a folder without config.json, so no model: give the folder that save_pretrained wrote, or a .gguf file"
             )
-        if not any(next(path.glob(pattern), None) for pattern in wanted):
+        if not _holds(path, wanted):
             raise ModelError(f"{path} has a config.json but no {what} ({', '.join(wanted)}): copy the missing files into it")
         return _Location(str(path))
     if path.exists():
@@ -159,6 +177,10 @@ def _locate(source: str | os.PathLike[str], wanted: Sequence[str], what: str) ->
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ModelError(f"there is no folder {path}")
     return _Location(text)
+
+
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _choose_attention(wanted: str, place: torch.device, config: Any, source: object) -> str:
@@ -193,7 +215,7 @@ def quiet() -> Iterator[None]:
 def _explained(source: object, what: str) -> Iterator[None]:
     try:
         yield
-    except ModelError:
+    except BbopdError:
         raise
     except Exception as error:  # libraries below raise anything from KeyError to their own Rust errors on a broken file
         reason = " ".join(str(error).split())[:300] or type(error).__name__

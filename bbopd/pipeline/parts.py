@@ -52,7 +52,7 @@ class Trains(Protocol):
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients: ...
     def update(self, gradients: Gradients) -> StepMetrics: ...
-    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class Blocking(Protocol):
@@ -96,7 +96,8 @@ class Parts:
 
     ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``overlaps`` says that the engine writes
     while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
-    another. ``agreement`` checks such an engine. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
+    another. ``shares_weights`` says that the engine writes with the trainer's own tensors, so that a push is no more than the new version.
+    ``agreement`` checks an engine that does not. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
     chooses them; ``write_labels`` gives labelled sequences the teacher's own answers, where it writes them. ``spending`` is that on a
     teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session.
     """
@@ -115,6 +116,7 @@ class Parts:
     cache_counts: Mapping[str, int] | None = None
     by_group: bool = False
     overlaps: bool = False
+    shares_weights: bool = False
     run_blocking: Blocking = at_once
 
     async def with_candidates(self, rollouts: Sequence[Rollout]) -> list[Rollout]:

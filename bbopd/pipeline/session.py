@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from bbopd.data.prompts import PromptSet
 from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, TeacherError
-from bbopd.modeling import compute_dtype, load_tokenizer, used_vocabulary
+from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine
@@ -32,7 +33,7 @@ from bbopd.pipeline.parts import Parts, at_once, in_executor
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
-from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student
+from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
 from bbopd.pipeline.teacher import compare_replicas, open_api, open_budget, remembering, start_teacher, writing_teacher
 from bbopd.pipeline.texts import check_labels, prompts_to_label, read_prompts
 from bbopd.teachers.cache import CachedTeacher
@@ -66,13 +67,22 @@ class Session:
     """Ids that are tokens; what the student's head has beyond them is padding."""
 
     def save_model(self) -> Path:
-        """Write the student in Hugging Face format, tokenizer included, as the run's result; it appears whole or not at all."""
-        folder, unfinished = self.folder.root / "model", self.folder.root / "model.tmp"
+        """Write the student in Hugging Face format, tokenizer included, as the run's result; it appears whole or not at all.
+
+        Adapters are written too, in PEFT's format, and then merged into the student, which is trained no more.
+        """
+        if is_adapted(self.model):
+            self._write("adapter", partial(save_adapter, self.model))
+            merge_lora(self.model)
+        return self._write("model", self.model.save_pretrained)
+
+    def _write(self, name: str, save: Callable[[Path], None]) -> Path:
+        folder, unfinished = self.folder.root / name, self.folder.root / f"{name}.tmp"
         try:
             for old in (unfinished, folder):
                 shutil.rmtree(old, ignore_errors=True)
             with quiet():
-                self.model.save_pretrained(unfinished)
+                save(unfinished)
                 self.tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
         except (OSError, SafetensorError) as error:
@@ -106,6 +116,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             raise
+        if is_adapted(model):
+            progress.note(trained_share(model))
         remote, process = await starting
         budget = open_budget(config.teacher, remote, folder, stack)
         teacher: RemoteTeacher | OpenAITeacher | None = remote
@@ -213,6 +225,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
                 overlaps=overlaps,
+                shares_weights=config.rollouts.engine == "hf",
                 run_blocking=at_once if executor is None else in_executor(executor),
             ),
             state=state,

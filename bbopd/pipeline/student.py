@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from bbopd.config import RunConfig, StudentConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError
-from bbopd.modeling import load_model, max_positions, resolve_device
+from bbopd.modeling import add_lora, load_model, max_positions, resolve_device
+from bbopd.modeling.lora import adapter_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,13 +25,30 @@ def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTr
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    return load_model(
-        config.model,
+    source, revision, adapter = config.model, config.revision, None
+    if config.lora is not None and (adapted := adapter_base(config.model)) is not None:
+        (source, revision), adapter = adapted, Path(config.model).expanduser()
+    model = load_model(
+        source,
         device=str(resolve_device(config.device)),
         attention=config.attention,
-        revision=config.revision,
+        revision=revision,
         trust_remote_code=config.trust_remote_code,
         keep_layers=config.init.keep_layers,
+    )
+    if config.lora is not None:
+        add_lora(model, config.lora, base=source, adapter=adapter)
+    return model
+
+
+def trained_share(model: PreTrainedModel) -> str:
+    """How much of a student with adapters is trained, and what that leaves to be held beside the weights, for a person to read."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters()) - trained
+    beside = 3 * 4  # bytes of a parameter's gradient and two moments, float32
+    return (
+        f"LoRA: {trained:,} parameters are trained beside {whole:,} frozen ones ({trained / whole:.2%}); gradients and optimizer hold "
+        f"{trained * beside / 1e6:,.1f} MB, where full training holds {whole * beside / 1e6:,.1f} MB"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from bbopd.data.streams import each
 from bbopd.pipeline.parts import Parts, to_the_end
@@ -23,7 +25,7 @@ class Weights:
         self.figures: dict[str, float] = {}
 
     async def push(self, version: int) -> None:
-        """Give the engine the weights as they are now, unless it has them.
+        """Give the engine the weights as they are now, unless it has them: all of them the first time, then what may have changed.
 
         A push that has begun is finished even where this task is cancelled: an engine with half of it would be of no more use.
         """
@@ -31,11 +33,16 @@ class Weights:
             return
         with self._timeline.activity("sampling", is_behind=self._parts.overlaps, span="push of weights", version=version):
             started = self._timeline.clock()
-            _, cancelled = await to_the_end(self._parts.engine.load_weights(self._parts.trainer.weights(), version))
+            _, cancelled = await to_the_end(self._parts.engine.load_weights(self._changed(), version))
             self.figures["push_seconds"] = round(self._timeline.clock() - started, 4)
         self._pushed = version
         if cancelled is not None:
             raise cancelled
+
+    def _changed(self) -> Iterable[tuple[str, Tensor]]:
+        if self._parts.shares_weights:
+            return ()
+        return self._parts.trainer.weights(changed_only=self._pushed is not None)
 
     async def probe(self, prompts: Sequence[Prompt], sampling: Sampling, *, tokens: int) -> list[Rollout]:
         """The beginnings of answers to a few ``prompts``, ``tokens`` in all, for `check`; none where these weights have been probed.

@@ -170,6 +170,8 @@ class VLLMEngine:
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Put ``weights`` (names and shapes of the Hugging Face model, a tied one once) into the engine and call them ``version``.
 
+        The first call gives all of them; a later one may leave out what has not changed, but not one of several that vLLM keeps as one
+        (queries, keys and values).
         Waits for the rollouts being written, so that each is of one version; forgets the prompts that were read with the old weights.
 
         Raises

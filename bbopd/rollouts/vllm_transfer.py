@@ -56,9 +56,10 @@ class WindowTransferEngine(WeightTransferEngine[WindowInitInfo, WindowUpdateInfo
             assert init_info.cuda is not None
             self._memory = _rebuild_cuda(init_info.cuda, self.device)
         self._missing: set[str] = set()
+        self._is_filled = False  # a later push may leave out layers that have not changed: a reload puts back what they had
 
     def start_weight_update(self) -> None:
-        self._missing = {name for name, _ in self.model.named_parameters()}
+        self._missing = set() if self._is_filled else {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: WindowUpdateInfo) -> None:
@@ -73,6 +74,7 @@ class WindowTransferEngine(WeightTransferEngine[WindowInitInfo, WindowUpdateInfo
             raise ValueError(f"the push left out {len(self._missing)} parameters of the engine's model, such as {min(self._missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied(self.model)
+        self._is_filled = True
 
     def shutdown(self) -> None:
         pass

@@ -4,7 +4,7 @@ Layout, below the root of a run's checkpoints::
 
     latest                      one line: the folder to resume from
     step-00000100/
-        model/                  Hugging Face format, with the tokenizer
+        model/                  Hugging Face format, or PEFT's where adapters are trained, with the tokenizer
         optimizer.safetensors   AdamW moments, keys ``<moment>/<parameter name>``
         <name>.safetensors      what else a run trains or keeps beside the model
         state.json              the caller's counters, and the random number generators
@@ -34,6 +34,7 @@ from torch import Tensor
 from bbopd.errors import CheckpointError
 from bbopd.modeling.load import quiet
 from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors
+from bbopd.trainer.stored import model_bytes, read_model, stored_bytes, stored_tensors, write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def save_checkpoint(
     with _explained(root):
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
-        needed = _weight_bytes(model) + _moment_bytes(optimizer) + _SPARE_BYTES
+        needed = stored_bytes(model) + _moment_bytes(optimizer) + _SPARE_BYTES
         needed += sum(tensor.nbytes for tensors in (beside or {}).values() for tensor in tensors.values())
         if (free := shutil.disk_usage(root).free) < needed:
             raise CheckpointError(
@@ -88,8 +89,8 @@ def save_checkpoint(
     aside = root / f"{_ASIDE}{folder.name}"
     with _explained(root, aside):
         aside.mkdir()
+        write_model(model, aside / "model")
         with quiet():
-            model.save_pretrained(aside / "model")
             tokenizer.save_pretrained(aside / "model")
         save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         for name, tensors in (beside or {}).items():
@@ -111,8 +112,9 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int 
     """Refuse a run whose checkpoints will not fit on the disk, before anything is spent on it.
 
     Asked for is room for ``keep`` checkpoints and the one being written beside them, each of the weights, two AdamW moments of what is
-    trained, ``beside`` bytes of other models, and some MiB for the rest; those already below ``root`` have their room. Nothing is written,
-    and ``root`` need not exist.
+    trained, ``beside`` bytes of other models, and some MiB for the rest; those already below ``root`` have their room. The model at the end
+    has that of the checkpoint being written, and more where checkpoints hold adapters alone. Nothing is written, and ``root`` need not
+    exist.
 
     Raises
     ------
@@ -120,15 +122,17 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int 
         Too little free space, or none to be asked about.
     """
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    one = _weight_bytes(model) + moments + beside + _SPARE_BYTES
+    one = stored_bytes(model) + moments + beside + _SPARE_BYTES
     with _explained(root):
         folders = max(1, keep + 1 - len(_checkpoints(root)))
         disk = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free = shutil.disk_usage(disk).free
-    if free < folders * one:
+    needed = folders * one + max(0, model_bytes(model) - one)
+    if free < needed:
         raise CheckpointError(
             f"the disk of {root} has {free:,} bytes free, and {folders} more checkpoints of {one:,} bytes (train.keep_checkpoints {keep}, "
-            f"and one being written) need {folders * one:,}: free some space, lower train.keep_checkpoints, or set output to another disk"
+            f"and one being written), and the model at the end, need {needed:,}: free some space, lower train.keep_checkpoints, "
+            "or set output to another disk"
         )
 
 
@@ -143,12 +147,11 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     _verify(folder)
     try:
         saved = json.loads((folder / "state.json").read_text())
-        with quiet():
-            source = type(model).from_pretrained(folder / "model", dtype=model.dtype).state_dict()
+        source = read_model(model, folder / "model")
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); {_way_out(folder)}") from error
-    target = model.state_dict()
+    target = stored_tensors(model)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     recorded = {key.partition("/")[2] for key in moments}
     if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in target.items()} or not recorded <= names:
@@ -288,11 +291,6 @@ def _way_out(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------- contents
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    """Those of every parameter and buffer; a tied weight counts once, as it is written."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _moment_bytes(optimizer: torch.optim.Optimizer) -> int:

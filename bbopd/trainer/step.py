@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import TrainingError
-from bbopd.modeling import output_head, packed_attention, packed_hidden, to_device
+from bbopd.modeling import merged_weights, output_head, packed_attention, packed_hidden, to_device
 from bbopd.objectives import Objective
 from bbopd.objectives.base import Scheduled
 from bbopd.trainer.optimizer import build_optimizer
@@ -183,10 +183,12 @@ class Trainer:
             more={name: figure.item() for name, figure in gradients.more.items()},
         )
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and float32 tensors of the model as they are now, for a rollout engine; a tied weight comes once."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+    def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Names and float32 tensors of the model as they are now, for a rollout engine; a tied weight comes once.
+
+        Adapters come merged into their matrices, each made when its turn comes. ``changed_only`` leaves out what was frozen all along.
+        """
+        return merged_weights(self.model, changed_only=changed_only)
 
     def _backward(self, batch: DistillBatch, ce_weight: float, kd_weight: float, normalizer: tuple[float, float]) -> DistillLoss:
         device_type = self.model.device.type
