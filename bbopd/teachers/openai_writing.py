@@ -108,7 +108,7 @@ class Writer:
         if len(ids) > sampling.max_new_tokens:
             if "token_ids" in choice:
                 raise ValueError(f"it has {len(ids)} tokens, asked were at most {sampling.max_new_tokens}")
-            ids, is_whole = ids[: sampling.max_new_tokens], False  # the student's tokens are not the teacher's
+            ids = ids[: sampling.max_new_tokens]  # the student's tokens are not the teacher's, whose limit it kept to: the text is whole
         finish: FinishReason = "stop" if is_whole else "length"
         return Completion(prompt, ids, text, finish)
 
