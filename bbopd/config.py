@@ -93,6 +93,7 @@ class RolloutsConfig(Section):
     """
 
 
+ClipSide = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Skew = Annotated[float, Field(gt=0, lt=1)]
 
@@ -116,9 +117,10 @@ def value_at(value: float | tuple[float, float], progress: float) -> float:
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["mixed", "sft", "seqkd"] = "forward_kl"
+    name: Divergence | Literal["mixed", "sft", "seqkd", "verbal"] = "forward_kl"
     """A divergence; ``mixed``, one on labelled sequences and another on rollouts; or cross-entropy alone: ``sft`` on labelled text, without
-    a teacher, ``seqkd`` on answers that the teacher writes."""
+    a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy gradient on grades that the teacher gives to the
+    student's answers."""
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
@@ -130,6 +132,10 @@ class ObjectiveConfig(Section):
     t2_scaling: bool = True
     beta: Fraction = 0.5
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    clip: ClipSide | tuple[ClipSide, Annotated[float, Field(gt=0)]] | None = 0.2
+    """Of a policy gradient: how far the importance ratio may leave 1 before it stops counting, or ``[below, above]``. None: any way."""
+    divide_by_std: bool = True
+    """Where answers are judged: divide advantages by the standard deviation of their group's rewards (GRPO), or not (Dr. GRPO)."""
     ramp: StepsOrFraction = 0.1
     """Steps, or share of the run, over which the ramp rises."""
     ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
@@ -156,9 +162,19 @@ class ObjectiveConfig(Section):
         return any(getattr(self, name) != type(self).model_fields[name].default for name in names)
 
     @property
+    def judges_groups(self) -> bool:
+        """Whether the answers to one prompt are judged beside each other."""
+        return self.name == "verbal"
+
+    @property
     def is_cross_entropy(self) -> bool:
         """Whether there is no signal on tokens, hence no KD and no rollouts."""
         return self.name in ("sft", "seqkd")
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """How far below and above 1 an importance ratio may lie."""
+        return (self.clip, self.clip) if isinstance(self.clip, float) else self.clip
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -230,12 +246,16 @@ class RunConfig(Section):
         objective, train, rollouts = self.objective, self.train, self.rollouts
         if objective.name != "sft" and self.teacher.signal == "none":
             raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target or teacher.serve")
-        if (objective.name == "seqkd") != (self.teacher.signal == "text") and objective.name != "sft":
+        if (objective.name in ("seqkd", "verbal")) != (self.teacher.signal == "text") and objective.name != "sft":
             raise ValueError(
-                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd learns from what the teacher writes "
-                "(text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
+                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd and verbal learn from what the teacher "
+                "writes (text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
                 "teacher.signal=text, or neither of them"
             )
+        self._answers_are_used()
+        if objective.judges_groups:
+            self._samples_as_the_objective_says()
+            self._groups_are_whole()
         if self.teacher.signal in ("candidates", "topk") and objective.name != "sft" and objective.temperature != 1.0:
             raise ValueError(
                 f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
@@ -272,6 +292,54 @@ class RunConfig(Section):
                     "raise train.on_policy_tokens, or give it as a fraction of the run (0.1)"
                 )
         return self
+
+    def _answers_are_used(self) -> None:
+        """A rubric has a use, as has the choice among several answers."""
+        objective, answers, grading = self.objective, self.teacher.answers, self.teacher.grading
+        if answers.best_by is not None and objective.name != "seqkd":
+            raise ValueError(
+                f"teacher.answers.best_by {answers.best_by} chooses among the teacher's answers, from which objective.name "
+                f"{objective.name} does not learn: leave it out, or set objective.name=seqkd"
+            )
+        if objective.judges_groups and self.teacher.writes_labels:
+            raise ValueError(f"teacher.writes_labels: for objective.name {objective.name} the teacher grades answers and writes none")
+        if (objective.name == "verbal" or answers.best_by == "grade") != (grading is not None):
+            raise ValueError(
+                f"objective.name {objective.name} with{'out' if grading is None else ''} teacher.grading: a rubric belongs to "
+                "objective.name=verbal and to teacher.answers.best_by=grade, and these need one"
+            )
+
+    def _groups_are_whole(self) -> None:
+        """Answers to one prompt can be judged beside each other."""
+        objective, rollouts = self.objective, self.rollouts
+        if isinstance(rollouts.on_policy_fraction, tuple):
+            raise ValueError(
+                f"objective {objective.name} needs whole groups in every cycle: set rollouts.on_policy_fraction, which goes from "
+                f"{rollouts.on_policy_fraction[0]:g} to {rollouts.on_policy_fraction[1]:g}, to one number"
+            )
+        if rollouts.samples_per_prompt < 2 or self.rollouts_per_cycle % rollouts.samples_per_prompt:
+            raise ValueError(
+                f"objective {objective.name} compares the answers to one prompt: rollouts.samples_per_prompt {rollouts.samples_per_prompt} "
+                f"must be 2 or more, and a divisor of the {self.rollouts_per_cycle} rollouts of an update cycle (rollouts.per_update x "
+                "on_policy_fraction)"
+            )
+
+    def _samples_as_the_objective_says(self) -> None:
+        """A policy gradient is one of the distribution that was sampled from."""
+        objective, rollouts = self.objective, self.rollouts
+        if not self.writes_rollouts:
+            raise ValueError(f"objective.name {objective.name} learns from rollouts alone: set rollouts.on_policy_fraction above 0")
+        if rollouts.top_p < 1.0 or rollouts.top_k:
+            raise ValueError(
+                f"objective.name {objective.name} with rollouts.top_p {rollouts.top_p} and top_k {rollouts.top_k}: tokens cut off by them "
+                "have no probability, so that the gradient would be of another distribution; set top_p=1 and top_k=0"
+            )
+        if rollouts.temperature != objective.temperature:
+            raise ValueError(
+                f"objective.name {objective.name} at objective.temperature {objective.temperature} with rollouts.temperature "
+                f"{rollouts.temperature}: the gradient holds for tokens sampled at the objective's own temperature; set both to the same, "
+                "objective.temperature=1 and rollouts.temperature=1 say"
+            )
 
     @property
     def writes_rollouts(self) -> bool:

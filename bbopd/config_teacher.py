@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bbopd.config_base import Fraction, Positive, Section
+from bbopd.config_grading import GradingConfig
 from bbopd.types import Level
 
 _API_SCHEMES = ("openai://", "https://")
@@ -134,7 +135,7 @@ class BudgetConfig(Section):
 
 
 class AnswersConfig(Section):
-    """How a teacher writes its own answers; each prompt has one, the same whenever it comes again."""
+    """How a teacher writes its own answers, or grades; a prompt is learned with one, the same whenever it comes again."""
 
     max_new_tokens: Positive = 256
     """Of the teacher's tokens."""
@@ -142,6 +143,21 @@ class AnswersConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """1 is greedy."""
+    samples: Positive = 1
+    """Answers to each prompt, of which the best by ``best_by`` is kept (rejection sampling)."""
+    best_by: Annotated[str, Field(pattern=r"^(student|teacher|grade|.+:.+)$")] | None = None
+    """What is best: the mean logprob of a token to the ``student`` or to the ``teacher``; the ``grade`` that the teacher gives by
+    ``teacher.grading``; or a score of your own, ``module:function`` or ``path.py:function``, of (prompt, text): a number, or None."""
+    min_score: float | None = None
+    """A prompt whose best answer has less is rejected, with the reason ``low_score``."""
+
+    @model_validator(mode="after")
+    def _has_a_measure(self) -> AnswersConfig:
+        if (self.samples > 1 or self.min_score is not None) and self.best_by is None:
+            raise ValueError(f"samples {self.samples} and min_score {self.min_score} need best_by, what answers are compared by")
+        if self.samples > 1 and self.top_k == 1:
+            raise ValueError(f"samples {self.samples} with top_k 1 would be the same answer each time: set top_k to 0, or samples to 1")
+        return self
 
 
 class TeacherConfig(Section):
@@ -174,6 +190,8 @@ class TeacherConfig(Section):
     """Labelled sequences are answers that the teacher writes, scored like any other, in place of the data's own continuations."""
     answers: AnswersConfig = AnswersConfig()
     """How the teacher writes them, and those of ``signal: text``."""
+    grading: GradingConfig | None = None
+    """How the teacher grades the student's answers, for ``objective.name: verbal``."""
     topk: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids a token, where ``signal`` is topk or candidates. Giving it alone selects ``signal: topk``."""
     timeout: Annotated[float, Field(gt=0)] = 300.0

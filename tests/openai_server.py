@@ -48,6 +48,7 @@ class OpenAIServer:
     ways : which ways of scoring it knows.
     max_top_k : more is refused with 400.
     key : what a request must bring.
+    grade : what chat is answered, from its messages; None: what the backend writes.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class OpenAIServer:
         ways: Collection[str] = (VLLM,),
         max_top_k: int = 20,
         key: str | None = None,
+        grade: Callable[[list[dict[str, str]]], str] | None = None,
     ) -> None:
         self.spoil: Spoiler | None = None
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -69,6 +71,7 @@ class OpenAIServer:
         self.most_at_once = 0
         self._backend, self._decode, self._encode = backend, decode, encode
         self._ways, self._max_top_k, self._key = ways, max_top_k, key
+        self._grade = grade
 
     @asynccontextmanager
     async def serving(self, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
@@ -141,6 +144,10 @@ class OpenAIServer:
             return self._completion(body)
         if path == "/generate" and SGLANG in self._ways:
             return self._sglang(body)
+        if path == "/v1/chat/completions" and self._grade is not None:
+            text, words = self._grade(body["messages"]), sum(len(message["content"].split()) for message in body["messages"])
+            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            return Reply(body={"choices": [choice], "usage": {"prompt_tokens": words, "completion_tokens": len(text.split())}})
         if path == "/v1/chat/completions" and self._encode is not None:
             longest = body.get("max_completion_tokens") or body["max_tokens"]
             written = self._write(self._encode(body["messages"][-1]["content"]), body, longest)

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,17 @@ from bbopd.errors import TeacherError
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.parts import Scores
+from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.student import end_of_answer_ids
-from bbopd.pipeline.teacher import writing_teacher
+from bbopd.pipeline.teacher import text_teacher, writing_teacher
 from bbopd.pipeline.texts import prompts_to_label
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import answer_bytes
+from bbopd.teachers.grades import render
 from bbopd.trainer.checkpoint import require_space
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
+from bbopd.types import Prompt, Rollout, Sampling, ScoredRollout, SignalSpec
 
 __all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
 
@@ -83,8 +86,9 @@ def _bytes_per_token(setup: SetUp) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Tokens of a whole run: those that the student writes, all responses, and all sequences with their prompts."""
+    """Of a whole run: the student's answers and their tokens, those of all responses, and of all sequences with their prompts."""
 
+    answers: float
     written_tokens: float
     response_tokens: float
     sequence_tokens: float
@@ -111,7 +115,8 @@ def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> For
     share = 1.0
     if train.total_steps is not None:  # the other limit: whichever is reached first
         share = min(1.0, train.total_steps * train.batch_tokens / max(1.0, written + known))
-    return Forecast(share * written, share * (written + known), share * (written + known + answers * prompt + references * labelled_prompt))
+    sequences = written + known + answers * prompt + references * labelled_prompt
+    return Forecast(share * answers, share * written, share * (written + known), share * sequences)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -188,8 +193,14 @@ def _money(setup: SetUp, total: Forecast) -> tuple[float, str]:
     prompt, answer, currency = info.price_per_million_tokens, info.price_per_million_tokens, info.currency
     if prices is not None:
         prompt, answer, currency = prices.prompt, prices.answer, prices.currency
+    grading = setup.config.teacher.grading
+    if grading is not None and setup.config.objective.judges_groups:
+        assert setup.tokenizer is not None
+        asked = len(setup.tokenizer(render(grading, "", "", None))["input_ids"])
+        read, replies = total.sequence_tokens + total.answers * asked, total.answers * setup.config.teacher.answers.max_new_tokens
+        return (read * prompt + replies * answer) / 1e6, currency
     written = total.response_tokens if setup.config.teacher.signal == "text" else 0.0
-    return ((total.sequence_tokens - written) * prompt + written * answer) / 1e6, currency
+    return ((total.sequence_tokens - written) * prompt + written * answer) * setup.config.teacher.answers.samples / 1e6, currency
 
 
 async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
@@ -208,18 +219,29 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
             known = [scored.rollout async for scored in writer.score(each(known), SignalSpec("text"))]
         items.extend(known)
     if setup.teacher is not None and setup.want is not None and setup.has_room:
-        asked = setup.teacher
+        asked: Scores = setup.teacher
         if setup.want.level == "text":
             assert setup.tokenizer is not None
-            asked = writing_teacher(config, setup.teacher, setup.tokenizer, shares_ids=setup.vocab_size is not None)
+            assert setup.model is not None
+            assert setup.compute_dtype is not None
+            heard = text_teacher(
+                config,
+                setup.teacher,
+                setup.tokenizer,
+                shares_ids=setup.vocab_size is not None,
+                model=setup.model,
+                compute_dtype=setup.compute_dtype,
+                vocab_size=setup.vocab_size,
+            )
+            asked = heard.scores
         questions = [item for item in items if isinstance(item, Rollout)]
         choose = setup.chooser()
         questions = questions if choose is None else choose(questions)
         started = time.perf_counter()
         answers = asked.score(each(questions), setup.want)
-        items = [scored async for scored in answers]
+        items = [scored async for scored in answers if isinstance(scored, ScoredRollout)]
         measured.scoring = (sum(len(scored.rollout) for scored in items if not isinstance(scored, Rollout)), time.perf_counter() - started)
-    if setup.want is not None and setup.want.level == "text" and items:
+    if setup.want is not None and setup.want.level == "text" and items and not config.writes_rollouts:
         measured.answer_tokens = _mean([len(rollout_of(item)) for item in items])
     if items:
         measured.training = await asyncio.to_thread(_train, setup, trainer, items)
@@ -237,12 +259,16 @@ async def _write(setup: SetUp, measured: _Measured) -> list[Rollout]:
     )
     longest = min(rollouts.max_new_tokens, _PROBE_TOKENS)
     sampling = Sampling(longest, temperature=rollouts.temperature, top_p=rollouts.top_p, top_k=rollouts.top_k, seed=setup.config.train.seed)
-    questions = setup.prompts.train[: min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle)]
+    by_group = setup.config.objective.judges_groups
+    samples = rollouts.samples_per_prompt if by_group else 1
+    distinct = setup.prompts.train[: max(1, min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle) // samples)]
+    questions = [prompt for prompt in distinct for _ in range(samples)]
+    groups = PromptGroups(questions, by_group=by_group)
     started = time.perf_counter()
     written = [rollout async for rollout in engine.generate(each(questions), sampling)]
     measured.sampling = (sum(map(len, written)), time.perf_counter() - started)
     measured.answer_tokens = _mean([rollouts.max_new_tokens if one.finish_reason == "length" else len(one) for one in written])
-    return [replace(rollout, draw=number) for number, rollout in enumerate(written)]
+    return [ready for rollout in written for ready in groups.accept(rollout)]
 
 
 def _train(setup: SetUp, trainer: Trainer, items: list[Item]) -> tuple[int, float]:

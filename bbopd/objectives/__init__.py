@@ -10,6 +10,7 @@ from bbopd.objectives.mixed import Mixed
 from bbopd.objectives.seqkd import SeqKD
 from bbopd.objectives.sft import Sft
 from bbopd.objectives.token_level import NEEDS, TokenLevel
+from bbopd.objectives.verbal import Verbal
 
 __all__ = ["OBJECTIVES", "Objective", "make_objective"]
 
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
     "mixed": Mixed,
     "sft": Sft,
     "seqkd": SeqKD,
+    "verbal": Verbal,
 }
 """By the name in ``objective.name``."""
 

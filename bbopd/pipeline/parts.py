@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -99,7 +99,8 @@ class Parts:
     another. ``shares_weights`` says that the engine writes with the trainer's own tensors, so that a push is no more than the new version.
     ``agreement`` checks an engine that does not. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
     chooses them; ``write_labels`` gives labelled sequences the teacher's own answers, where it writes them. ``spending`` is that on a
-    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session.
+    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session; ``answer_counts``
+    of one whose text is read: what became of it.
     """
 
     trainer: Trains
@@ -114,6 +115,7 @@ class Parts:
     write_labels: Scores | None = None
     spending: Callable[[], Spending] | None = None
     cache_counts: Mapping[str, int] | None = None
+    answer_counts: Mapping[str, int] = field(default_factory=dict)
     by_group: bool = False
     overlaps: bool = False
     shares_weights: bool = False

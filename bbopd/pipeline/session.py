@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from bbopd.objectives import make_objective
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
-from bbopd.pipeline.parts import Parts, at_once, in_executor
+from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
-from bbopd.pipeline.teacher import compare_replicas, open_api, open_budget, remembering, start_teacher, writing_teacher
+from bbopd.pipeline.teacher import compare_replicas, open_api, open_budget, remembering, start_teacher, text_teacher, writing_teacher
 from bbopd.pipeline.texts import check_labels, prompts_to_label, read_prompts
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
@@ -132,6 +132,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         rows = model.get_input_embeddings().weight.shape[0]
         vocab_size = used_vocabulary(tokenizer, rows)
         measured = asked = kept = choose = write_labels = None
+        scores: Scores | None = None
+        answer_counts: Mapping[str, int] = {}
         if teacher is not None:
             if want is not None:
                 objective.check(teacher.info, want)
@@ -150,8 +152,18 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 measured = asked = fitted(asked, vocab_size)
                 longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
                 check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
+            scores = asked
             if want is not None and want.level == "text":
-                asked = writing_teacher(config, asked, tokenizer, shares_ids=measured is not None)
+                heard = text_teacher(
+                    config,
+                    asked,
+                    tokenizer,
+                    shares_ids=measured is not None,
+                    model=model,
+                    compute_dtype=dtype,
+                    vocab_size=vocab_size,
+                )
+                scores, answer_counts = heard.scores, heard.counters
             elif want is not None:
                 choose = candidate_chooser(config, model, dtype, vocab_size)
                 await compare_replicas(teacher, config, prompts, want, progress, choose)
@@ -216,7 +228,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                     world_size=config.data.world_size,
                 ),
                 gate=gate,
-                teacher=asked,
+                teacher=scores,
                 want=want,
                 save=save,
                 agreement=agreement_check(config, model, dtype),
@@ -224,6 +236,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 write_labels=write_labels,
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
+                answer_counts=answer_counts,
+                by_group=config.objective.judges_groups,
                 overlaps=overlaps,
                 shares_weights=config.rollouts.engine == "hf",
                 run_blocking=at_once if executor is None else in_executor(executor),

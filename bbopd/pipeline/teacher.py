@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bbopd.config import CacheConfig, RunConfig, TeacherConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError, TeacherError
+from bbopd.pipeline.answer_scores import grades, own_score, student_logprob
 from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.parts import Scores
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.rewards import GroupRewards
 from bbopd.pipeline.texts import texts_to_compare
 from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.budget import Budget, Prices
 from bbopd.teachers.cache import CachedTeacher
+from bbopd.teachers.chosen import ChoosingTeacher, teacher_logprob
 from bbopd.teachers.paid import PaidTeacher
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
+from bbopd.teachers.verbal import VerbalJudge
 from bbopd.teachers.written import WritingTeacher
-from bbopd.types import Sampling, SignalSpec, Teacher
+from bbopd.types import Judge, Sampling, SignalSpec, Teacher
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.teachers.openai import OpenAITeacher
@@ -122,11 +131,68 @@ def writing_teacher(config: RunConfig, teacher: Teacher, tokenizer: PreTrainedTo
     """``teacher`` as it is heard at level ``text``. Raises `TeacherError` where it can be asked in no tokens but its own."""
     if teacher.info.offer("text") is None:
         raise TeacherError(f"teacher {teacher.info.model} does not offer text, so it writes no labels: set teacher.writes_labels=false")
+    return WritingTeacher(teacher, tokenizer, _sampling(config), max_seq_len=config.train.max_seq_len, shares_ids=shares_ids)
+
+
+def _sampling(config: RunConfig) -> Sampling:
     answers = config.teacher.answers
-    sampling = Sampling(
+    return Sampling(
         answers.max_new_tokens, temperature=answers.temperature, top_p=answers.top_p, top_k=answers.top_k, seed=config.train.seed
     )
-    return WritingTeacher(teacher, tokenizer, sampling, max_seq_len=config.train.max_seq_len, shares_ids=shares_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TextTeacher:
+    """A teacher as it is heard at level ``text``, and ``counters`` of what became of its replies."""
+
+    scores: Scores
+    counters: Mapping[str, int]
+
+
+def text_teacher(
+    config: RunConfig,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shares_ids: bool,
+    model: PreTrainedModel,
+    compute_dtype: torch.dtype,
+    vocab_size: int | None,
+) -> TextTeacher:
+    """``teacher`` as the objective hears its text.
+
+    Parameters
+    ----------
+    shares_ids : teacher and student number the same tokens alike.
+    model, compute_dtype, vocab_size : the student, which may be asked what it thinks of the teacher's answers.
+
+    Raises
+    ------
+    ConfigError : `teacher.answers.best_by` names no function.
+    TeacherError : it can be asked in no tokens but its own, or takes no messages where it shall grade.
+    """
+    answers, grading = config.teacher.answers, config.teacher.grading
+    judge = None if grading is None else VerbalJudge(teacher, tokenizer, grading, _sampling(config))
+    if judge is not None and config.objective.judges_groups:
+        return TextTeacher(group_rewards(config, judge), judge.counters)
+    writing = writing_teacher(config, teacher, tokenizer, shares_ids=shares_ids)
+    if answers.best_by is None:
+        return TextTeacher(writing, {})
+    if judge is not None:
+        scores = grades(judge)
+    elif answers.best_by == "teacher":
+        scores = teacher_logprob
+    elif answers.best_by == "student":
+        scores = student_logprob(model, compute_dtype=compute_dtype, vocab_size=vocab_size)
+    else:
+        scores = own_score(answers.best_by)
+    choosing = ChoosingTeacher(writing, scores, samples=answers.samples, min_score=answers.min_score)
+    return TextTeacher(choosing, choosing.counters if judge is None else ChainMap(choosing.counters, judge.counters))
+
+
+def group_rewards(config: RunConfig, judge: Judge) -> GroupRewards:
+    """``judge`` in the teacher's place."""
+    return GroupRewards(judge, divide_by_std=config.objective.divide_by_std, inflight_tokens=config.teacher.inflight_tokens)
 
 
 async def compare_replicas(

@@ -105,6 +105,7 @@ class Updates:
     def _cost(self) -> dict[str, float]:
         counts = self._parts.cache_counts or {}
         figures: dict[str, float] = {f"cache_{name}": counts[name] for name in ("hits", "misses") if name in counts}
+        figures |= self._parts.answer_counts
         if self._parts.spending is not None:
             figures["teacher_cost"] = round(self._parts.spending().total, 9)
         return figures

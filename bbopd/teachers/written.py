@@ -47,7 +47,7 @@ class WritingTeacher:
         self.info = teacher.info
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._sampling = sampling
+        self.sampling = sampling
         self._max_seq_len = max_seq_len
         self._known: dict[str, tuple[tuple[int, ...], bool]] = {}
         """By prompt id: what the teacher wrote, and whether it came to an end; a prompt that comes again gets the same."""
@@ -70,16 +70,16 @@ class WritingTeacher:
                     waiting[name].append(rollout)
                 else:
                     waiting[name] = [rollout]
-                    yield self._question(rollout.prompt)
+                    yield self.question(rollout.prompt)
 
-        async with aclosing(self._teacher.complete(unknown(), self._sampling)) as completions:  # type: ignore[type-var]
+        async with aclosing(self._teacher.complete(unknown(), self.sampling)) as completions:  # type: ignore[type-var]
             async for completion in completions:
                 name = completion.prompt.prompt_id
-                self._known[name] = self._ids(completion)
+                self._known[name] = self.ids(completion)
                 for rollout in waiting.pop(name):
-                    yield self._answered(rollout)
+                    yield ScoredRollout(self.answered(rollout, *self._known[rollout.prompt.prompt_id]), TeacherSignal("text"))
         for rollout in ready:
-            yield self._answered(rollout)
+            yield ScoredRollout(self.answered(rollout, *self._known[rollout.prompt.prompt_id]), TeacherSignal("text"))
 
     async def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]:
         """As the teacher's own, of prompts that it can read."""
@@ -87,13 +87,15 @@ class WritingTeacher:
             async for completion in completions:
                 yield completion
 
-    def _question(self, prompt: Prompt) -> Prompt:
+    def question(self, prompt: Prompt) -> Prompt:
+        """What the teacher is asked: the prompt as text or messages, or as ids where it takes no other."""
         if not self.info.takes_text:
             return Prompt(prompt.prompt_id, prompt.token_ids, text=prompt.text, messages=prompt.messages)
         text = prompt.text or str(self._tokenizer.decode(list(prompt.token_ids), skip_special_tokens=True))
         return Prompt(prompt.prompt_id, (), text="" if prompt.messages else text, messages=prompt.messages)
 
-    def _ids(self, completion: Completion) -> tuple[tuple[int, ...], bool]:
+    def ids(self, completion: Completion) -> tuple[tuple[int, ...], bool]:
+        """An answer as the student's ids, and whether it came to an end. Raises `TeacherError` for one without text or end."""
         ids, is_whole = self._tokenizer(completion.text, add_special_tokens=False)["input_ids"], completion.finish_reason == "stop"
         if not ids and not is_whole:
             raise TeacherError(
@@ -102,15 +104,9 @@ class WritingTeacher:
             )
         return tuple(ids), is_whole
 
-    def _answered(self, rollout: Rollout) -> ScoredRollout:
-        ids, is_whole = self._known[rollout.prompt.prompt_id]
+    def answered(self, rollout: Rollout, ids: tuple[int, ...], is_whole: bool) -> Rollout:
+        """``rollout`` with ``ids`` in place of its own answer, and the student's end of text where that is whole."""
         if is_whole:
             ids = (*ids, int(self._tokenizer.eos_token_id))
         ids = ids[: self._max_seq_len - len(rollout.prompt.token_ids)]
-        answered = replace(
-            rollout,
-            token_ids=ids,
-            origin="teacher",
-            finish_reason="stop" if is_whole else "length",
-        )
-        return ScoredRollout(answered, TeacherSignal("text"))
+        return replace(rollout, token_ids=ids, origin="teacher", finish_reason="stop" if is_whole else "length")
