@@ -148,6 +148,14 @@ def test_every_figure_is_on_the_page(finished: tuple[Path, Page]) -> None:
     assert not missing
 
 
+def test_the_share_of_pushes_counts_each_push_once(run_dir: Path) -> None:
+    assert "push of weights" not in write_report(run_dir).read_text()
+    shares = ((0, None), (1, 0.02), (1, 0.02), (2, 0.06))
+    lines = [step_line(step) | {"cycle": cycle} | ({"push_share": share} if share else {}) for step, (cycle, share) in enumerate(shares, 1)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "one push of weights to the next, 4.0% went into the push (at most 6.0%)" in write_report(run_dir).read_text()
+
+
 def test_page_is_self_contained_and_inert(finished: tuple[Path, Page]) -> None:
     run_dir, page = finished  # reading it asserts that nothing is fetched
     source = (run_dir / "report.html").read_text(encoding="utf-8")

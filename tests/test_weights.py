@@ -29,9 +29,12 @@ class CopyingEngine:
         self.weights |= new
 
 
+def open_parts(trainer, engine, **options) -> Parts:
+    return Parts(trainer=trainer, engine=engine, prompts=None, gate=None, teacher=None, want=None, save=SimpleNamespace, **options)
+
+
 def open_weights(trainer, engine, **options) -> Weights:
-    parts = Parts(trainer=trainer, engine=engine, prompts=None, gate=None, teacher=None, want=None, save=SimpleNamespace, **options)
-    return Weights(parts, Timeline())
+    return Weights(open_parts(trainer, engine, **options), Timeline())
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -52,6 +55,24 @@ async def test_frozen_weights_are_pushed_once_and_the_engine_has_the_students_af
     assert first == names
     frozen = {name for name in names if "norm" in name or "embed" in name} if with_lora else set()
     assert later == [names - frozen] * 2
+
+
+async def test_a_push_tells_its_share_of_the_time_since_the_one_before():
+    now = 100.0
+
+    class SlowEngine:
+        async def load_weights(self, weights, version) -> None:
+            nonlocal now
+            now += 4.0 + version
+
+    parts = open_parts(make_trainer(tiny_llama()), SlowEngine())
+    weights = Weights(parts, Timeline(lambda: now))
+    await weights.push(0)
+    assert weights.figures == {"push_seconds": 4.0}
+    for version, passed, share in ((1, 95.0, 0.05), (2, 6.0, 0.5)):
+        now += passed  # sampling and training
+        await weights.push(version)
+        assert weights.figures == {"push_seconds": 4.0 + version, "push_share": share}
 
 
 async def test_an_engine_with_the_trainers_own_tensors_is_told_the_version_alone():

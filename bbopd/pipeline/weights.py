@@ -21,11 +21,14 @@ class Weights:
     def __init__(self, parts: Parts, timeline: Timeline) -> None:
         self._parts, self._timeline = parts, timeline
         self._pushed: int | None = None
+        self._pushed_at: float | None = None
         self._probed: int | None = None
         self.figures: dict[str, float] = {}
 
     async def push(self, version: int) -> None:
         """Give the engine the weights as they are now, unless it has them: all of them the first time, then what may have changed.
+
+        ``push_share`` is its part of the time since the push before it ended, what was trained between them included.
 
         A push that has begun is finished even where this task is cancelled: an engine with half of it would be of no more use.
         """
@@ -34,7 +37,11 @@ class Weights:
         with self._timeline.activity("sampling", is_behind=self._parts.overlaps, span="push of weights", version=version):
             started = self._timeline.clock()
             _, cancelled = await to_the_end(self._parts.engine.load_weights(self._changed(), version))
-            self.figures["push_seconds"] = round(self._timeline.clock() - started, 4)
+            ended = self._timeline.clock()
+        self.figures["push_seconds"] = round(ended - started, 4)
+        if self._pushed_at is not None and ended > self._pushed_at:
+            self.figures["push_share"] = round((ended - started) / (ended - self._pushed_at), 6)
+        self._pushed_at = ended
         self._pushed = version
         if cancelled is not None:
             raise cancelled

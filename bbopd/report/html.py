@@ -121,7 +121,19 @@ def _speeds(data: RunData) -> str:
     rows = [(row.title, row.tokens, row.seconds, row.busy, row.speed, row.share) for row in speed_rows(data)]
     if not rows:
         return ""
-    return _table(("Activity", "tokens", "seconds", "busy", "tokens/s", "share"), rows) + f'<p class="quiet">{escape(SPEED_NOTE)}.</p>'
+    return (
+        _table(("Activity", "tokens", "seconds", "busy", "tokens/s", "share"), rows)
+        + f'<p class="quiet">{escape(SPEED_NOTE)}.{_pushes(data)}</p>'
+    )
+
+
+def _pushes(data: RunData) -> str:
+    """One share for each push: steps of one cycle repeat that of their cycle."""
+    shares = list({line.get("cycle"): float(line["push_share"]) for line in data.metrics if "push_share" in line}.values())
+    if not shares:
+        return ""
+    mean = sum(shares) / len(shares)
+    return f" Of the time from one push of weights to the next, {mean:.1%} went into the push (at most {max(shares):.1%})."
 
 
 def _timeline(data: RunData) -> str:
