@@ -160,6 +160,13 @@ async def test_more_prompts_than_places_and_reasons_for_ending(tiny_engine, tiny
     assert figures["engine_difference_max"] < 1e-3
 
 
+async def test_prompts_that_no_single_step_can_read(tiny_engine, tiny):
+    rollouts = await write(tiny_engine, tiny_prompts([1500, 9, 1400, 1300, 700, 5]), Sampling(6, seed=3))
+    assert len(rollouts) == 6
+    figures = AgreementCheck(tiny, compute_dtype=torch.float32, tokens=10_000)(rollouts, 7)
+    assert figures["engine_difference_max"] < 1e-3
+
+
 async def test_top_k_and_top_p_give_the_logprobs_drawn_from(tiny_engine, tiny):
     sampling = Sampling(10, temperature=1.3, top_k=20, top_p=0.8, seed=4)
     for rollout in await write(tiny_engine, tiny_prompts([4, 9]), sampling):

@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 _SIGN_OF_LIFE = 1.0  # seconds
+_STEP_TOKENS = 2048  # prompts read in one step, on a CPU: whole ones
 _NEVER = -100.0  # added to a logit: as low as vLLM goes
 
 
@@ -190,15 +191,24 @@ def make_engine(settings: dict[str, Any]) -> Any:
         max_num_seqs=settings["max_batch"],
         kv_cache_memory_bytes=settings["kv_cache_bytes"],
         gpu_memory_utilization=settings["gpu_memory"],
+        enable_chunked_prefill=False if on_cpu else None,  # vLLM would turn a request's generator back, which one on a CPU cannot
+        max_num_batched_tokens=max(_STEP_TOKENS, settings["max_sequence_tokens"]) if on_cpu else None,
         enforce_eager=on_cpu,  # compiling takes longer than it saves
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",  # those sampled from: at the temperature, renormalised over top-k and top-p
         max_logprobs=1,
         weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.BACKEND),
+        worker_extension_cls="bbopd.rollouts.vllm_sampler.SamplerExtension",
+        hf_overrides={}
+        if on_cpu
+        else {"head_dtype": "float32"},  # logits as the trainer has them; vLLM on a CPU would convert the head each step
         trust_remote_code=settings["trust_remote_code"],
         disable_log_stats=True,
     )
-    return LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments)
+    if on_cpu:
+        engine.collective_rpc("draw_one_number_a_token")
+    return engine
 
 
 def main() -> None:
