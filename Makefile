@@ -73,7 +73,7 @@ vllm: $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout rensa py3langid peft
-	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py
+	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py tests/test_vllm_remote.py
 
 # Two files at a time; threads that have nothing to do leave their core to the other one's.
 test: lint

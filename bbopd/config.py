@@ -43,6 +43,7 @@ __all__ = [
     "PromptSource",
     "RolloutsConfig",
     "RunConfig",
+    "SampleServerConfig",
     "ServeConfig",
     "ServerTlsConfig",
     "StudentConfig",
@@ -69,6 +70,14 @@ class RolloutsConfig(Section):
 
     engine: Literal["hf", "vllm"] = "hf"
     """``hf``: transformers, on the trainer's own weights. ``vllm``: a process beside the run, which gets new weights after every update."""
+    target: str | None = None
+    """``grpc://host:port`` of a `bbopd sample-server` whose vllm writes for this run; None starts one beside the run."""
+    tls: ClientTlsConfig | None = None
+    """Needed, with a token, for a target on another machine."""
+    token_file: str | None = None
+    """A file that holds the token of the target."""
+    token_env: str | None = None
+    """Or the environment variable that does."""
     timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without a sign of life, loading included, before vllm counts as dead."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
@@ -91,6 +100,30 @@ class RolloutsConfig(Section):
     1: an engine with weights of its own (vllm) writes the next cycle while this one is trained; hf still takes turns, but each rollout
     goes to the teacher as it ends.
     """
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> RolloutsConfig:
+        if self.target is not None and self.engine != "vllm":
+            raise ValueError(f"target {self.target} with engine {self.engine}: only vllm can write elsewhere; set engine: vllm")
+        if self.target is None and (self.tls or self.token_file or self.token_env):
+            raise ValueError("tls and tokens belong to target: an engine beside the run answers this run alone")
+        return self
+
+
+class SampleServerConfig(Section):
+    """An engine for runs on other machines: the file of ``bbopd sample-server``."""
+
+    host: str = "127.0.0.1"
+    """Any but loopback needs tls and a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 7071
+    """0 takes a free port."""
+    tls: ServerTlsConfig | None = None
+    token_file: str | None = None
+    """Tokens, one a line, any of which lets a run in."""
+    token_env: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    """Whether a run may have code loaded that its student's files name."""
 
 
 ClipSide = Annotated[float, Field(gt=0, lt=1)]

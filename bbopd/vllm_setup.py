@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 from bbopd.errors import EngineError
 
 _OPENMP = ("intel-openmp", "libiomp5.so", "pip install intel-openmp")
+_KV_BLOCK = 128  # tokens; vLLM's on a CPU
 _ALLOCATOR = "libtcmalloc_minimal.so.4"
 _STARTED_ANEW = "BBOPD_ENGINE_PROCESSORS"  # those that a process might use before it was started anew
 _LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
@@ -94,6 +96,13 @@ def kv_bytes_of_token(config: Any, itemsize: int) -> int:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * itemsize
+
+
+def cpu_cache_bytes(of_token: int, *, sequence_tokens: int, sequences: int) -> int:
+    """Memory for keys and values of a whole batch at its longest, as far as a quarter of what is free; what finds no room waits."""
+    of_sequence = of_token * math.ceil(sequence_tokens / _KV_BLOCK) * _KV_BLOCK
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(2 * of_sequence, min(sequences * of_sequence, free // 4))
 
 
 def _stem(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line, ``bbopd demo | distill | doctor | serve | check-teacher | eval | cache``: nothing heavy is imported before its time."""
+"""The command line, ``bbopd demo | distill | serve | …`` (all of them in ``_COMMANDS``): nothing heavy is imported before its time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, demo, distill, doctor, eval, serve
+from bbopd.cli import cache, check_teacher, demo, distill, doctor, eval, sample_server, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
@@ -15,6 +15,7 @@ _COMMANDS = {
     "distill": (distill, "run a distillation from a YAML file"),
     "doctor": (doctor, "check a run before it spends anything, and say what it will take"),
     "serve": (serve, "host a teacher over gRPC"),
+    "sample-server": (sample_server, "host vLLM for runs on other machines, which push their weights into it"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),
     "cache": (cache, "look after the answers of teachers that were kept"),

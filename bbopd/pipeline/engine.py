@@ -45,7 +45,14 @@ async def open_engine(
         )
     from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 
-    progress.activity("loading", "vLLM, in its own process")
+    server = None
+    if (target := config.rollouts.target) is not None:
+        from bbopd.rollouts.vllm_remote import EngineServer
+        from bbopd.rpc.security import ClientAccess
+
+        rollouts = config.rollouts
+        server = EngineServer(target, ClientAccess.read(rollouts.tls, rollouts.token_file, rollouts.token_env, "rollouts."))
+    progress.activity("loading", f"vLLM, at {target}" if target else "vLLM, in its own process")
     longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
     wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
     options = VLLMOptions(
@@ -56,7 +63,7 @@ async def open_engine(
         timeout=config.rollouts.timeout,
         trust_remote_code=config.student.trust_remote_code,
     )
-    engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root)
+    engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root, server=server)
     stack.push_async_callback(engine.close)
     for note in engine.notes:
         progress.note(note)

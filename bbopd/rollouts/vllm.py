@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, in a process of its own beside the trainer; new weights are pushed into it in place, without a file.
+"""Rollouts by vLLM, in a process beside the trainer or on another machine; new weights are pushed into it in place, without a file.
 
 The engine's process (`vllm_worker`) never sees the student's files: it builds the architecture from the student's configuration and gets
 all weights, the first ones too, from the trainer. So a student that was read from GGUF, pruned, or just initialised needs no saving.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch import Tensor
 from bbopd.errors import DataError, EngineError, ModelError
 from bbopd.rollouts.vllm_client import EngineClient, Written
 from bbopd.rollouts.vllm_process import EngineProcess
+from bbopd.rollouts.vllm_remote import EngineConnection, EngineServer
 from bbopd.rollouts.vllm_weights import WeightWindow
 from bbopd.types import Prompt, Rollout, Sampling
 from bbopd.vllm_setup import engine_environment, kv_bytes_of_token, require_vllm
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MAX_BATCH = {"cpu": 64, "cuda": 256}
-_KV_BLOCK = 128  # tokens; vLLM's on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +68,15 @@ class VLLMEngine:
 
     @classmethod
     async def start(
-        cls, model: PreTrainedModel, options: VLLMOptions, *, eos_token_ids: Sequence[int], folder: str | os.PathLike[str]
+        cls,
+        model: PreTrainedModel,
+        options: VLLMOptions,
+        *,
+        eos_token_ids: Sequence[int],
+        folder: str | os.PathLike[str],
+        server: EngineServer | None = None,
     ) -> VLLMEngine:
-        """Start an engine for ``model``'s architecture, on its device; it can write once `load_weights` has been called.
+        """Start an engine for ``model``'s architecture, on its device or by ``server``; it can write once `load_weights` has been called.
 
         Parameters
         ----------
@@ -80,41 +85,49 @@ class VLLMEngine:
         eos_token_ids
             Tokens that end an answer; the one that did is the answer's last token.
         folder
-            Takes the configuration and ``vllm.log``.
+            Takes the configuration and ``vllm.log`` of an engine on this machine.
 
         Raises
         ------
         EngineError
             vLLM is not installed, does not know the architecture, or was not ready in time.
         """
-        require_vllm("rollouts.engine")
         device = next(model.parameters()).device
+        sizes = [parameter.numel() for parameter in model.parameters()]
         place = Path(folder).absolute()
-        options = options if options.max_batch else replace(options, max_batch=_MAX_BATCH[device.type])
-        environment = engine_environment(device.type)
-        _write_configuration(model, place / "vllm-model")
-        window = WeightWindow((parameter.numel() for parameter in model.parameters()), options.dtype, device)
-        try:
-            shared = () if window.file is None else (window.file,)
-            process = await EngineProcess.start(environment.variables, place / "vllm.log", shared_files=shared)
-        except BaseException:
-            window.close()
-            raise
-        engine = cls(EngineClient(process, timeout=options.timeout), window, options, eos_token_ids)
-        engine.notes = environment.notes
+        link: EngineProcess | EngineConnection
+        notes: tuple[str, ...] = ()
+        if server is not None:
+            link = await EngineConnection.open(server)
+            window = WeightWindow(sizes, options.dtype, torch.device("cpu"))
+            device_type, what = link.device, {"configuration": _configuration(model).to_json_string(), "largest_parameter": max(sizes)}
+        else:
+            require_vllm("rollouts.engine")
+            environment = engine_environment(device.type)
+            _write_configuration(model, place / "vllm-model")
+            window = WeightWindow(sizes, options.dtype, device)
+            try:
+                shared = () if window.file is None else (window.file,)
+                link = await EngineProcess.start(environment.variables, place / "vllm.log", shared_files=shared)
+            except BaseException:
+                window.close()
+                raise
+            device_type, notes = device.type, environment.notes
+            what = {"model": str(place / "vllm-model"), "device": device_type, "window": window.describe()}
+        options = options if options.max_batch else replace(options, max_batch=_MAX_BATCH.get(device_type, _MAX_BATCH["cuda"]))
+        engine = cls(EngineClient(link, timeout=options.timeout), window, options, eos_token_ids)
+        engine.notes = notes
         try:
             await engine._client.ask(
                 op="start",
-                model=str(place / "vllm-model"),
-                device=device.type,
                 dtype=str(options.dtype).removeprefix("torch."),
                 max_sequence_tokens=options.max_sequence_tokens,
                 max_batch=options.max_batch,
-                kv_cache_bytes=_kv_cache_bytes(model, options) if device.type == "cpu" else None,
+                kv_bytes_of_token=kv_bytes_of_token(model.config.get_text_config(decoder=True), options.dtype.itemsize),
                 gpu_memory=options.gpu_memory,
                 trust_remote_code=options.trust_remote_code,
                 padding=_padding(model, options.vocab_size),
-                window=window.describe(),
+                **what,
             )
         except BaseException:
             await engine.close()
@@ -122,8 +135,8 @@ class VLLMEngine:
         return engine
 
     @property
-    def pid(self) -> int:
-        """Of the engine's process."""
+    def pid(self) -> int | None:
+        """Of the engine's process; None where that is another machine's."""
         return self._client.process.pid
 
     async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
@@ -187,6 +200,7 @@ class VLLMEngine:
                 await self._client.ask(op="drain")
                 fills = self._window.fill(weights)
                 while (tensors := await asyncio.to_thread(next, fills, None)) is not None:
+                    await self._client.process.carry(self._window.memory[: self._window.end_of(tensors)])
                     await self._client.ask(op="load", tensors=tensors)
                 await self._client.ask(op="finish", version=version)
             except BaseException as error:
@@ -233,24 +247,20 @@ class VLLMEngine:
             )
 
 
-def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
-    """The student's config.json as vLLM reads it: its class named, and nothing of how its weights were stored."""
+def _configuration(model: PreTrainedModel) -> Any:
+    """The student's configuration as vLLM reads it: its class named, and nothing of how its weights were stored."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of a GGUF file; the weights that are pushed are plain
+    return config
+
+
+def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
     try:
-        config.save_pretrained(folder)
+        _configuration(model).save_pretrained(folder)
     except OSError as error:
         raise EngineError(f"cannot write vLLM's configuration to {folder}: {error.strerror or error}; set output=") from error
-
-
-def _kv_cache_bytes(model: PreTrainedModel, options: VLLMOptions) -> int:
-    """Memory for keys and values of a whole batch at its longest, as far as a quarter of what is free; what finds no room waits."""
-    of_token = kv_bytes_of_token(model.config.get_text_config(decoder=True), options.dtype.itemsize)
-    of_sequence = of_token * math.ceil(options.max_sequence_tokens / _KV_BLOCK) * _KV_BLOCK
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(2 * of_sequence, min(options.max_batch * of_sequence, free // 4))
 
 
 def _seed_of(seed: int, draw: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bbopd.errors import EngineError, ModelError
 from bbopd.rollouts.vllm_process import EngineProcess
+from bbopd.rollouts.vllm_remote import EngineConnection
 
 _TICK = 1.0  # seconds
 
@@ -16,9 +17,12 @@ Written = asyncio.Queue[dict[str, Any] | Exception | None]
 
 
 class EngineClient:
-    """Over a running `EngineProcess`; belongs to the event loop that made it. ``timeout`` is in seconds without a sign of life."""
+    """Over a running `EngineProcess`, or the connection to another machine's; belongs to the event loop that made it.
 
-    def __init__(self, process: EngineProcess, *, timeout: float) -> None:
+    ``timeout`` is in seconds without a sign of life.
+    """
+
+    def __init__(self, process: EngineProcess | EngineConnection, *, timeout: float) -> None:
         self.process = process
         self._timeout = timeout
         self._failure: EngineError | None = None

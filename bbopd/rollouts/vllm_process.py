@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bbopd.errors import EngineError
 
 _LONGEST_LINE = 256 * 2**20  # bytes; an answer takes about 30 a token
@@ -37,7 +39,12 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, environment: Mapping[str, str], log_path: str | os.PathLike[str], *, shared_files: Sequence[int] = ()
+        cls,
+        environment: Mapping[str, str],
+        log_path: str | os.PathLike[str],
+        *,
+        shared_files: Sequence[int] = (),
+        module: str = "bbopd.rollouts.vllm_worker",
     ) -> EngineProcess:
         """Start the process and return at once.
 
@@ -46,6 +53,7 @@ class EngineProcess:
         environment : all of it.
         log_path : takes all that the process prints.
         shared_files : descriptors that it shall have too, under the same numbers.
+        module : what it runs.
 
         Raises
         ------
@@ -53,7 +61,7 @@ class EngineProcess:
         """
         log = Path(log_path).absolute()
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "bbopd.rollouts.vllm_worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", module, str(theirs.fileno())]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("wb") as output:
@@ -82,6 +90,9 @@ class EngineProcess:
         """Send one message; a process that has ended takes it in silence, and `receive` says so."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    async def carry(self, memory: Tensor) -> None:
+        """Nothing to do: the process sees the memory that was written."""
 
     async def receive(self) -> dict[str, Any]:
         """The next message. Raises `EngineError` where the process has ended."""

@@ -66,6 +66,10 @@ class WeightWindow:
         if entries:
             yield self._written(entries)
 
+    def end_of(self, entries: list[dict[str, Any]]) -> int:
+        """How many bytes of the window ``entries``, an item of `fill`, take."""
+        return max(entry["offset"] + math.prod(entry["shape"]) * self.dtype.itemsize for entry in entries)
+
     def _written(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the other process reads as soon as it hears of this

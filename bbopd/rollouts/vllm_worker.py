@@ -178,9 +178,13 @@ def make_engine(settings: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from bbopd.rollouts import vllm_transfer
+    from bbopd.vllm_setup import cpu_cache_bytes
 
     vllm_transfer.register()
     on_cpu = settings["device"] == "cpu"
+    cache_bytes = cpu_cache_bytes(
+        settings["kv_bytes_of_token"], sequence_tokens=settings["max_sequence_tokens"], sequences=settings["max_batch"]
+    )
     arguments = EngineArgs(
         model=settings["model"],
         load_format="dummy",
@@ -189,7 +193,7 @@ def make_engine(settings: dict[str, Any]) -> Any:
         dtype=settings["dtype"],
         max_model_len=settings["max_sequence_tokens"],
         max_num_seqs=settings["max_batch"],
-        kv_cache_memory_bytes=settings["kv_cache_bytes"],
+        kv_cache_memory_bytes=cache_bytes if on_cpu else None,
         gpu_memory_utilization=settings["gpu_memory"],
         enable_chunked_prefill=False if on_cpu else None,  # vLLM would turn a request's generator back, which one on a CPU cannot
         max_num_batched_tokens=max(_STEP_TOKENS, settings["max_sequence_tokens"]) if on_cpu else None,

@@ -33,7 +33,7 @@ def channel_options() -> list[tuple[str, int]]:
     ]
 
 
-def parse_target(target: str) -> tuple[str, int]:
+def parse_target(target: str, setting: str = "teacher") -> tuple[str, int]:
     """Host and port of ``grpc://host:port``. Raises `ConfigError` where it is something else."""
     try:
         parts = urlsplit(target)
@@ -41,21 +41,22 @@ def parse_target(target: str) -> tuple[str, int]:
     except ValueError:
         host = port = None
     if not host or not port or parts.scheme != "grpc" or parts.path not in ("", "/"):
-        raise ConfigError(f"teacher target {target!r} is not an address: write grpc://host:port, such as grpc://localhost:7070")
+        raise ConfigError(f"{setting} target {target!r} is not an address: write grpc://host:port, such as grpc://localhost:7070")
     return host, port
 
 
-def open_channel(target: str, access: ClientAccess | None = None) -> grpc.aio.Channel:
+def open_channel(target: str, access: ClientAccess | None = None, *, setting: str = "teacher") -> grpc.aio.Channel:
     """A channel that connects on first use, by itself: no proxy, no sharing, no hidden retries.
 
-    Raises `ConfigError` where ``target`` is no address, or leaves this machine without TLS.
+    ``setting`` is the section of the configuration that names ``target``. Raises `ConfigError` where that is no address, or leaves this
+    machine without TLS.
     """
-    host, port = parse_target(target)
+    host, port = parse_target(target, setting)
     access = access or ClientAccess()
     if access.tls is None and not is_loopback(host):
         raise ConfigError(
-            f"teacher target {target!r} is not on this machine, which needs TLS and a token: set teacher.tls ({{}} where its certificate "
-            "is signed by a public authority, else with ca) and teacher.token_file; or use a tunnel, such as "
+            f"{setting} target {target!r} is not on this machine, which needs TLS and a token: set {setting}.tls ({{}} where its "
+            f"certificate is signed by a public authority, else with ca) and {setting}.token_file; or use a tunnel, such as "
             f"ssh -L {port}:localhost:{port} {host}, with grpc://localhost:{port}"
         )
     options: list[tuple[str, Any]] = [

@@ -18,7 +18,7 @@ from bbopd.rpc.renewal import AccessRenewal
 from bbopd.rpc.security import ServerAccess
 from bbopd.rpc.server import start_server
 
-__all__ = ["serve", "set_up_logs"]
+__all__ = ["serve", "set_up_logs", "write_whole"]
 
 _log = logging.getLogger("bbopd.serve")
 
@@ -81,7 +81,7 @@ async def _serve(backend: TeacherBackend, config: ServeConfig, access: ServerAcc
                 cleanup.callback(asyncio.create_task(renewal.run()).cancel)
                 loop.add_signal_handler(signal.SIGHUP, renewal.read)
             if ready_file is not None:
-                _write_whole(ready_file, server.target + "\n")
+                write_whole(ready_file, server.target + "\n")
                 cleanup.callback(ready_file.unlink, missing_ok=True)
             await stopping.wait()
             _log.info("stopping: finishing what is under way")
@@ -90,7 +90,7 @@ async def _serve(backend: TeacherBackend, config: ServeConfig, access: ServerAcc
             _log.info("stopped")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whoever sees the file sees all of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from bbopd.config import ClientTlsConfig, ServeConfig, TeacherConfig
+from bbopd.config import ClientTlsConfig, SampleServerConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError
 
 __all__ = ["ClientAccess", "LiveAccess", "ServerAccess", "Token", "TokenCheck", "is_loopback", "read_tokens"]
@@ -119,7 +119,7 @@ class ServerAccess:
     tokens: tuple[Token, ...] = ()
 
     @classmethod
-    def from_config(cls, config: ServeConfig) -> ServerAccess:
+    def from_config(cls, config: ServeConfig | SampleServerConfig) -> ServerAccess:
         """Read the files that a configuration names, and check them. Raises `ConfigError` naming the one that cannot be used."""
         tokens = read_tokens(config.token_file, config.token_env, "")
         if config.tls is None:
@@ -225,7 +225,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):
 
     async def _refuse(self, requests: Any, context: grpc.aio.ServicerContext) -> None:
         self._on_refused(context)
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this teacher needs a valid token (authorization: Bearer …)")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server needs a valid token (authorization: Bearer …)")
 
 
 # ---------------------------------------------------------------- the client's side
