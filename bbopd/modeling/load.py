@@ -100,7 +100,7 @@ def load_model(
 def load_tokenizer(
     source: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; sources as in `load_model`.
+    """Load the tokenizer that belongs to a model; sources as in `load_model`, or a folder with a tokenizer alone.
 
     Raises
     ------
@@ -165,7 +165,8 @@ def _locate(source: str | os.PathLike[str], wanted: Sequence[str], what: str) ->
                 raise ModelError(f"{path} does not begin as a GGUF file does: the download was probably cut off; fetch it again")
         return _Location(str(path.parent), {"gguf_file": path.name})
     if path.is_dir():
-        if not _holds(path, ("config.json", "adapter_config.json")):
+        is_tokenizer = what == "tokenizer" and _holds(path, ("tokenizer_config.json",))  # it needs no model beside it
+        if not is_tokenizer and not _holds(path, ("config.json", "adapter_config.json")):
             raise ModelError(
                 f"{path} is a folder without config.json, so no model: give the folder that save_pretrained wrote, or a .gguf file"
             )
