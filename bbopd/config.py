@@ -150,10 +150,10 @@ def value_at(value: float | tuple[float, float], progress: float) -> float:
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["mixed", "sft", "seqkd", "verbal"] = "forward_kl"
-    """A divergence; ``mixed``, one on labelled sequences and another on rollouts; or cross-entropy alone: ``sft`` on labelled text, without
-    a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy gradient on grades that the teacher gives to the
-    student's answers."""
+    name: Divergence | Literal["aligned", "mixed", "sft", "seqkd", "verbal"] = "forward_kl"
+    """A divergence; ``mixed``, one on labelled sequences and another on rollouts; ``aligned``, for a teacher with another tokenizer; or
+    cross-entropy alone: ``sft`` on labelled text, without a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy
+    gradient on grades that the teacher gives to the student's answers."""
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
@@ -169,6 +169,10 @@ class ObjectiveConfig(Section):
     """Of a policy gradient: how far the importance ratio may leave 1 before it stops counting, or ``[below, above]``. None: any way."""
     divide_by_std: bool = True
     """Where answers are judged: divide advantages by the standard deviation of their group's rewards (GRPO), or not (Dr. GRPO)."""
+    span_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of ``aligned``: the policy gradient on spans of text that are one token on neither side, beside the KL on common tokens."""
+    rank_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of ``aligned``: the distance by rank where such a span begins."""
     ramp: StepsOrFraction = 0.1
     """Steps, or share of the run, over which the ramp rises."""
     ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
@@ -296,6 +300,13 @@ class RunConfig(Section):
             )
         if self.teacher.writes_labels and self.teacher.signal == "none":
             raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
+        if objective.name == "aligned":
+            self._tokenizers_fit()
+        elif self.teacher.tokenizer is not None and not self.teacher.is_api:
+            raise ValueError(
+                f"teacher.tokenizer is for an OpenAI-compatible target, or for objective.name=aligned: objective {objective.name} takes a "
+                "teacher with the student's own tokens; leave it out"
+            )
         if self.writes_rollouts and objective.weights[1] == 0:
             raise ValueError("the KD weight is 0, so rollouts would teach nothing: lower objective.alpha, or take objective.name=sft")
         if self.writes_rollouts and train.on_policy_tokens == 0:
@@ -372,6 +383,21 @@ class RunConfig(Section):
                 f"objective.name {objective.name} at objective.temperature {objective.temperature} with rollouts.temperature "
                 f"{rollouts.temperature}: the gradient holds for tokens sampled at the objective's own temperature; set both to the same, "
                 "objective.temperature=1 and rollouts.temperature=1 say"
+            )
+
+    def _tokenizers_fit(self) -> None:
+        rollouts, objective = self.rollouts, self.objective
+        if self.teacher.tokenizer is None and self.teacher.serve is None:
+            raise ValueError(
+                "objective aligned writes the student's text in the teacher's tokens: set teacher.tokenizer to the Hub id, or a folder, of "
+                "the teacher's tokenizer"
+            )
+        is_whole = rollouts.top_p == 1 and rollouts.top_k == 0 and rollouts.temperature == objective.temperature
+        if self.writes_rollouts and objective.span_weight and not is_whole:
+            raise ValueError(
+                f"objective aligned weighs sampled spans by their probability at objective.temperature {objective.temperature}, but "
+                f"rollouts are sampled at temperature {rollouts.temperature}, top_p {rollouts.top_p}, top_k {rollouts.top_k}: set "
+                "rollouts.temperature to the same, top_p=1 and top_k=0, or objective.span_weight=0"
             )
 
     @property

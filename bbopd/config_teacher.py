@@ -169,7 +169,8 @@ class TeacherConfig(Section):
     model: str | None = None
     """Its name at an OpenAI-compatible endpoint; None: the only one there."""
     tokenizer: str | None = None
-    """Hub id or folder of that model's tokenizer, where the endpoint cannot show its own."""
+    """Hub id or folder of the teacher's tokenizer: for an endpoint that cannot show its own, and for ``objective.name: aligned``, where
+    None is that of ``serve.model``."""
     api: ApiConfig | None = None
     """For an OpenAI-compatible endpoint."""
     prices: PricesConfig | None = None
@@ -225,8 +226,8 @@ class TeacherConfig(Section):
                 )
             if target.startswith(_API_SCHEMES) and len(self.targets) > 1:
                 raise ValueError(f"{target!r} cannot be one of several targets: put one address that balances before them")
-        if not self.is_api and (self.model or self.tokenizer or self.api):
-            raise ValueError("model, tokenizer and api belong to an OpenAI-compatible target (openai://… or https://…)")
+        if not self.is_api and (self.model or self.api):
+            raise ValueError("model and api belong to an OpenAI-compatible target (openai://… or https://…)")
         if self.serve is not None and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: a teacher that is started beside the run answers on loopback alone")
         return self

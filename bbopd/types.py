@@ -22,6 +22,7 @@ FinishReason = Literal["stop", "length", "reference"]
 LEVELS: tuple[Level, ...] = ("full", "candidates", "topk", "sampled", "text")
 DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 IGNORE_INDEX = -100  # as a label: no ground truth
+ALIGNED_ID, ALIGNED_SPAN, ALIGNED_RANK = 1, 2, 4  # what a row of `TeacherSignal.rows` holds
 
 
 # ---------------------------------------------------------------- what the two ops take and return
@@ -87,6 +88,22 @@ class SampledTeacher:
 
 
 OpTeacher = FullTeacher | TopKTeacher | CandidateTeacher | SampledTeacher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanTeacher:
+    """What a teacher with other tokens says where they are not the student's one by one; for an objective, not for the ops.
+
+    ``sampled`` has one advantage for all tokens of a span of the student's own text, valid there. Where a span begins, in the rows
+    ``rank_rows`` [R] of the N, the teacher's K largest logprobs stand in descending order, whatever their tokens: ``rank_logprobs`` [R, K],
+    ``rank_log_tail`` [R]. ``valid`` [N]: the rows that have either.
+    """
+
+    sampled: SampledTeacher
+    rank_rows: Tensor
+    rank_logprobs: Tensor
+    rank_log_tail: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,6 +290,10 @@ class TeacherSignal:
     full: ``logits`` [L, V] float16 (or float32), z − max(z) at temperature 1. topk, candidates: ``ids`` [L, K] int32 (−1 is
     an empty slot), ``logprobs`` [L, K] float32, ``log_tail`` [L] float32, at ``temperature``. topk and sampled also give
     ``sampled`` [L] float32, the logprob of the rollout's own token. text, where answers are judged: ``advantages`` [L] float32.
+
+    Of a teacher with other tokens, laid beside the student's, ``rows`` [L] uint8 says in flags what each row holds: ``ALIGNED_ID``, ids
+    and logprobs as ever; ``ALIGNED_RANK``, its largest logprobs in descending order, without ids; ``ALIGNED_SPAN``, in ``advantages`` [L]
+    float32 that of the span which the token is a part of. A row of 0 says nothing.
     """
 
     level: Level
@@ -283,6 +304,7 @@ class TeacherSignal:
     log_tail: np.ndarray | None = None
     sampled: np.ndarray | None = None
     advantages: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,7 +331,8 @@ class DistillBatch:
     """Sequences laid end to end, with no padding: all that a trainer ever sees.
 
     The body runs over the P packed tokens; the loss over the N rows in ``target_rows``, those whose hidden state predicts a
-    response token. ``labels`` is −100 where there is no ground truth. ``teacher`` has N rows, or is None (plain CE).
+    response token. ``labels`` is −100 where there is no ground truth. ``teacher`` has N rows, or is None (plain CE); ``spans`` is what a
+    teacher with other tokens says beyond that.
     """
 
     input_ids: Tensor  # [P] int64
@@ -322,6 +345,7 @@ class DistillBatch:
     teacher: OpTeacher | None
     response_tokens: int  # N
     rollout_tokens: int  # those of the N that the student wrote
+    spans: SpanTeacher | None = None
 
     @property
     def packed_tokens(self) -> int:

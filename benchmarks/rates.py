@@ -16,7 +16,7 @@ from benchmarks import machine
 from benchmarks.contest import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-SCRIPTS = {"wire": "The wire", "teacher": "Scoring", "teacher_memory": "Memory of a server"}
+SCRIPTS = {"wire": "The wire", "teacher": "Scoring", "teacher_memory": "Memory of a server", "align": "Alignment of two tokenisations"}
 HOW = (
     "Rounds are interleaved. A ratio is the median over rounds of a contestant's rate by the first one's in the same round, with the "
     "lowest and the highest."

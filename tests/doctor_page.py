@@ -82,6 +82,12 @@ CASES = {
             "train": {"labelled_tokens": 4000},
         },
     ),
+    "aligned": Case(
+        "Another tokenizer, laid beside the student's",
+        "The same teacher, asked about its own tokens of the student's text (`objective.name=aligned`).",
+        (Teacher("foreign", name="foreign"),),
+        {"teacher": {"topk": 16, "tokenizer": "foreign"}, "objective": {"name": "aligned", "temperature": 1.0}},
+    ),
     "too_long": Case(
         "Answers longer than the teacher allows",
         "The teacher takes 24 tokens a sequence, a prompt with its answer may have more.",

@@ -6,15 +6,17 @@ Shapes: ``P`` packed tokens, ``S`` sequences, ``N`` response tokens, ``L`` those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import accumulate, chain
 
 import numpy as np
 import torch
 
 from bbopd.errors import BadAnswerError, DataError
-from bbopd.rpc.signals import has_nan_or_inf
+from bbopd.rpc.signals import has_nan_or_inf, with_sampled
 from bbopd.types import (
+    ALIGNED_ID,
+    ALIGNED_RANK,
+    ALIGNED_SPAN,
     IGNORE_INDEX,
     CandidateTeacher,
     DistillBatch,
@@ -25,6 +27,7 @@ from bbopd.types import (
     SampledTeacher,
     ScoredRollout,
     SignalSpec,
+    SpanTeacher,
     TeacherSignal,
     TopKTeacher,
 )
@@ -87,6 +90,7 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         teacher=_teacher(items, want),
         response_tokens=len(target_ids),
         rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
+        spans=_spans(items, want),
     )
 
 
@@ -122,35 +126,11 @@ def _ids_and_logprobs(items: Sequence[Item], scored: Sequence[ScoredRollout], wa
     logprobs_NK, _ = _fill(items, lambda signal: signal.logprobs, (K,), np.float32, -np.inf)
     log_tail_N, _ = _fill(items, lambda signal: signal.log_tail, (), np.float32, 0)
     kind = TopKTeacher if want.level == "topk" else CandidateTeacher
+    rows_N = _aligned_rows(items)
+    if rows_N is not None:
+        valid_N = (rows_N & ALIGNED_ID) > 0
+        logprobs_NK, log_tail_N = logprobs_NK.masked_fill(~valid_N[:, None], -torch.inf), log_tail_N.masked_fill(~valid_N, 0)
     return kind(ids=ids_NK, logprobs=logprobs_NK, log_tail=log_tail_N, temperature=want.temperature, valid=valid_N)
-
-
-def with_sampled(signal: TeacherSignal, token_ids: Sequence[int]) -> TeacherSignal:
-    """A topk signal with the rollout's own token in its support: where it is none of the K ids, it leaves the tail for a slot of its own.
-
-    No mass is made: a token that is said to have more than all of the tail, which only rounding can explain, has all of it.
-    """
-    if signal.level != "topk" or signal.sampled is None:
-        return signal
-    assert signal.ids is not None
-    assert signal.logprobs is not None
-    assert signal.log_tail is not None
-    own_L = np.asarray(token_ids, dtype=np.int32)
-    is_missing_L = (signal.ids != own_L[:, None]).all(axis=1)
-    if not is_missing_L.any():
-        return signal
-    tail_L = signal.log_tail.astype(np.float64)
-    own_logprob_L = np.minimum(signal.sampled, tail_L)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        left_L = np.where(tail_L == -np.inf, -np.inf, tail_L + np.log1p(-np.exp(own_logprob_L - tail_L)))
-    slot_L = np.where(is_missing_L, own_L, -1)
-    slot_logprob_L = np.where(is_missing_L, own_logprob_L, -np.inf)
-    return replace(
-        signal,
-        ids=np.concatenate([signal.ids, slot_L[:, None]], axis=1),
-        logprobs=np.concatenate([signal.logprobs, slot_logprob_L[:, None].astype(np.float32)], axis=1),
-        log_tail=np.where(is_missing_L, left_L, tail_L).astype(np.float32),
-    )
 
 
 def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
@@ -167,6 +147,37 @@ def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: Signa
         advantages=values_N if is_judged else None,
         temperature=want.temperature,
         valid=drawn if valid_N is None else drawn & valid_N,
+    )
+
+
+def _aligned_rows(items: Sequence[Item]) -> torch.Tensor | None:
+    """What each row of signals from a teacher with other tokens holds, [N] flags; None where the teacher has the student's."""
+    if not any(isinstance(item, ScoredRollout) and item.signal.rows is not None for item in items):
+        return None
+    return _fill(items, lambda signal: signal.rows, (), np.uint8, 0)[0]
+
+
+def _spans(items: Sequence[Item], want: SignalSpec | None) -> SpanTeacher | None:
+    """What such signals say beyond those on ids."""
+    rows_N = _aligned_rows(items)
+    if want is None or rows_N is None:
+        return None
+    rollouts = [rollout_of(item) for item in items]
+    behavior = [np.zeros(len(r), np.float32) if r.logprobs is None else np.asarray(r.logprobs, np.float32) for r in rollouts]
+    K = max(item.signal.logprobs.shape[1] for item in items if isinstance(item, ScoredRollout) and item.signal.logprobs is not None)
+    is_start_N, is_span_N = (rows_N & ALIGNED_RANK) > 0, (rows_N & ALIGNED_SPAN) > 0
+    return SpanTeacher(
+        sampled=SampledTeacher(
+            token_ids=torch.tensor([token for r in rollouts for token in r.token_ids]),
+            behavior_logprobs=torch.from_numpy(np.concatenate(behavior)),
+            advantages=_fill(items, lambda signal: signal.advantages, (), np.float32, 0)[0],
+            temperature=want.temperature,
+            valid=is_span_N,
+        ),
+        rank_rows=is_start_N.nonzero()[:, 0],
+        rank_logprobs=_fill(items, lambda signal: signal.logprobs, (K,), np.float32, -np.inf)[0][is_start_N],
+        rank_log_tail=_fill(items, lambda signal: signal.log_tail, (), np.float32, 0)[0][is_start_N],
+        valid=is_start_N | is_span_N,
     )
 
 

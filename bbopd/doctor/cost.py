@@ -219,7 +219,7 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
             known = [scored.rollout async for scored in writer.score(each(known), SignalSpec("text"))]
         items.extend(known)
     if setup.teacher is not None and setup.want is not None and setup.has_room:
-        asked: Scores = setup.teacher
+        asked: Scores = setup.aligning or setup.teacher
         if setup.want.level == "text":
             assert setup.tokenizer is not None
             assert setup.model is not None

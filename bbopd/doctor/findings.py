@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bbopd.objectives import Objective
     from bbopd.pipeline.folder import RunFolder
     from bbopd.rollouts.candidates import CandidateChooser
+    from bbopd.teachers.aligned import AligningTeacher
     from bbopd.types import SignalSpec
 
 __all__ = ["Check", "Finding", "SetUp", "Verdict", "examine", "passed", "warned"]
@@ -72,6 +73,8 @@ class SetUp:
     teacher: Teacher | None = None
     vocab_size: int | None = None
     """How many ids teacher and student have in common."""
+    aligning: AligningTeacher | None = None
+    """The teacher in the student's tokens, where the run lays its own beside them."""
     has_room: bool | None = None
     """That the longest sequence fits into what the teacher takes."""
     objective: Objective | None = None

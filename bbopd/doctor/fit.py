@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import TeacherError
 from bbopd.modeling import chat_template_sha256, tokenizer_sha256
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
+from bbopd.pipeline.teacher import aligning_teacher, load_teacher_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["check_formats", "check_room", "check_tokens"]
 
@@ -18,6 +23,9 @@ async def check_tokens(setup: SetUp) -> Verdict:
     assert setup.model is not None
     assert setup.tokenizer is not None
     info, tokenizer = setup.teacher.info, setup.tokenizer
+    theirs = await asyncio.to_thread(load_teacher_tokenizer, setup.config)
+    if theirs is not None:
+        return await _align(setup, theirs)
     rows, serve = setup.model.get_input_embeddings().weight.shape[0], setup.config.teacher.serve
     named = setup.teacher_tokenizer_name or (serve.model if serve is not None else None)
     try:
@@ -40,6 +48,18 @@ async def check_tokens(setup: SetUp) -> Verdict:
     return passed(said)
 
 
+async def _align(setup: SetUp, theirs: tuple[PreTrainedTokenizerBase, str]) -> Verdict:
+    """Whether tokens of the teacher's own can be laid beside the student's."""
+    assert setup.teacher is not None
+    assert setup.model is not None
+    assert setup.tokenizer is not None
+    rows, notes = setup.model.get_input_embeddings().weight.shape[0], list[str]()
+    setup.aligning = await asyncio.to_thread(aligning_teacher, setup.teacher, theirs, setup.tokenizer, rows, notes.append)
+    share = setup.aligning.common_ids / max(1, len(theirs[0]))
+    said = f"{'; '.join(notes)} ({share:.0%})"
+    return passed(said) if len(notes) == 1 else warned(f"{said}: take the files that it is served with")
+
+
 async def check_formats(setup: SetUp) -> Verdict:
     """Whether both cut text into the same tokens, and write messages down alike."""
     assert setup.teacher is not None
@@ -53,7 +73,7 @@ async def check_formats(setup: SetUp) -> Verdict:
             differ.append(f"{what} ({theirs[:12]}... there, {ours[:12] or 'none'}... here)")
         elif not theirs:
             unknown.append(what)
-    if differ and setup.config.teacher.signal == "text":
+    if differ and (setup.config.teacher.signal == "text" or setup.config.objective.name == "aligned"):
         return passed(f"the teacher has another {' and another '.join(differ)}: each side reads and writes by its own")
     if differ:
         return warned(
@@ -78,6 +98,10 @@ async def check_room(setup: SetUp) -> Verdict:
         setup.has_room = True
         longest = max(len(prompt.token_ids) for prompt in prompts)
         return passed(f"prompts have up to {longest:,} of the student's tokens; of its own the teacher takes {info.max_sequence_tokens:,}")
+    if setup.aligning is not None:
+        await asyncio.to_thread(setup.aligning.check_prompts, prompts)
+        setup.has_room = True
+        return passed(f"every prompt leaves room for an answer in the teacher's {info.max_sequence_tokens:,} of its own tokens")
     lengths = [len(prompt.token_ids) + max(new, len(prompt.reference_ids or ())) for prompt in prompts]
     try:
         check_lengths(info, prompts, max_new_tokens=new)

@@ -13,7 +13,7 @@ from bbopd.modeling import compute_dtype, load_tokenizer
 from bbopd.objectives import make_objective
 from bbopd.pipeline.preflight import check_candidates
 from bbopd.pipeline.student import check_positions, end_of_text, load_student
-from bbopd.pipeline.teacher import open_api, open_budget, start_teacher
+from bbopd.pipeline.teacher import load_teacher_tokenizer, open_api, open_budget, start_teacher
 from bbopd.pipeline.texts import check_labels, read_prompts
 from bbopd.types import Teacher
 
@@ -121,7 +121,10 @@ async def check_teacher(setup: SetUp) -> Verdict:
         if setup.model is None or setup.tokenizer is None:
             return Verdict("skip", "an OpenAI-compatible endpoint is asked about the student's tokens: needs the student")
         budget = open_budget(config.teacher, None, setup.scratch, setup.stack)
-        teacher = await open_api(config.teacher, setup.model, setup.tokenizer, budget, setup.stack, _Silent())
+        theirs = load_teacher_tokenizer(config)
+        rows = setup.model.get_input_embeddings().weight.shape[0]
+        spoken, count = (setup.tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
+        teacher = await open_api(config.teacher, spoken, count, budget, setup.stack, _Silent())
     if teacher is None:
         return Verdict("skip", "the run has none")
     setup.teacher = teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bbopd.config import ObjectiveConfig
+from bbopd.objectives.aligned import Aligned
 from bbopd.objectives.base import Objective
 from bbopd.objectives.mixed import Mixed
 from bbopd.objectives.seqkd import SeqKD
@@ -17,6 +18,7 @@ __all__ = ["OBJECTIVES", "Objective", "make_objective"]
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
     **dict.fromkeys(NEEDS, TokenLevel),
     "mixed": Mixed,
+    "aligned": Aligned,
     "sft": Sft,
     "seqkd": SeqKD,
     "verbal": Verbal,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _NAMED_IDS = 3
 _OTHER_WAYS = (
-    ": take a student of the teacher's family, or learn from what the teacher writes (objective.name=seqkd with teacher.signal=text)"
+    ": take a student of the teacher's family, let its tokens be laid beside the student's (objective.name=aligned with teacher.topk and "
+    "teacher.tokenizer), or learn from what the teacher writes (objective.name=seqkd with teacher.signal=text)"
 )
 
 
@@ -60,6 +61,27 @@ def check_candidates(info: TeacherInfo, count: int) -> None:
             f"teacher.topk is {count}, but teacher {info.model} answers at no more than {offer.max_top_k} ids a token that the student "
             f"chose: set teacher.topk={offer.max_top_k} or less"
         )
+
+
+def check_teacher_tokenizer(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, named: str) -> int:
+    """How many of the teacher's ids are tokens of ``tokenizer``, which is called ``named`` and must be the teacher's own.
+
+    Raises
+    ------
+    TeacherError : the teacher has other tokens, or does not say which it has and has fewer.
+    """
+    own = vocabulary_sha256(tokenizer, info.vocab_size)
+    if info.vocab_sha256 and info.vocab_sha256 != own:
+        raise TeacherError(
+            f"teacher.tokenizer {named} is not the tokenizer of teacher {info.model}: SHA-256 over the vocabulary {own[:12]}... here, "
+            f"{info.vocab_sha256[:12]}... there; name the files that the teacher is served with"
+        )
+    if not info.vocab_sha256 and len(tokenizer) > info.vocab_size:
+        raise TeacherError(
+            f"teacher.tokenizer {named} has {len(tokenizer)} tokens, teacher {info.model} {info.vocab_size}: name the files that it is "
+            "served with"
+        )
+    return used_vocabulary(tokenizer, info.vocab_size)
 
 
 def _name_differences(info: TeacherInfo, tokenizer: PreTrainedTokenizerBase, rows: int, named: str | None) -> str:

@@ -34,7 +34,17 @@ from bbopd.pipeline.preflight import check_candidates, check_lengths, check_voca
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
-from bbopd.pipeline.teacher import compare_replicas, open_api, open_budget, remembering, start_teacher, text_teacher, writing_teacher
+from bbopd.pipeline.teacher import (
+    aligning_teacher,
+    compare_replicas,
+    load_teacher_tokenizer,
+    open_api,
+    open_budget,
+    remembering,
+    start_teacher,
+    text_teacher,
+    writing_teacher,
+)
 from bbopd.pipeline.texts import check_labels, prompts_to_label, read_prompts
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
@@ -109,6 +119,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         stack.enter_context(folder.lock())
         for change in changes:
             progress.note(f"going on with another configuration: {change}")
+        theirs = load_teacher_tokenizer(config)
         starting = asyncio.create_task(start_teacher(config.teacher, folder, stack, progress))
         try:
             model = await asyncio.to_thread(load_student, student, config.train.seed, config.train.deterministic)
@@ -121,37 +132,42 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         remote, process = await starting
         budget = open_budget(config.teacher, remote, folder, stack)
         teacher: RemoteTeacher | OpenAITeacher | None = remote
+        rows = model.get_input_embeddings().weight.shape[0]
         if config.teacher.is_api:
-            teacher = await open_api(config.teacher, model, tokenizer, budget, stack, progress)
+            spoken, count = (tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
+            teacher = await open_api(config.teacher, spoken, count, budget, stack, progress)
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
 
         objective = make_objective(config.objective)
         want = objective.signal(config.teacher) if teacher is not None else None
-        rows = model.get_input_embeddings().weight.shape[0]
         vocab_size = used_vocabulary(tokenizer, rows)
-        measured = asked = kept = choose = write_labels = None
+        measured = asked = kept = choose = write_labels = aligning = None
         scores: Scores | None = None
         answer_counts: Mapping[str, int] = {}
         if teacher is not None:
             if want is not None:
                 objective.check(teacher.info, want)
                 check_candidates(teacher.info, config.candidates)
-            measured = asked = kept = remembering(teacher, budget, config.teacher, folder, stack)
-            assert asked is not None, "there is a teacher"
+            kept = remembering(teacher, budget, config.teacher, folder, stack)
+            assert kept is not None, "there is a teacher"
+            measured = asked = kept
             try:
                 named = config.teacher.serve.model if config.teacher.serve is not None else None
                 vocab_size = check_vocabulary(teacher.info, tokenizer, rows, named=named)
             except TeacherError:
-                if want is None or want.level != "text":
+                if theirs is None and (want is None or want.level != "text"):
                     raise
                 progress.note(f"teacher {teacher.info.model} has other tokens than the student: how far they agree is not measured")
                 measured = None
             else:
-                measured = asked = fitted(asked, vocab_size)
+                measured = asked = fitted(kept, vocab_size)
                 longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
                 check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
+            if theirs is not None:
+                asked = aligning = aligning_teacher(kept, theirs, tokenizer, rows, progress.note)
+                aligning.check_prompts((*prompts.train, *prompts.held_out))
             scores = asked
             if want is not None and want.level == "text":
                 heard = text_teacher(
@@ -166,9 +182,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 scores, answer_counts = heard.scores, heard.counters
             elif want is not None:
                 choose = candidate_chooser(config, model, dtype, vocab_size)
-                await compare_replicas(teacher, config, prompts, want, progress, choose)
+                await compare_replicas(teacher, config, prompts, want, progress, choose, aligning)
                 if config.teacher_writes:
-                    write_labels = writing_teacher(config, asked, tokenizer, shares_ids=True)
+                    write_labels = writing_teacher(config, asked, tokenizer, shares_ids=aligning is None)
 
         trainer = Trainer(
             model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 from bbopd.config import CacheConfig, RunConfig, TeacherConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError, TeacherError
+from bbopd.modeling import load_tokenizer, tokenizer_sha256
+from bbopd.modeling.spelling import Speller
 from bbopd.pipeline.answer_scores import grades, own_score, student_logprob
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.parts import Scores
+from bbopd.pipeline.preflight import check_teacher_tokenizer
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.rewards import GroupRewards
 from bbopd.pipeline.texts import texts_to_compare
 from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.rpc.security import ClientAccess
+from bbopd.teachers.aligned import AligningTeacher
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.budget import Budget, Prices
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.chosen import ChoosingTeacher, teacher_logprob
+from bbopd.teachers.fitted import fitted
 from bbopd.teachers.paid import PaidTeacher
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
@@ -67,13 +72,13 @@ async def start_teacher(
 
 async def open_api(
     config: TeacherConfig,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
     budget: Budget | None,
     stack: AsyncExitStack,
     progress: Progress,
 ) -> OpenAITeacher:
-    """An OpenAI-compatible endpoint, asked about the student's own tokens."""
+    """An OpenAI-compatible endpoint, asked about tokens of ``tokenizer``, of which there are ``vocab_size``."""
     try:
         from bbopd.teachers.openai import OpenAITeacher
     except ModuleNotFoundError as error:
@@ -81,7 +86,6 @@ async def open_api(
             raise
         raise ConfigError(f"teacher.target {config.targets[0]} needs httpx2, which is not installed: pip install 'bbopd[openai]'") from None
     progress.activity("loading", f"what {config.targets[0]} offers")
-    vocab_size = model.get_input_embeddings().weight.shape[0]
     teacher = await OpenAITeacher.connect(config, tokenizer=tokenizer, vocab_size=vocab_size, budget=budget)
     stack.push_async_callback(teacher.close)
     for note in teacher.notes:
@@ -195,6 +199,41 @@ def group_rewards(config: RunConfig, judge: Judge) -> GroupRewards:
     return GroupRewards(judge, divide_by_std=config.objective.divide_by_std, inflight_tokens=config.teacher.inflight_tokens)
 
 
+def load_teacher_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, str] | None:
+    """The teacher's tokenizer and where it is from, for an objective that lays its tokens beside the student's. Raises `ModelError`."""
+    if config.objective.name != "aligned":
+        return None
+    teacher = config.teacher
+    named = teacher.tokenizer or (teacher.serve.model if teacher.serve is not None else "")
+    revision = teacher.serve.revision if teacher.serve is not None and teacher.tokenizer is None else None
+    return load_tokenizer(named, revision=revision), named
+
+
+def aligning_teacher(
+    teacher: Teacher,
+    theirs: tuple[PreTrainedTokenizerBase, str],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    note: Callable[[str], None],
+) -> AligningTeacher:
+    """``teacher`` in the tokens of the student, whose head has ``rows``; ``note`` hears how far the two go together.
+
+    Raises `TeacherError` where ``theirs`` is not the tokenizer of that teacher, `ModelError` where one of the two does not spell its texts.
+    """
+    their_tokenizer, named = theirs
+    used = check_teacher_tokenizer(teacher.info, their_tokenizer, named)
+    if teacher.info.tokenizer_sha256 and teacher.info.tokenizer_sha256 != tokenizer_sha256(their_tokenizer):
+        note(f"teacher {teacher.info.model} has the tokens of {named}, but may cut texts into them otherwise: its files differ")
+    aligning = AligningTeacher(
+        fitted(teacher, used),
+        Speller(their_tokenizer, used, named=named),
+        Speller(tokenizer, rows, named="of the student"),
+        their_tokenizer,
+    )
+    note(f"teacher {teacher.info.model} has tokens of its own: {aligning.common_ids:,} of its {used:,} are the student's too")
+    return aligning
+
+
 async def compare_replicas(
     teacher: RemoteTeacher | OpenAITeacher,
     config: RunConfig,
@@ -202,11 +241,17 @@ async def compare_replicas(
     want: SignalSpec,
     progress: Progress,
     choose: CandidateChooser | None,
+    aligning: AligningTeacher | None = None,
 ) -> None:
-    """Let all replicas score the same few texts, where there is more than one. Raises `TeacherError` where they differ too much."""
+    """Let all replicas score the same few texts, where there is more than one; in their own tokens, where ``aligning`` has them.
+
+    Raises `TeacherError` where they differ too much.
+    """
     if len(config.teacher.targets) < 2 or not isinstance(teacher, RemoteTeacher):
         return
     rollouts = texts_to_compare(prompts, teacher.info, choose)
+    if aligning is not None:
+        rollouts = [aligning.align(rollout).question for rollout in rollouts]
     progress.activity("scoring", f"the same text with {len(config.teacher.targets)} replicas of the teacher")
     limit = config.teacher.max_replica_difference
     difference = await teacher.compare_replicas(rollouts, want, limit=limit)

@@ -113,9 +113,12 @@ class Updates:
     def _warn_of_tail(self, tail_mass: float | None) -> None:
         if tail_mass is not None and tail_mass > _LARGE_TAIL and not self._has_warned_of_tail:
             self._has_warned_of_tail = True
+            ways = "lower objective.temperature, or set teacher.signal=full"
+            if self._config.objective.name == "aligned":
+                ways = "or take a teacher with more tokens in common with the student, as ids without a counterpart are in it too"
             self._progress.note(
                 f"{self._config.teacher.topk} ids a token leave {tail_mass:.0%} of the teacher's mass in the tail, where the student "
-                "learns only the total: raise teacher.topk, lower objective.temperature, or set teacher.signal=full"
+                f"learns only the total: raise teacher.topk, {ways}"
             )
 
 

@@ -5,11 +5,14 @@ Shape suffixes: ``L`` response tokens (here: rows), ``V`` vocabulary, ``K`` top-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from bbopd.types import Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_from_logits", "signal_temperature"]
+__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_from_logits", "signal_temperature", "with_sampled"]
 
 MASS_TOLERANCE = 2e-3
 """Largest |sum p + tail - 1|: float16 logprobs leave that much, a wrong temperature or a lost tail far more."""
@@ -181,3 +184,31 @@ def _reject(bad: np.ndarray, values: np.ndarray, what: str, first_row: int) -> N
     if bad.any():
         where = np.unravel_index(int(bad.argmax()), bad.shape)
         raise ValueError(f"{what} {values[where].item():.6g} at response token {first_row + int(where[0])}")
+
+
+def with_sampled(signal: TeacherSignal, token_ids: Sequence[int]) -> TeacherSignal:
+    """A topk signal with the rollout's own token in its support: where it is none of the K ids, it leaves the tail for a slot of its own.
+
+    No mass is made: a token that is said to have more than all of the tail, which only rounding can explain, has all of it.
+    """
+    if signal.level != "topk" or signal.sampled is None:
+        return signal
+    assert signal.ids is not None
+    assert signal.logprobs is not None
+    assert signal.log_tail is not None
+    own_L = np.asarray(token_ids, dtype=np.int32)
+    is_missing_L = (signal.ids != own_L[:, None]).all(axis=1)
+    if not is_missing_L.any():
+        return signal
+    tail_L = signal.log_tail.astype(np.float64)
+    own_logprob_L = np.minimum(signal.sampled, tail_L)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left_L = np.where(tail_L == -np.inf, -np.inf, tail_L + np.log1p(-np.exp(own_logprob_L - tail_L)))
+    slot_L = np.where(is_missing_L, own_L, -1)
+    slot_logprob_L = np.where(is_missing_L, own_logprob_L, -np.inf)
+    return replace(
+        signal,
+        ids=np.concatenate([signal.ids, slot_L[:, None]], axis=1),
+        logprobs=np.concatenate([signal.logprobs, slot_logprob_L[:, None].astype(np.float32)], axis=1),
+        log_tail=np.where(is_missing_L, left_L, tail_L).astype(np.float32),
+    )

@@ -244,6 +244,7 @@ def _more(so_far: Mapping[str, Tensor], metrics: Mapping[str, Tensor], share: fl
 
 
 def _signalled_tokens(batch: DistillBatch) -> int:
+    of_spans = 0 if batch.spans is None else int(batch.spans.valid.sum())  # rows that have no signal on ids
     if batch.teacher is None:
-        return 0
-    return batch.response_tokens if batch.teacher.valid is None else int(batch.teacher.valid.sum())
+        return of_spans
+    return of_spans + (batch.response_tokens if batch.teacher.valid is None else int(batch.teacher.valid.sum()))
