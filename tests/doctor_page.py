@@ -129,7 +129,7 @@ def make_folders(folder: Path) -> None:
 def run_config(case: Case, targets: list[str]) -> RunConfig:
     """The run of a set-up, its folders being the current one's. Raises `ConfigError` as ``bbopd doctor`` would."""
     sections: dict[str, dict[str, Any]] = {
-        "student": {"model": "student"},
+        "student": {"model": "student", "dtype": "float32"},
         "teacher": {"target": targets, "start_timeout": 2.0, "timeout": 30.0},
         "rollouts": {"per_update": 4, "max_new_tokens": 16, "max_staleness": 0},
         "objective": {"ramp": 0.2},

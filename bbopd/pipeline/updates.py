@@ -125,4 +125,5 @@ class Updates:
 def _figures_of(metrics: StepMetrics) -> dict[str, Any]:
     """One line of them, the objective's own among the others."""
     line = asdict(metrics)
-    return {**line, **line.pop("more")}
+    more = line.pop("more")
+    return {**line, **more}
