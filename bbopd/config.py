@@ -6,12 +6,13 @@ What a run needs is checked here, all of it, before anything is loaded or spent;
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bbopd.config_base import Fraction, Positive, Section, StepsOrFraction
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
+from bbopd.config_gad import GadConfig, with_gad_defaults
 from bbopd.config_student import InitConfig, LoRAConfig, StudentConfig
 from bbopd.config_teacher import (
     AnswersConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "EngineAgreementConfig",
     "EvalConfig",
     "FiltersConfig",
+    "GadConfig",
     "InitConfig",
     "LoRAConfig",
     "ObjectiveConfig",
@@ -150,10 +152,11 @@ def value_at(value: float | tuple[float, float], progress: float) -> float:
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["aligned", "mixed", "sft", "seqkd", "verbal"] = "forward_kl"
+    name: Divergence | Literal["aligned", "mixed", "sft", "seqkd", "verbal", "gad"] = "forward_kl"
     """A divergence; ``mixed``, one on labelled sequences and another on rollouts; ``aligned``, for a teacher with another tokenizer; or
     cross-entropy alone: ``sft`` on labelled text, without a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy
-    gradient on grades that the teacher gives to the student's answers."""
+    gradient on grades that the teacher gives to the student's answers; or ``gad``: the student's answers against the teacher's, by a
+    discriminator that learns to tell them apart."""
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
@@ -177,6 +180,7 @@ class ObjectiveConfig(Section):
     """Steps, or share of the run, over which the ramp rises."""
     ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
     """``kd_weight`` rises from 0 while ce_weight keeps its own; ``alpha`` is the literal reading: alpha rises from 0."""
+    gad: GadConfig = GadConfig()
 
     @model_validator(mode="after")
     def _weights_given_once(self) -> ObjectiveConfig:
@@ -201,7 +205,7 @@ class ObjectiveConfig(Section):
     @property
     def judges_groups(self) -> bool:
         """Whether the answers to one prompt are judged beside each other."""
-        return self.name == "verbal"
+        return self.name in ("verbal", "gad")
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -212,6 +216,11 @@ class ObjectiveConfig(Section):
     def clip_range(self) -> tuple[float, float] | None:
         """How far below and above 1 an importance ratio may lie."""
         return (self.clip, self.clip) if isinstance(self.clip, float) else self.clip
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether all labels are answers that the teacher writes."""
+        return self.name in ("seqkd", "gad")
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -264,6 +273,36 @@ class EvalConfig(Section):
     rollouts: Positive = 16
     """Rollouts written to measure the KL on the student's own text."""
     max_new_tokens: Positive = 128
+    keep_best: (
+        Literal[
+            "bits_per_byte",
+            "kl_held_out",
+            "kl_rollouts",
+            "reverse_kl_held_out",
+            "reverse_kl_rollouts",
+            "top1_held_out",
+            "top1_rollouts",
+            "win_rate",
+        ]
+        | None
+    ) = None
+    """Keep the student of the best evaluation by this measure in ``best/`` of the run's folder."""
+    judge: TeacherConfig | None = None
+    """Of a gad run: who compares the student's answers with the teacher's. ``target`` and how it is reached; its cost is not counted."""
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _judge_in_words(cls, value: Any) -> Any:
+        return {"signal": "text", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _judge_is_there(self) -> EvalConfig:
+        judge = self.judge
+        if judge is not None and (judge.target is None or judge.signal != "text" or judge.prices or judge.budget):
+            raise ValueError("judge is a running teacher that replies in words: give its target, with no signal, prices or budget")
+        if self.keep_best == "win_rate" and judge is None:
+            raise ValueError("keep_best win_rate needs a judge: give judge.target")
+        return self
 
 
 class RunConfig(Section):
@@ -278,15 +317,42 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     output: str = "runs/latest"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_paper(cls, data: Any) -> Any:
+        objective = data.get("objective") if isinstance(data, dict) else None
+        name = objective.get("name") if isinstance(objective, dict) else getattr(objective, "name", None)
+        return with_gad_defaults(data) if name == "gad" else data
+
+    @model_validator(mode="after")
+    def _game_is_fair(self) -> RunConfig:
+        objective, rollouts = self.objective, self.rollouts
+        if objective.name != "gad":
+            if self.eval.judge is not None:
+                raise ValueError(f"eval.judge compares answers in a run of objective.name=gad, not of {objective.name}: leave it out")
+            return self
+        if self.student.lora is not None:
+            raise ValueError("gad copies and trains whole students: leave student.lora out")
+        if rollouts.max_staleness:
+            raise ValueError("gad trains its discriminator between two cycles: set rollouts.max_staleness=0")
+        if not self.train.cold_start_tokens:
+            raise ValueError(
+                "gad begins with a warm-up, of the student on the teacher's answers and of the discriminator on both: set "
+                "train.cold_start_tokens (the paper: one epoch)"
+            )
+        if objective.ramp:
+            raise ValueError("gad has nothing to ramp: set objective.ramp=0")
+        return self
+
     @model_validator(mode="after")
     def _pieces_fit(self) -> RunConfig:
         objective, train, rollouts = self.objective, self.train, self.rollouts
         if objective.name != "sft" and self.teacher.signal == "none":
             raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target or teacher.serve")
-        if (objective.name in ("seqkd", "verbal")) != (self.teacher.signal == "text") and objective.name != "sft":
+        if (objective.learns_from_text or objective.name == "verbal") != (self.teacher.signal == "text") and objective.name != "sft":
             raise ValueError(
-                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd and verbal learn from what the teacher "
-                "writes (text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
+                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd, gad and verbal learn from what the "
+                "teacher writes (text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
                 "teacher.signal=text, or neither of them"
             )
         self._answers_are_used()
@@ -427,7 +493,7 @@ class RunConfig(Section):
     @property
     def teacher_writes(self) -> bool:
         """Whether labelled sequences are answers of the teacher's own."""
-        return self.objective.name == "seqkd" or (self.teacher.writes_labels and self.objective.name != "sft")
+        return self.objective.learns_from_text or (self.teacher.writes_labels and self.objective.name != "sft")
 
     @property
     def _fractions(self) -> tuple[float, float]:

@@ -186,7 +186,7 @@ class TeacherConfig(Section):
     """The environment variable that holds it."""
     signal: Literal["full", "candidates", "topk", "text", "none"] = "full"
     """``full``: all logits. ``topk``: the teacher's own best ids. ``candidates``: the student's best ids, with the token itself.
-    ``text``: the teacher's own written answers, for ``objective.name: seqkd``; no vocabulary in common is needed."""
+    ``text``: the teacher's own written answers, for ``objective.name: seqkd`` or ``gad``; no vocabulary in common is needed."""
     writes_labels: bool = False
     """Labelled sequences are answers that the teacher writes, scored like any other, in place of the data's own continuations."""
     answers: AnswersConfig = AnswersConfig()

@@ -289,7 +289,8 @@ class TeacherSignal:
 
     full: ``logits`` [L, V] float16 (or float32), z − max(z) at temperature 1. topk, candidates: ``ids`` [L, K] int32 (−1 is
     an empty slot), ``logprobs`` [L, K] float32, ``log_tail`` [L] float32, at ``temperature``. topk and sampled also give
-    ``sampled`` [L] float32, the logprob of the rollout's own token. text, where answers are judged: ``advantages`` [L] float32.
+    ``sampled`` [L] float32, the logprob of the rollout's own token. text, where answers are judged: ``advantages`` [L] float32, and,
+    for a student that shall stay near an earlier one, the latter's logprobs of the same tokens, ``reference_logprobs`` [L] float32.
 
     Of a teacher with other tokens, laid beside the student's, ``rows`` [L] uint8 says in flags what each row holds: ``ALIGNED_ID``, ids
     and logprobs as ever; ``ALIGNED_RANK``, its largest logprobs in descending order, without ids; ``ALIGNED_SPAN``, in ``advantages`` [L]
@@ -305,6 +306,7 @@ class TeacherSignal:
     sampled: np.ndarray | None = None
     advantages: np.ndarray | None = None
     rows: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -346,6 +348,7 @@ class DistillBatch:
     response_tokens: int  # N
     rollout_tokens: int  # those of the N that the student wrote
     spans: SpanTeacher | None = None
+    reference_logprobs: Tensor | None = None  # [N] float32, of the policy not to leave; 0 where there is no signal
 
     @property
     def packed_tokens(self) -> int:

@@ -161,7 +161,7 @@ def test_the_doctor_looks_over_a_run_that_is_graded(tmp_path: Path) -> None:
     [
         ({"teacher": {"grading": None}}, "without teacher.grading: a rubric belongs to"),
         ({"objective": {"name": "seqkd"}, "train": {"labelled_tokens": 9}}, "objective.name seqkd with teacher.grading"),
-        ({"teacher": {"signal": "full"}}, "seqkd and verbal learn from what the teacher writes"),
+        ({"teacher": {"signal": "full"}}, "seqkd, gad and verbal learn from what the teacher writes"),
         ({"rollouts": {"samples_per_prompt": 1}}, r"samples_per_prompt 1 must be 2 or more"),
         ({"rollouts": {"samples_per_prompt": 3}}, r"samples_per_prompt 3 must be 2 or more, and a divisor of the 8 rollouts"),
         ({"objective": {"temperature": 2.0}}, "set both to the same"),

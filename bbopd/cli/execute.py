@@ -20,8 +20,11 @@ from bbopd.cli.display import LiveDisplay, PlainDisplay, make_display
 from bbopd.config import RunConfig
 from bbopd.errors import BbopdError, BudgetSpentError
 from bbopd.evaluate.bits_per_byte import token_byte_counts
+from bbopd.evaluate.held_out_game import HeldOutGame
 from bbopd.evaluate.samples import student_answers, teacher_answers
 from bbopd.evaluate.suite import EvalSuite
+from bbopd.pipeline.best import BestModel
+from bbopd.pipeline.cycle import sampling_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.loop import Loop
 from bbopd.pipeline.metrics import RunMetrics
@@ -88,10 +91,19 @@ async def _turn(
         vocab_size=session.vocab_size,
     )
 
+    game = _held_out_game(session)
+    best = None if config.eval.keep_best is None else BestModel(folder.root, config.eval.keep_best, session.write_model)
+
     async def evaluate(stage: str, step: int) -> Mapping[str, Any]:
         if stage == "start":
             await _write_samples(session, "before", sample_prompts)
         result = (await suite.run(stage, session.model, step)).to_json()
+        if game is not None:
+            figures = await game.measure()
+            errors = figures.pop("standard_errors", {})
+            result |= {**figures, "standard_errors": {**result["standard_errors"], **errors}}
+        if best is not None:
+            best.offer(result)
         if stage == "end":
             await _write_samples(session, "after", sample_prompts)
         return result
@@ -135,6 +147,22 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "samples": _samples(folder),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }
+
+
+def _held_out_game(session: Session) -> HeldOutGame | None:
+    if session.adversary is None:
+        return None
+    config, tokenizer = session.config, session.tokenizer
+    return HeldOutGame(
+        session.prompts.held_out,
+        config.eval.rollouts,
+        engine=session.parts.engine,
+        teacher=session.adversary.teacher,
+        discriminator=session.adversary.discriminator,
+        sampling=sampling_of(config, 0),
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        judge=session.judge,
+    )
 
 
 # ------------------------------------------------------------ samples

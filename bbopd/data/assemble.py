@@ -91,7 +91,15 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         response_tokens=len(target_ids),
         rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
         spans=_spans(items, want),
+        reference_logprobs=_reference_logprobs(items),
     )
+
+
+def _reference_logprobs(items: Sequence[Item]) -> torch.Tensor | None:
+    if not any(isinstance(item, ScoredRollout) and item.signal.reference_logprobs is not None for item in items):
+        return None
+    near = [item if isinstance(item, ScoredRollout) and item.signal.reference_logprobs is not None else rollout_of(item) for item in items]
+    return _fill(near, lambda signal: signal.reference_logprobs, (), np.float32, 0)[0]
 
 
 def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None:
@@ -232,7 +240,7 @@ def _check_signal(item: ScoredRollout, want: SignalSpec) -> None:
         raise BadAnswerError(f"{who} is of level {signal.level}; {want.level} was asked for")
     if want.level not in ("full", "text") and signal.temperature != want.temperature:
         raise BadAnswerError(f"{who} was taken at temperature {signal.temperature}; {want.temperature} was asked for")
-    for name in _FIELDS[want.level]:
+    for name in (*_FIELDS[want.level], *(["reference_logprobs"] if signal.reference_logprobs is not None else [])):
         values = getattr(signal, name)
         if values is None:
             raise BadAnswerError(f"{who} has no {name}, which level {want.level} needs")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bbopd.config import ObjectiveConfig
 from bbopd.objectives.aligned import Aligned
 from bbopd.objectives.base import Objective
+from bbopd.objectives.gad import Gad
 from bbopd.objectives.mixed import Mixed
 from bbopd.objectives.seqkd import SeqKD
 from bbopd.objectives.sft import Sft
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
     "sft": Sft,
     "seqkd": SeqKD,
     "verbal": Verbal,
+    "gad": Gad,
 }
 """By the name in ``objective.name``."""
 

@@ -26,15 +26,18 @@ class SeqKD(Sft):
         return ("text",)
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
+        self._require_text(teacher)
+        return SignalSpec("text")
+
+    def _require_text(self, teacher: TeacherConfig) -> None:
         if teacher.signal != "text":
             raise ConfigError(
-                f"objective.name seqkd learns from what the teacher writes, not from {teacher.signal}: set teacher.signal=text"
+                f"objective.name {self.name} learns from what the teacher writes, not from {teacher.signal}: set teacher.signal=text"
             )
-        return SignalSpec("text")
 
     def check(self, info: TeacherInfo, want: SignalSpec) -> None:
         if info.offer("text") is None:
             offered = ", ".join(offer.level for offer in info.offers) or "nothing"
             raise TeacherError(
-                f"seqkd learns from what the teacher writes, but teacher {info.model} offers {offered}: take one that writes (text)"
+                f"{self.name} learns from what the teacher writes, but teacher {info.model} offers {offered}: take one that writes (text)"
             )

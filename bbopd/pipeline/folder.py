@@ -114,6 +114,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "accepted.jsonl", "summary.json", "trace.json"):
                 (self.root / name).unlink(missing_ok=True)
+            shutil.rmtree(self.root / "best", ignore_errors=True)
         except OSError as error:
             raise ConfigError(f"cannot create the run's folder {self.root}: {error.strerror or error}; set output=") from error
         self.write_json("run.json", record)

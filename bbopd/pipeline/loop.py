@@ -116,8 +116,13 @@ class Loop:
         config, state = self._config, self.state
         rollouts = self._budgets.rollouts_of_cycle() if phase == "on_policy" else 0
         self._weights.figures = {}
-        if rollouts:
+        opponent = self._parts.opponent
+        if rollouts or opponent is not None:
             await self._push_weights()
+        if opponent is not None:
+            opponent.begin_cycle(state.cycle)
+            if phase == "on_policy":
+                opponent.end_warm_up()
         draw = self._books.draw(rollouts, config.rollouts.per_update - rollouts)
         self._parts.gate.begin_cycle()
         cycle = await collect_cycle(
@@ -140,6 +145,9 @@ class Loop:
         if self._parts.agreement is not None:
             with self._activity("sampling", span="agreement"):
                 self._weights.figures |= self._parts.agreement(map(rollout_of, cycle.items), state.step)
+        if opponent is not None and phase == "cold_start":
+            with self._activity("sampling", span="answers beside the teacher's"):
+                cycle.sampled_tokens += await opponent.face(cycle.items, self._parts.engine, sampling_of(config, state.cycle))
         self._books.book(draw)
         kept = {rollout_of(item).draw for item in cycle.items}
         self._books.reject(draw.first + place for place in range(len(draw)) if place not in kept)
@@ -148,10 +156,17 @@ class Loop:
         return draw, cycle
 
     async def _train(self, phase: str, draw: Draw, cycle: CycleItems) -> None:
-        train = self._config.train
+        train, opponent = self._config.train, self._parts.opponent
+        figures = dict(self._weights.figures)
+        if opponent is not None:
+            with self._activity("training", span="discriminator"):
+                learned, cancelled = await to_the_end(self._parts.run_blocking(opponent.learn))
+            figures |= learned
+            if cancelled is not None:
+                raise cancelled
         for micro_items in split_into_steps(cycle.items, train.batch_tokens, train.micro_batch_tokens, train.max_seq_len):
             numbers = [draw.first + rollout_of(item).draw for items in micro_items for item in items]
-            await self._updates.step(phase, micro_items, numbers, self.state.cycle, self._weights.figures)
+            await self._updates.step(phase, micro_items, numbers, self.state.cycle, figures)
             if self._budgets.steps_are_spent():
                 return
 

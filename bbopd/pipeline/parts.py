@@ -10,12 +10,13 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from bbopd.data.assemble import Item
 from bbopd.data.rejected import Rejection
 from bbopd.data.streams import each
 from bbopd.pipeline.state import RunState
 from bbopd.teachers.budget import Spending
 from bbopd.trainer.step import Gradients, StepMetrics
-from bbopd.types import DistillBatch, Prompt, Rollout, RolloutEngine, ScoredRollout, SignalSpec, Unscored
+from bbopd.types import DistillBatch, Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout, SignalSpec, Unscored
 
 Answer = TypeVar("Answer")
 
@@ -43,6 +44,15 @@ class Scores(Protocol):
     """The teacher, as far as a loop knows it: of every rollout it says something, or that nothing is to be learned from it."""
 
     def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout | Unscored]: ...
+
+
+class Opponent(Protocol):
+    """Who learns from the same answers as the student, one step a cycle."""
+
+    def begin_cycle(self, cycle: int) -> None: ...
+    def end_warm_up(self) -> None: ...
+    async def face(self, items: Sequence[Item], engine: RolloutEngine, sampling: Sampling) -> int: ...
+    def learn(self) -> Mapping[str, float]: ...
 
 
 class Trains(Protocol):
@@ -94,7 +104,8 @@ async def to_the_end(work: Awaitable[Answer]) -> tuple[Answer, asyncio.Cancelled
 class Parts:
     """Everything that a loop turns; built by `session.open_session`, or from fakes in a test.
 
-    ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``overlaps`` says that the engine writes
+    ``by_group``: the answers to one prompt go to the teacher one after the other, as a `Group`. ``opponent`` is who
+    learns from the same answers. ``overlaps`` says that the engine writes
     while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
     another. ``shares_weights`` says that the engine writes with the trainer's own tensors, so that a push is no more than the new version.
     ``agreement`` checks an engine that does not. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
@@ -117,6 +128,7 @@ class Parts:
     cache_counts: Mapping[str, int] | None = None
     answer_counts: Mapping[str, int] = field(default_factory=dict)
     by_group: bool = False
+    opponent: Opponent | None = None
     overlaps: bool = False
     shares_weights: bool = False
     run_blocking: Blocking = at_once

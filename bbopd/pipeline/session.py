@@ -26,6 +26,7 @@ from bbopd.errors import CheckpointError, TeacherError
 from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
+from bbopd.pipeline.adversary import Adversary, open_adversary
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
@@ -40,6 +41,7 @@ from bbopd.pipeline.teacher import (
     load_teacher_tokenizer,
     open_api,
     open_budget,
+    open_judge,
     remembering,
     start_teacher,
     text_teacher,
@@ -49,7 +51,8 @@ from bbopd.pipeline.texts import check_labels, prompts_to_label, read_prompts
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.remote import RemoteTeacher
-from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, require_space, save_checkpoint
+from bbopd.teachers.written import WritingTeacher
+from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
 from bbopd.types import Teacher
 
@@ -75,6 +78,18 @@ class Session:
     compute_dtype: torch.dtype
     vocab_size: int
     """Ids that are tokens; what the student's head has beyond them is padding."""
+    adversary: Adversary | None = None
+    judge: Teacher | None = None
+    """Who compares the student's answers with the teacher's."""
+
+    def write_model(self, folder: Path) -> None:
+        """The student as it is now (of adapters these alone, in PEFT's format), and its tokenizer. Raises OSError or SafetensorError."""
+        with quiet():
+            if is_adapted(self.model):
+                save_adapter(self.model, folder)
+            else:
+                self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def save_model(self) -> Path:
         """Write the student in Hugging Face format, tokenizer included, as the run's result; it appears whole or not at all.
@@ -138,7 +153,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             teacher = await open_api(config.teacher, spoken, count, budget, stack, progress)
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
-        require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints)
+        plays = config.objective.name == "gad"
+        beside = 4 * sum(parameter.nbytes for parameter in model.parameters()) if plays else 0  # discriminator, its moments, reference
+        require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=beside)
 
         objective = make_objective(config.objective)
         want = objective.signal(config.teacher) if teacher is not None else None
@@ -196,11 +213,19 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             vocab_size=vocab_size,
             activation_checkpointing=student.activation_checkpointing,
         )
+        adversary = judge_of_answers = None
+        if config.eval.judge is not None:
+            judge_of_answers = await open_judge(config.eval.judge, tokenizer, vocab_size, folder, stack, progress)
+        if plays:
+            assert isinstance(scores, WritingTeacher), "gad asks for text, and one answer to a prompt"
+            adversary = open_adversary(config, model, scores, dtype, vocab_size, progress)
         state = RunState()
         checkpoint = latest_checkpoint(folder.checkpoints)
         if checkpoint is not None:
             progress.activity("loading", str(checkpoint))
             state = RunState.from_json(await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer))
+            if adversary is not None:
+                adversary.load_tensors(await asyncio.to_thread(load_beside, checkpoint))
             trainer.steps_done = state.step
             progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
 
@@ -228,6 +253,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 optimizer=trainer.optimizer,
                 state=now.to_json(),
                 keep=config.train.keep_checkpoints,
+                beside=None if adversary is None else adversary.tensors(),
             )
 
         session = Session(
@@ -244,7 +270,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                     world_size=config.data.world_size,
                 ),
                 gate=gate,
-                teacher=scores,
+                teacher=adversary or scores,
                 want=want,
                 save=save,
                 agreement=agreement_check(config, model, dtype),
@@ -254,6 +280,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
                 answer_counts=answer_counts,
                 by_group=config.objective.judges_groups,
+                opponent=adversary,
                 overlaps=overlaps,
                 shares_weights=config.rollouts.engine == "hf",
                 run_blocking=at_once if executor is None else in_executor(executor),
@@ -265,6 +292,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             prompts=prompts,
             compute_dtype=dtype,
             vocab_size=vocab_size,
+            adversary=adversary,
+            judge=judge_of_answers,
         )
         try:
             yield session

@@ -93,6 +93,25 @@ async def open_api(
     return teacher
 
 
+async def open_judge(
+    config: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    folder: RunFolder,
+    stack: AsyncExitStack,
+    progress: Progress,
+) -> Teacher:
+    """Who compares answers in evaluations. Its replies are kept, so that it is asked about the same two answers once."""
+    remote, _ = await start_teacher(config, folder, stack, progress)
+    teacher = remote or await open_api(config, tokenizer, vocab_size, None, stack, progress)
+    if not teacher.info.takes_text:
+        raise TeacherError(f"judge {teacher.info.model} takes no messages: set eval.judge.target to one with a chat template")
+    cache = config.cache or CacheConfig(path=str(folder.root / "judge_answers.db"))
+    kept = remembering(teacher, None, config.model_copy(update={"cache": cache}), folder, stack)
+    assert kept is not None, "there is a judge"
+    return kept
+
+
 def open_budget(config: TeacherConfig, teacher: RemoteTeacher | None, folder: RunFolder, stack: AsyncExitStack) -> Budget | None:
     """Where what the teacher costs is counted; None where it costs nothing that is known."""
     if config.prices is not None:

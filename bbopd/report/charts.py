@@ -33,6 +33,12 @@ def charts(data: RunData) -> list[tuple[str, str]]:
         ("KL to the teacher", "nats per token", _stage_curves(data, "kl_rollouts", "kl_held_out")),
         ("Held-out text", "bits per byte", _stage_curves(data, "bits_per_byte")),
         ("Top-1 agreement with the teacher", "share of tokens", _stage_curves(data, "top1_rollouts", "top1_held_out")),
+        ("Discriminator: accuracy", "share of pairs", _both_curves(data, "discriminator_accuracy")),
+        ("Discriminator: lead of the teacher's answers", "score", _both_curves(data, "discriminator_margin")),
+        ("Lengths", "tokens", _step_curves(data, {"student_length_mean": "student", "teacher_length_mean": "teacher"})),
+        ("Reward", "", _step_curves(data, {"reward_mean": "mean", "reward_std": "standard deviation"})),
+        ("Reward by length", "correlation", _step_curves(data, {"reward_length_correlation": "of a step"})),
+        ("Win rate against the teacher's answers", "share of pairs", _stage_curves(data, "win_rate")),
         ("Learning rate", "", _step_curves(data, {"lr": "learning rate"})),
         ("Loss weights", "", _step_curves(data, {"ce_weight": "cross-entropy", "kd_weight": "distillation"})),
         ("Gradient norm, before clipping", "L2 norm", _step_curves(data, {"grad_norm": "gradient norm"})),
@@ -65,6 +71,10 @@ def _stage_curves(data: RunData, *keys: str) -> list[Curve]:
         if points:
             curves.append(Curve(titles[key], points, is_sparse=True))
     return curves
+
+
+def _both_curves(data: RunData, key: str) -> list[Curve]:
+    return [*_step_curves(data, {key: "in training"}), *_stage_curves(data, key)]
 
 
 def _draw_curves(title: str, unit: str, curves: Sequence[Curve], cold_start: int) -> str:

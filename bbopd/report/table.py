@@ -38,6 +38,10 @@ MEASURES = (
     Measure("reverse_kl_held_out", "Reverse KL, held-out text", "nats/token"),
     Measure("top1_rollouts", "Top-1 agreement, own rollouts", "of tokens", is_share=True),
     Measure("top1_held_out", "Top-1 agreement, held-out text", "of tokens", is_share=True),
+    Measure("win_rate", "Win rate against the teacher's answers", "of pairs", is_share=True),
+    Measure("discriminator_accuracy", "Discriminator, held-out prompts", "of pairs", is_share=True),
+    Measure("discriminator_margin", "Teacher's lead in its score, held-out prompts", ""),
+    Measure("length_drift", "Length beyond the teacher's, held-out prompts", "of tokens", is_share=True),
 )
 
 

@@ -1,0 +1,120 @@
+"""A whole run of adversarial distillation from an endpoint that gives text alone: its figures, its books, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bbopd.config import RunConfig
+from bbopd.teachers.hf import HFBackend
+from bbopd.trainer import latest_checkpoint, load_beside
+from tests.openai_server import CHAT, OpenAIServer
+from tests.test_openai_run import run_config, served
+from tests.tiny_models import tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.timeout(600)
+
+GAD = {
+    "teacher": {"signal": "text", "answers": {"max_new_tokens": 12}},
+    "objective": {"name": "gad", "temperature": 0.8, "gad": {"discriminator_lr": 1e-3, "length_alarm": 0.0}},
+    "rollouts": {"per_update": 8, "samples_per_prompt": 4, "max_new_tokens": 10, "temperature": 0.8, "max_staleness": 0},
+    "train": {"batch_tokens": 40, "max_seq_len": 48, "cold_start_tokens": 150, "on_policy_tokens": 320, "lr": 1e-3, "checkpoint_every": 1},
+}
+
+
+def teacher() -> OpenAIServer:
+    """One of another tokenizer and other weights."""
+    other = tiny_tokenizer(merges=(("o", "n"), ("a", "n"), ("an", "d"), ("e", "r")))
+    backend = HFBackend(tiny_llama(vocab_size=263, seed=1), other, name="tiny")
+    return OpenAIServer(backend, encode=lambda text: other(text)["input_ids"], ways=[CHAT])
+
+
+def configure(folder: Path, port: int, output: Path, **sections: Any) -> Path:
+    sections = {name: {**GAD.get(name, {}), **sections.get(name, {})} for name in {*GAD, *sections}}
+    config: RunConfig = run_config(folder, port, **sections)
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**config.model_dump(mode="json"), "output": str(output)}))
+    return path
+
+
+def lines_of(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = run / name
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bbopd", "distill", str(config), "--plain"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(config: Path) -> str:
+    process = start(config)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after(config: Path, run: Path, lines: int) -> None:
+    process = start(config)
+    deadline = time.monotonic() + 200
+    while len(lines_of(run)) < lines and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def repeatable(run: Path) -> list[dict[str, Any]]:
+    """What must be the same however often a run was interrupted."""
+    kept = ("step", "phase", "loss", "ce", "kd", "reference_kl", "reward_mean", "student_length_mean", "length_drift")
+    return [{name: value for name, value in line.items() if name in kept or name.startswith("discriminator_")} for line in lines_of(run)]
+
+
+def test_a_run_plays_the_game_and_goes_on_with_it_where_it_was_killed(tmp_path):
+    server = teacher()
+    with served(server) as port:
+        whole = configure(tmp_path, port, tmp_path / "whole")
+        output = finish(whole)
+        cut = configure(tmp_path, port, tmp_path / "cut")
+        steps = lines_of(tmp_path / "whole")
+        warm_up = [line for line in steps if line["phase"] == "cold_start"]
+        kill_after(cut, tmp_path / "cut", 1)
+        kill_after(cut, tmp_path / "cut", len(warm_up) + 2)
+        finish(cut)
+    assert repeatable(tmp_path / "cut") == repeatable(tmp_path / "whole")
+
+    game = steps[len(warm_up) :]
+    assert {line["phase"] for line in game} == {"on_policy"}
+    assert warm_up
+    assert game
+    for line in steps:
+        assert 0 <= line["discriminator_accuracy"] <= 1
+        assert line["discriminator_loss"] > 0
+        assert line["length_drift"] == pytest.approx(line["student_length_mean"] / line["teacher_length_mean"] - 1)
+    assert all(line["kd"] == 0 and line["ce"] > 0 for line in warm_up), "the student learns the teacher's words"
+    assert all(line["ce"] == 0 and line["kd"] != 0 for line in game), "and then plays"
+    assert all("reward_mean" in line for line in game)
+    assert any(-1 <= line.get("reward_length_correlation", -2) <= 1 for line in game)
+    assert game[0]["reference_kl"] == pytest.approx(0.0, abs=1e-6), "it begins where the warm-up ended"
+    assert game[-1]["reference_kl"] > 1e-6
+    assert any(line["length_alarm"] for line in game)
+    assert "times the tokens of the teacher's" in output
+
+    checkpoint = latest_checkpoint(tmp_path / "whole" / "checkpoints")
+    beside = load_beside(checkpoint)
+    assert set(beside) == {"discriminator", "reference"}
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["sequences"]["drawn"] == summary["sequences"]["trained"] + sum(summary["rejected"].values())
+    assert summary["status"] == "finished"
+    asked = [body["messages"][-1]["content"] for path, body in server.requests if path.endswith("chat/completions")]
+    assert len(asked) >= 2 * summary["teacher_cache"]["misses"] > 0
