@@ -183,12 +183,12 @@ def test_a_discriminator_that_learns_no_more_is_gamed():
 def test_one_that_goes_by_length_is_gamed_by_length_once_it_is_frozen():
     """The classes are lengths, the student starts short. What has learned "longer is the teacher's" and then stands still pays for the
     longest there is; what goes on learning turns round where the student has the teacher's mean length."""
-    start = bell(1.0, 1.0)
+    start = bell(0.0, 3.0)
     (frozen, _, _), (_, learning, _) = (
         play(categorical, start, seed=6, steps=700, features=CLASSES[:, None] / 10, is_frozen_after=limit) for limit in (60, None)
     )
     wanted = float(TEACHER @ CLASSES)
-    assert float(start.exp() @ CLASSES) < wanted - 2
+    assert float(start.exp() @ CLASSES) < wanted - 1
     assert float(frozen @ CLASSES) > 8.5, "the longest there is is 9"
     assert float(learning @ CLASSES) == pytest.approx(wanted, abs=0.7)
 

@@ -41,7 +41,7 @@ def served(**options: object) -> TeacherConfig:
 
 
 def test_the_table_holds_every_name_a_config_can_give() -> None:
-    assert set(OBJECTIVES) == {*DIVERGENCES, "aligned", "mixed", "sft", "seqkd", "verbal"}
+    assert set(OBJECTIVES) == {*DIVERGENCES, "aligned", "mixed", "sft", "seqkd", "verbal", "gad"}
     for name in OBJECTIVES:
         assert make_objective(ObjectiveConfig(name=name)).name == name
 
