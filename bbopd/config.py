@@ -152,11 +152,11 @@ def value_at(value: float | tuple[float, float], progress: float) -> float:
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["aligned", "mixed", "sft", "seqkd", "verbal", "gad"] = "forward_kl"
-    """A divergence; ``mixed``, one on labelled sequences and another on rollouts; ``aligned``, for a teacher with another tokenizer; or
-    cross-entropy alone: ``sft`` on labelled text, without a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy
-    gradient on grades that the teacher gives to the student's answers; or ``gad``: the student's answers against the teacher's, by a
-    discriminator that learns to tell them apart."""
+    name: Divergence | Literal["aligned", "mixed", "policy_gradient", "sft", "seqkd", "verbal", "gad"] = "forward_kl"
+    """A divergence; ``mixed``, one on labelled sequences and another on rollouts; ``policy_gradient``, reverse KL from one logprob of the
+    teacher for each sampled token; ``aligned``, for a teacher with another tokenizer; or cross-entropy alone: ``sft`` on labelled text,
+    without a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy gradient on grades that the teacher gives to the
+    student's answers; or ``gad``: the student's answers against the teacher's, by a discriminator that learns to tell them apart."""
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
@@ -176,6 +176,11 @@ class ObjectiveConfig(Section):
     """Of ``aligned``: the policy gradient on spans of text that are one token on neither side, beside the KL on common tokens."""
     rank_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of ``aligned``: the distance by rank where such a span begins."""
+    discount: Fraction = 0.0
+    """Of ``policy_gradient``: how much a token is credited with what follows it. 0 is the KL of each token, 1 that of the whole answer."""
+    baseline: Literal["none", "kl"] = "none"
+    """Of ``policy_gradient``. ``kl`` subtracts what the advantage is on average, -KL(q‖p): the same gradient on average, with less noise,
+    for which the teacher must tell more than one logprob."""
     ramp: StepsOrFraction = 0.1
     """Steps, or share of the run, over which the ramp rises."""
     ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
@@ -366,6 +371,8 @@ class RunConfig(Section):
             )
         if self.teacher.writes_labels and self.teacher.signal == "none":
             raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
+        if objective.name == "policy_gradient":
+            self._samples_as_the_objective_says()
         if objective.name == "aligned":
             self._tokenizers_fit()
         elif self.teacher.tokenizer is not None and not self.teacher.is_api:

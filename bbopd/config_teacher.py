@@ -184,9 +184,10 @@ class TeacherConfig(Section):
     """Holds the token that the teacher wants."""
     token_env: str | None = None
     """The environment variable that holds it."""
-    signal: Literal["full", "candidates", "topk", "text", "none"] = "full"
+    signal: Literal["full", "candidates", "topk", "sampled", "text", "none"] = "full"
     """``full``: all logits. ``topk``: the teacher's own best ids. ``candidates``: the student's best ids, with the token itself.
-    ``text``: the teacher's own written answers, for ``objective.name: seqkd`` or ``gad``; no vocabulary in common is needed."""
+    ``sampled``: the logprob of the token that the student sampled, for ``objective.name: policy_gradient``. ``text``: the teacher's own
+    written answers, for ``objective.name: seqkd`` or ``gad``; no vocabulary in common is needed."""
     writes_labels: bool = False
     """Labelled sequences are answers that the teacher writes, scored like any other, in place of the data's own continuations."""
     answers: AnswersConfig = AnswersConfig()

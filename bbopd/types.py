@@ -281,6 +281,7 @@ class SignalSpec:
     level: Level
     temperature: float = 1.0
     top_k: int = 0
+    rollouts_only: bool = False  # labelled sequences are not asked about: nobody sampled their tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -349,6 +350,8 @@ class DistillBatch:
     rollout_tokens: int  # those of the N that the student wrote
     spans: SpanTeacher | None = None
     reference_logprobs: Tensor | None = None  # [N] float32, of the policy not to leave; 0 where there is no signal
+    behavior_logprobs: Tensor | None = None  # [N] float32, those that target_ids were sampled from; NaN where nobody sampled
+    sampled_logprobs: Tensor | None = None  # [N] float32, the teacher's of target_ids, where it told them beside other ids
 
     @property
     def packed_tokens(self) -> int:

@@ -320,6 +320,7 @@ class Simulation:
         teacher_fails_at: int = -1,
         trainer_fails_at: int = -1,
         judge: Judge | None = None,
+        want: SignalSpec = WANT,
     ) -> None:
         self.config, self.durations = config, durations
         self.state = state or RunState()
@@ -328,7 +329,7 @@ class Simulation:
         self.stop = asyncio.Event()
         self.engine = TimedEngine(durations, lengths=lengths, lags=lags, fail_at=engine_fails_at)
         self.by_group = judge is not None
-        self.want = SignalSpec("text") if self.by_group else WANT
+        self.want = SignalSpec("text") if self.by_group else want
         self.teacher: Scores = TimedTeacher(durations, fail_at=teacher_fails_at) if judge is None else GroupRewards(judge)
         self.trainer = TimedTrainer(durations, steps_done=self.state.step, fail_at=trainer_fails_at)
         self.gate = gate or OpenGate(counts=self.state.rejected)

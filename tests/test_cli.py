@@ -254,6 +254,23 @@ def test_candidates_are_refused_by_a_teacher_that_does_not_offer_them(model, tex
         assert not steps(tmp_path / f"refused{number}")
 
 
+@pytest.mark.parametrize(("signal", "baseline"), [("sampled", "none"), ("full", "kl")])
+def test_policy_gradient_learns_from_what_the_student_sampled(signal, baseline, model, text, tmp_path):
+    objective = {"name": "policy_gradient", "temperature": 1.0, "ramp": 0, "discount": 0.5, "baseline": baseline}
+    config = write_config(tmp_path, model, text, objective=objective, teacher={"signal": signal})
+    result = bbopd("distill", str(config))
+    assert result.returncode == 0, result.stderr
+    lines = steps(tmp_path / "run")
+    assert all(line["signal_tokens"] == line["rollout_tokens"] for line in lines)  # labelled text is not scored
+    sampled = [line for line in lines if line["signal_tokens"]]
+    assert sampled[0]["importance_ratio"] == pytest.approx(1.0, abs=1e-3)  # engine and trainer agree on what was sampled from
+    assert all(0.5 < line["importance_ratio"] < 2.0 for line in sampled)
+    assert sum(line["sampled_kl"] for line in sampled) > 0
+    assert all(("baseline_kl" in line) == (baseline == "kl") for line in sampled)
+    on_policy = sum(line["rollout_tokens"] for line in lines)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"]["scored"] == on_policy
+
+
 def test_sft_runs_without_a_teacher(model, text, tmp_path):
     config = write_config(tmp_path, model, text, objective={"name": "sft"}, train={"labelled_tokens": 200, "cold_start_tokens": 0})
     data = yaml.safe_load(config.read_text())

@@ -41,7 +41,7 @@ def served(**options: object) -> TeacherConfig:
 
 
 def test_the_table_holds_every_name_a_config_can_give() -> None:
-    assert set(OBJECTIVES) == {*DIVERGENCES, "aligned", "mixed", "sft", "seqkd", "verbal", "gad"}
+    assert set(OBJECTIVES) == {*DIVERGENCES, "aligned", "gad", "mixed", "policy_gradient", "sft", "seqkd", "verbal"}
     for name in OBJECTIVES:
         assert make_objective(ObjectiveConfig(name=name)).name == name
 
@@ -98,7 +98,12 @@ def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
 @pytest.mark.parametrize(
     ("name", "offer", "want", "message"),
     [
-        ("forward_kl", Offer("sampled"), SignalSpec("full"), "asks for the full signal, but teacher tiny offers sampled.*fits: sft$"),
+        (
+            "forward_kl",
+            Offer("sampled"),
+            SignalSpec("full"),
+            "asks for the full signal, but teacher tiny offers sampled.*fits: policy_gradient \\(with",
+        ),
         (
             "forward_kl",
             Offer("topk", 64),

@@ -92,6 +92,8 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
         spans=_spans(items, want),
         reference_logprobs=_reference_logprobs(items),
+        behavior_logprobs=_of_tokens(rollouts, [rollout.logprobs for rollout in rollouts]),
+        sampled_logprobs=_of_tokens(rollouts, [item.signal.sampled if isinstance(item, ScoredRollout) else None for item in items]),
     )
 
 
@@ -100,6 +102,14 @@ def _reference_logprobs(items: Sequence[Item]) -> torch.Tensor | None:
         return None
     near = [item if isinstance(item, ScoredRollout) and item.signal.reference_logprobs is not None else rollout_of(item) for item in items]
     return _fill(near, lambda signal: signal.reference_logprobs, (), np.float32, 0)[0]
+
+
+def _of_tokens(rollouts: Sequence[Rollout], values: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    """One number for every response token, [N]; NaN for those of a rollout without, None where no rollout has any."""
+    if all(given is None for given in values):
+        return None
+    parts = [np.full(len(rollout), np.nan) if given is None else given for rollout, given in zip(rollouts, values, strict=True)]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
 def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None:

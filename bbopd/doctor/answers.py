@@ -154,6 +154,7 @@ async def check_zero(setup: SetUp) -> Verdict:
         case _:
             return Verdict("skip", f"a {setup.want.level} signal is no distribution")
     objective = setup.config.objective
+    name = "reverse_kl" if objective.name == "policy_gradient" else objective.name  # which a policy gradient goes down
     sides: list[SideConfig | ObjectiveConfig] = [objective.labelled, objective.rollouts] if objective.name == "mixed" else [objective]
     found = [
         linear_distill(
@@ -163,7 +164,7 @@ async def check_zero(setup: SetUp) -> Verdict:
             temperature=objective.temperature,
             ce_weight=0.0,
             kd_weight=1.0,
-            divergence=side.name,
+            divergence="reverse_kl" if side.name == "policy_gradient" else side.name,
             beta=side.beta,
             skew=value_at(side.skew, 0.0),
             t2_scaling=False,
@@ -173,11 +174,11 @@ async def check_zero(setup: SetUp) -> Verdict:
     worst = max(float(one.kd.abs().max()) for one in found)
     if not worst <= _ZERO_NATS:
         raise TeacherError(
-            f"a student with the teacher's own logits is {worst:.3g} nats from it by {objective.name} at T = {objective.temperature:g}, "
+            f"a student with the teacher's own logits is {worst:.3g} nats from it by {name} at T = {objective.temperature:g}, "
             f"and should be at 0 ({_ZERO_NATS:g} allowed): what the teacher sends is not one distribution; `bbopd check-teacher` looks "
             "closer"
         )
-    return passed(f"{objective.name} at T = {objective.temperature:g} is {worst:.1e} nats for a student that equals the teacher")
+    return passed(f"{name} at T = {objective.temperature:g} is {worst:.1e} nats for a student that equals the teacher")
 
 
 def _logits_of(signal: TeacherSignal, V: int) -> Tensor:

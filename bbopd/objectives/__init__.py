@@ -9,6 +9,7 @@ from bbopd.objectives.aligned import Aligned
 from bbopd.objectives.base import Objective
 from bbopd.objectives.gad import Gad
 from bbopd.objectives.mixed import Mixed
+from bbopd.objectives.sampled_kl import SampledKL
 from bbopd.objectives.seqkd import SeqKD
 from bbopd.objectives.sft import Sft
 from bbopd.objectives.token_level import NEEDS, TokenLevel
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
     **dict.fromkeys(NEEDS, TokenLevel),
     "mixed": Mixed,
     "aligned": Aligned,
+    "policy_gradient": SampledKL,
     "sft": Sft,
     "seqkd": SeqKD,
     "verbal": Verbal,

@@ -19,6 +19,10 @@ SIGNALS: tuple[str, ...] = get_args(TeacherConfig.model_fields["signal"].annotat
 """What a configuration can ask a teacher for: the levels that a message may propose."""
 
 
+OF_LEVEL: dict[Level, str] = {"sampled": "policy_gradient", "text": "seqkd"}
+"""Levels that no divergence can use, and the objective that does."""
+
+
 class Objective(Protocol):
     """What is minimised: which teacher signal it needs, and its loss on a batch."""
 
@@ -92,7 +96,8 @@ def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mappin
     offered = [one.level for one in info.offers]
     if offer is None:
         fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered) & set(SIGNALS)]
-        fitting = [*fitting, *(["seqkd (with teacher.signal=text)"] if "text" in offered else [])] or ["sft"]
+        fitting += [f"{other} (with teacher.signal={level})" for level, other in OF_LEVEL.items() if level in offered and other != name]
+        fitting = fitting or ["sft"]
         levels = ", ".join(offered) or "nothing"
         raise TeacherError(
             f"{name} asks for the {want.level} signal, but teacher {info.model} offers {levels}: "

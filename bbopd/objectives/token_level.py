@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError
-from bbopd.objectives.base import SIGNALS, check_offer, check_student
+from bbopd.objectives.base import OF_LEVEL, SIGNALS, check_offer, check_student
 from bbopd.ops import linear_distill, linear_logprobs
 from bbopd.reference_math import divergence_shares
 from bbopd.types import CandidateTeacher, DistillBatch, DistillLoss, Divergence, Level, SignalSpec, TeacherInfo, TopKTeacher
 
 NEEDS: dict[str, tuple[Level, ...]] = {
     "forward_kl": ("full", "topk"),
-    "reverse_kl": ("full", "candidates", "sampled"),
+    "reverse_kl": ("full", "candidates"),
     "jsd": ("full", "candidates", "topk"),
     "skew_forward_kl": ("full", "candidates", "topk"),
     "skew_reverse_kl": ("full", "candidates", "topk"),
@@ -49,7 +49,9 @@ class TokenLevel:
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
         level = teacher.signal
         if level == "none" or level not in self.needs:
-            fitting = [name for name, needs in NEEDS.items() if level in needs] or ["seqkd" if level == "text" else "sft"]
+            fitting = [name for name, needs in NEEDS.items() if level in needs] or [
+                "sft" if level == "none" else OF_LEVEL.get(level, "sft")
+            ]
             usable = [need for need in self.needs if need in SIGNALS]
             raise ConfigError(
                 f"objective.name {self.name} cannot use teacher.signal {level}: set teacher.signal to {' or '.join(usable)}, "

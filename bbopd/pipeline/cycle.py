@@ -117,6 +117,9 @@ async def collect_cycle(
                 for ready in groups.accept(rollout) if is_accepted else groups.reject(rollout.draw):
                     yield ready
         switch.to("scoring")
+        if want is not None and want.rollouts_only:
+            result.items.extend(await write_labels(labelled))
+            return
         for rollout in await write_labels(labelled):
             yield rollout
 

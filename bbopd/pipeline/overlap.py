@@ -37,7 +37,7 @@ from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.pipeline.updates import Updates
 from bbopd.pipeline.weights import Weights
-from bbopd.types import Prompt, Rollout, Unscored
+from bbopd.types import Prompt, Rollout, SignalSpec, Unscored
 
 
 class Overlap:
@@ -206,7 +206,7 @@ class Overlap:
         teacher, want = self._parts.teacher, self._parts.want
         assert teacher, "only a run with a teacher writes rollouts"
         assert want, "its objective asks it for a signal"
-        source = self._to_score()
+        source = self._to_score(want)
         async with aclosing(source), aclosing(as_generator(teacher.score(source, want))) as answers:
             async for scored in answers:
                 rollout = scored.rollout
@@ -216,22 +216,28 @@ class Overlap:
                     self._drop(rollout.draw)
                     continue
                 self._state.scored_tokens += len(rollout)
-                if self._scored.is_full:
-                    with self._timeline.wait("scoring", "the trainer's queue is full"):
-                        await self._changed.until(lambda: not self._scored.is_full)
-                    self._scoring.idle_from_now()
-                self._scored.append(scored)
-                self._changed.tell()
+                await self._pass_on(scored)
         raise TeacherError("the teacher has ended its answers while more was to be scored; the same command goes on from the checkpoint")
 
-    async def _to_score(self) -> AsyncGenerator[Rollout, None]:
+    async def _to_score(self, want: SignalSpec) -> AsyncGenerator[Rollout, None]:
         while True:
             await self._changed.until(lambda: bool(self._written))
             rollout = self._written.popleft()
             self._changed.tell()
+            if rollout.is_labelled and want.rollouts_only:
+                await self._pass_on(rollout)
+                continue
             self._scoring.enter(rollout.draw)
             for chosen in await self._parts.with_candidates([rollout]):
                 yield chosen
+
+    async def _pass_on(self, item: Item) -> None:
+        if self._scored.is_full:
+            with self._timeline.wait("scoring", "the trainer's queue is full"):
+                await self._changed.until(lambda: not self._scored.is_full)
+            self._scoring.idle_from_now()
+        self._scored.append(item)
+        self._changed.tell()
 
     # ------------------------------------------------------------ training
 
