@@ -8,7 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig, TrainConfig, value_at
+from bbopd.config import ServeConfig, TeacherConfig, TrainConfig
+from bbopd.config_objective import ObjectiveConfig, value_at
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives import make_objective
 from bbopd.trainer import Trainer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bbopd.config import ObjectiveConfig, SideConfig, value_at
+from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
 from bbopd.data.assemble import assemble, with_sampled
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bbopd.config import ObjectiveConfig, SideConfig, TeacherConfig, value_at
+from bbopd.config import TeacherConfig
+from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
 from bbopd.objectives.token_level import NEEDS, TokenLevel
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec, TeacherInfo
 

@@ -1,0 +1,83 @@
+"""How a student writes: the engine, where it runs, and how far it may disagree with the trainer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bbopd.config_base import Fraction, Positive, Section
+from bbopd.config_teacher import ClientTlsConfig, ServerTlsConfig
+
+
+class EngineAgreementConfig(Section):
+    """Whether an engine with weights of its own computes what the trainer does: checked on the first rollouts after every push."""
+
+    tokens: Annotated[int, Field(ge=0)] = 256
+    """Sampled tokens that the trainer scores too, about; 0 checks nothing. Needs top_p 1 and top_k 0."""
+    limit: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean difference of a token's logprob, in nats.
+
+    None: 0.001 where the student computes in float32; in bfloat16 0.1, or twice what rounding alone makes of this student, if that is more.
+    """
+
+
+class RolloutsConfig(Section):
+    """How the student writes."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """``hf``: transformers, on the trainer's own weights. ``vllm``: a process beside the run, which gets new weights after every update."""
+    target: str | None = None
+    """``grpc://host:port`` of a `bbopd sample-server` whose vllm writes for this run; None starts one beside the run."""
+    tls: ClientTlsConfig | None = None
+    """Needed, with a token, for a target on another machine."""
+    token_file: str | None = None
+    """A file that holds the token of the target."""
+    token_env: str | None = None
+    """Or the environment variable that does."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without a sign of life, loading included, before vllm counts as dead."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the GPU's memory that vllm takes for weights and KV cache; the trainer has the rest."""
+    agreement: EngineAgreementConfig = EngineAgreementConfig()
+    per_update: Positive = 16
+    """Sequences of one update cycle, rollouts and labelled ones together."""
+    samples_per_prompt: Positive = 2
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    on_policy_fraction: Fraction | tuple[Fraction, Fraction] = 0.5
+    """Share of a cycle's sequences that the student writes (GKD's lambda). Two numbers: from the first to the second, as the tokens of
+    ``train.on_policy_tokens`` are trained; a cycle has one rollout or more."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 1
+    """Update cycles that may begin between a push of weights and the training on what they wrote.
+
+    0: cycles take turns, each in the order of drawing, so that a resumed run repeats an uninterrupted one (with the hf engine).
+    1: an engine with weights of its own (vllm) writes the next cycle while this one is trained; hf still takes turns, but each rollout
+    goes to the teacher as it ends.
+    """
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> RolloutsConfig:
+        if self.target is not None and self.engine != "vllm":
+            raise ValueError(f"target {self.target} with engine {self.engine}: only vllm can write elsewhere; set engine: vllm")
+        if self.target is None and (self.tls or self.token_file or self.token_env):
+            raise ValueError("tls and tokens belong to target: an engine beside the run answers this run alone")
+        return self
+
+
+class SampleServerConfig(Section):
+    """An engine for runs on other machines: the file of ``bbopd sample-server``."""
+
+    host: str = "127.0.0.1"
+    """Any but loopback needs tls and a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 7071
+    """0 takes a free port."""
+    tls: ServerTlsConfig | None = None
+    token_file: str | None = None
+    """Tokens, one a line, any of which lets a run in."""
+    token_env: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    """Whether a run may have code loaded that its student's files name."""
