@@ -300,7 +300,7 @@ async def test_written_answers_are_kept_too_and_failures_are_not():
 
 async def test_what_is_kept_is_bounded_and_the_oldest_goes_first():
     backend = FakeBackend(VOCAB)
-    async with running(backend, replay_bytes=3000) as (_, _, stub):
+    async with running(backend, replay_bytes=2500) as (_, _, stub):
         for name in ("a", "b", "c", "d", "a", "d"):
             await ask(stub, rollout(1), WANT, name)
         assert len(backend.calls) == 5, "a was forgotten for d, and d was still there"
