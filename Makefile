@@ -75,9 +75,9 @@ test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout rensa py3langid peft
 	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py tests/test_vllm_remote.py
 
-# Two files at a time; threads that have nothing to do leave their core to the other one's.
+# Two files at a time, by name: by their number of tests the longest would come last, and alone. Threads that have nothing to do leave their core to the other one's.
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(DEVELOPED)
 	$(BIN)/python -m pytest -q -m thorough tests
