@@ -20,7 +20,7 @@ from bbopd.errors import TeacherError
 from bbopd.modeling import load_model, load_tokenizer
 from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
-from bbopd.types import Prompt
+from bbopd.types import Prompt, SignalSpec
 from tests.doctor_page import (
     CASES,
     Case,
@@ -226,6 +226,9 @@ def test_the_forecast_counts_tokens_as_a_run_would():
     assert total.written_tokens == pytest.approx(5000)
     assert total.response_tokens == pytest.approx(5000 + 30 * references)
     assert total.sequence_tokens == pytest.approx(5000 + 40 * references + 10 * answers)
+    assert total.asked(SignalSpec("full")) == total
+    asked = total.asked(SignalSpec("sampled", rollouts_only=True))
+    assert (asked.response_tokens, asked.sequence_tokens) == pytest.approx((5000, 5000 + 10 * answers))
     sections["train"] = {**sections["train"], "total_steps": 2, "batch_tokens": 1460, "on_policy_tokens": 5000}
     half = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
     assert half.response_tokens == pytest.approx(2 * 1460)

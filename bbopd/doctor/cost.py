@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,8 @@ async def check_disk(setup: SetUp) -> Verdict:
     cache = config.teacher.cache
     if cache is None or setup.want is None or setup.prompts is None or setup.teacher is None:
         return passed(found)
-    expected = forecast(config, setup.prompts, config.rollouts.max_new_tokens).response_tokens * _bytes_per_token(setup)
+    asked = forecast(config, setup.prompts, config.rollouts.max_new_tokens).asked(setup.want)
+    expected = asked.response_tokens * _bytes_per_token(setup)
     allowed = min(_free_bytes(Path(cache.path)), cache.max_bytes or math.inf)
     if expected <= allowed:
         return passed(f"{found}; answers kept by the cache take up to {expected / _GIB:,.2f} GiB")
@@ -86,12 +87,19 @@ def _bytes_per_token(setup: SetUp) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of a whole run: the student's answers and their tokens, those of all responses, and of all sequences with their prompts."""
+    """Of a whole run: the student's answers and their tokens, without and with prompts; then those of all responses."""
 
     answers: float
     written_tokens: float
+    written_sequence_tokens: float
     response_tokens: float
     sequence_tokens: float
+
+    def asked(self, want: SignalSpec) -> Forecast:
+        """What of it the teacher is asked about."""
+        if not want.rollouts_only:
+            return self
+        return replace(self, response_tokens=self.written_tokens, sequence_tokens=self.written_sequence_tokens)
 
 
 def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> Forecast:
@@ -115,8 +123,9 @@ def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> For
     share = 1.0
     if train.total_steps is not None:  # the other limit: whichever is reached first
         share = min(1.0, train.total_steps * train.batch_tokens / max(1.0, written + known))
-    sequences = written + known + answers * prompt + references * labelled_prompt
-    return Forecast(share * answers, share * written, share * (written + known), share * sequences)
+    with_prompts = written + answers * prompt
+    sequences = with_prompts + known + references * labelled_prompt
+    return Forecast(share * answers, share * written, share * with_prompts, share * (written + known), share * sequences)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -158,9 +167,10 @@ async def check_cost(setup: SetUp) -> Verdict:
     measured = await _cycle(setup, trainer)
     rates = measured.rates()
     total = forecast(config, setup.prompts, measured.answer_tokens or config.rollouts.max_new_tokens)
+    asked = total if setup.want is None else total.asked(setup.want)
     seconds = {
         "sampling": total.written_tokens / rates["sampling"] if "sampling" in rates else 0.0,
-        "scoring": total.response_tokens / rates["scoring"] if "scoring" in rates else 0.0,
+        "scoring": asked.response_tokens / rates["scoring"] if "scoring" in rates else 0.0,
         "training": total.response_tokens / rates["training"] if "training" in rates else 0.0,
     }
     pace = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items())
@@ -169,9 +179,9 @@ async def check_cost(setup: SetUp) -> Verdict:
         f"{_duration(sum(seconds.values()))} without evaluation ({pace})",
     ]
     if "scoring" in rates:
-        parts.append(f"{total.sequence_tokens:,.0f} tokens scored, {_size(total.response_tokens * _bytes_per_token(setup))} of answers")
+        parts.append(f"{asked.sequence_tokens:,.0f} tokens scored, {_size(asked.response_tokens * _bytes_per_token(setup))} of answers")
         assert setup.teacher is not None
-        cost, currency = _money(setup, total)
+        cost, currency = _money(setup, asked)
         parts.append(f"{cost:,.2f} {currency}".rstrip() if cost else "no price is known (teacher.prices)")
     said = "; ".join(parts)
     limit = config.teacher.budget.limit if config.teacher.budget is not None else math.inf
@@ -234,13 +244,15 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
                 vocab_size=setup.vocab_size,
             )
             asked = heard.scores
-        questions = [item for item in items if isinstance(item, Rollout)]
+        unasked = [item for item in items if setup.want.rollouts_only and rollout_of(item).is_labelled]
+        questions = [item for item in items if isinstance(item, Rollout) and not (setup.want.rollouts_only and item.is_labelled)]
         choose = setup.chooser()
         questions = questions if choose is None else choose(questions)
         started = time.perf_counter()
         answers = asked.score(each(questions), setup.want)
-        items = [scored async for scored in answers if isinstance(scored, ScoredRollout)]
-        measured.scoring = (sum(len(scored.rollout) for scored in items if not isinstance(scored, Rollout)), time.perf_counter() - started)
+        scored = [one async for one in answers if isinstance(one, ScoredRollout)]
+        measured.scoring = (sum(len(one.rollout) for one in scored), time.perf_counter() - started)
+        items = [*scored, *unasked]
     if setup.want is not None and setup.want.level == "text" and items and not config.writes_rollouts:
         measured.answer_tokens = _mean([len(rollout_of(item)) for item in items])
     if items:
