@@ -15,8 +15,8 @@ from bbopd.types import Prompt, Rollout, Sampling
 from tests.tiny_models import tiny_gemma2, tiny_llama
 
 
-def write(model, count=6, *, temperature=1.0, version=0, dtype=torch.float32) -> list[Rollout]:
-    engine = HFEngine(model, eos_token_ids=(2,), pad_token_id=0, compute_dtype=dtype)
+def write(model, count=6, *, temperature=1.0, version=0, dtype=torch.float32, vocab_size=None) -> list[Rollout]:
+    engine = HFEngine(model, eos_token_ids=(2,), pad_token_id=0, compute_dtype=dtype, vocab_size=vocab_size)
     random = np.random.default_rng(count)
     prompts = [Prompt(f"p{index}", tuple(random.integers(3, 320, 4 + index).tolist())) for index in range(count)]
 
@@ -35,6 +35,15 @@ def test_the_same_weights_agree(make, temperature):
     figures = AgreementCheck(model, compute_dtype=torch.float32, tokens=60)(rollouts, 7)
     assert 60 <= figures["engine_compared_tokens"] < 80
     assert figures["engine_difference_mean"] <= figures["engine_difference_max"] < 1e-4
+
+
+def test_padding_has_no_probability_for_either():
+    model = tiny_llama(seed=3)
+    rollouts = write(model, vocab_size=300)
+    figures = AgreementCheck(model, compute_dtype=torch.float32, tokens=1000, vocab_size=300)(rollouts, 0)
+    assert figures["engine_difference_max"] < 1e-4
+    with pytest.raises(EngineError, match="differ from the trainer's by 0\\.0"):
+        AgreementCheck(model, compute_dtype=torch.float32, tokens=1000)(rollouts, 0)
 
 
 def test_bfloat16_agrees_within_its_own_limit():

@@ -70,12 +70,13 @@ async def open_engine(
     return engine
 
 
-def agreement_check(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> AgreementCheck | None:
+def agreement_check(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype, vocab_size: int) -> AgreementCheck | None:
     """The check of an engine that has weights of its own; it compares whole distributions, not what top-k and top-p leave of them."""
     rollouts = config.rollouts
-    if rollouts.engine == "hf" or not rollouts.agreement.tokens or rollouts.top_k or rollouts.top_p < 1.0:
+    agreement = rollouts.agreement
+    if rollouts.engine == "hf" or not agreement.tokens or rollouts.top_k or rollouts.top_p < 1.0:
         return None
-    return AgreementCheck(model, compute_dtype=dtype, tokens=rollouts.agreement.tokens, limit=rollouts.agreement.limit)
+    return AgreementCheck(model, compute_dtype=dtype, tokens=agreement.tokens, limit=agreement.limit, vocab_size=vocab_size)
 
 
 def candidate_chooser(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype, vocab_size: int) -> CandidateChooser | None:

@@ -273,7 +273,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 teacher=adversary or scores,
                 want=want,
                 save=save,
-                agreement=agreement_check(config, model, dtype),
+                agreement=agreement_check(config, model, dtype, vocab_size),
                 choose=choose,
                 write_labels=write_labels,
                 spending=None if budget is None else budget.spending,

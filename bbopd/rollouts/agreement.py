@@ -37,15 +37,18 @@ class AgreementCheck:
     """Compares the logprobs of rollouts with those of ``model`` in ``compute_dtype``, on about ``tokens`` tokens a call.
 
     ``limit`` bounds the mean absolute difference, in nats. None takes that of the dtype in `DEFAULT_LIMITS` or, in bfloat16, twice what
-    rounding makes of this student where that is more.
+    rounding makes of this student where that is more. Logits from ``vocab_size`` on only pad the head, and have no probability.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype, tokens: int, limit: float | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compute_dtype: torch.dtype, tokens: int, limit: float | None = None, vocab_size: int | None = None
+    ) -> None:
         self._model = model
         self._head = output_head(model)
         self._dtype = compute_dtype
         self._tokens = tokens
         self._limit = limit
+        self._vocab_size = vocab_size
 
     def __call__(self, rollouts: Iterable[Rollout], version: int) -> Mapping[str, float]:
         """Figures for the run's metrics, from rollouts of ``version`` (the weights that the model has now); none where there are none.
@@ -81,7 +84,7 @@ class AgreementCheck:
         return figures
 
     def _score(self, rollouts: list[Rollout]) -> np.ndarray:
-        return response_logprobs(self._model, self._head, rollouts, compute_dtype=self._dtype)
+        return response_logprobs(self._model, self._head, rollouts, compute_dtype=self._dtype, vocab_size=self._vocab_size)
 
     def _choose(self, rollouts: Iterable[Rollout], version: int) -> list[Rollout]:
         chosen: list[Rollout] = []
