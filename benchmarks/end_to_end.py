@@ -36,6 +36,7 @@ TRL_SETTINGS = {
     "TRL, bfloat16 weights": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}},
     "TRL, bfloat16 weights, static cache": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}, "cache_implementation": "static"},
     "TRL, float32": {"bf16": False},
+    "TRL, float32, static cache": {"bf16": False, "cache_implementation": "static"},
 }
 
 
