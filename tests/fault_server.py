@@ -6,11 +6,11 @@ import contextlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 
-import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import numpy as np
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.rpc.answers import signal_chunks
 from bbopd.rpc.codec import decode_item, decode_tensor, encode_info, fill_tensor
 from bbopd.teachers.fake import FakeBackend

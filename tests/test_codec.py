@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import zlib
 
-import bbopd.rpc.teacher_pb2 as pb
 import numpy as np
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
 from bbopd.rpc.answers import CHUNK_BYTES, SignalAssembler, answer_bytes, payload_bytes, signal_chunks

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bbopd.rpc.teacher_pb2 as pb
 import numpy as np
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import TeacherError
 from bbopd.rpc.codec import encode_failure, input_sha256
 from bbopd.rpc.limits import RefusedError

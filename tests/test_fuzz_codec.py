@@ -10,13 +10,13 @@ import math
 import tracemalloc
 from collections.abc import Callable
 
-import bbopd.rpc.teacher_pb2 as pb
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
 from bbopd.rpc.answers import SignalAssembler, payload_bytes, signal_chunks

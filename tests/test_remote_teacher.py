@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
-import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import numpy as np
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.answers import signal_chunks
 from bbopd.rpc.codec import decode_item, encode_failure, encode_info

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import pytest
 
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.config import ServeConfig, ServerTlsConfig
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.rpc.channel import open_channel

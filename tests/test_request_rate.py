@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
-import bbopd.rpc.teacher_pb2 as pb
 import grpc
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.clients import ClientLimits
 from bbopd.rpc.codec import encode_item
 from bbopd.rpc.request_rate import RequestRate

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 
-import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
 from bbopd.rpc.clients import ClientLimits

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 
-import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.rpc.clients import ClientLimits
 from bbopd.rpc.codec import encode_item, encode_prompt, encode_sampling
 from bbopd.teachers.fake import FakeBackend

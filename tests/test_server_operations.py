@@ -13,10 +13,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 import grpc
 import pytest
 
+import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.cli.main import main
 from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError
