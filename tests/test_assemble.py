@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bbopd.data.assemble import assemble, rollout_of, split_into_steps, with_sampled
+from bbopd.data.assemble import assemble, rollout_of, split_into_steps
 from bbopd.errors import BadAnswerError, DataError
+from bbopd.rpc.signals import with_sampled
 from bbopd.types import (
     CandidateTeacher,
     FullTeacher,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bbopd.errors import BadAnswerError, DataError
-from bbopd.rpc.signals import has_nan_or_inf, with_sampled
+from bbopd.rpc.signals import has_nan_or_inf, own_slots
 from bbopd.types import (
     ALIGNED_ID,
     ALIGNED_RANK,
@@ -121,12 +121,6 @@ def _teacher(items: Sequence[Item], want: SignalSpec | None) -> OpTeacher | None
         return None
     for item in scored:
         _check_signal(item, want)
-    if want.level == "topk":
-        items = [
-            ScoredRollout(item.rollout, with_sampled(item.signal, item.rollout.token_ids)) if isinstance(item, ScoredRollout) else item
-            for item in items
-        ]
-        scored = [item for item in items if isinstance(item, ScoredRollout)]
     return _TEACHERS[want.level](items, scored, want)
 
 
@@ -140,15 +134,30 @@ def _full(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSp
 
 def _ids_and_logprobs(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:
     K = max(item.signal.ids.shape[1] for item in scored if item.signal.ids is not None)
+    K += want.level == "topk"  # a slot for the token itself
     ids_NK, valid_N = _fill(items, lambda signal: signal.ids, (K,), np.int64, -1)
     logprobs_NK, _ = _fill(items, lambda signal: signal.logprobs, (K,), np.float32, -np.inf)
     log_tail_N, _ = _fill(items, lambda signal: signal.log_tail, (), np.float32, 0)
+    if want.level == "topk" and not _join_sampled(items, ids_NK.numpy(), logprobs_NK.numpy(), log_tail_N.numpy()):
+        ids_NK, logprobs_NK = ids_NK[:, :-1].contiguous(), logprobs_NK[:, :-1].contiguous()
     kind = TopKTeacher if want.level == "topk" else CandidateTeacher
     rows_N = _aligned_rows(items)
     if rows_N is not None:
         valid_N = (rows_N & ALIGNED_ID) > 0
         logprobs_NK, log_tail_N = logprobs_NK.masked_fill(~valid_N[:, None], -torch.inf), log_tail_N.masked_fill(~valid_N, 0)
     return kind(ids=ids_NK, logprobs=logprobs_NK, log_tail=log_tail_N, temperature=want.temperature, valid=valid_N)
+
+
+def _join_sampled(items: Sequence[Item], ids_NK: np.ndarray, logprobs_NK: np.ndarray, log_tail_N: np.ndarray) -> bool:
+    """Put the tokens that are among none of their row's ids into the last column, as `with_sampled` does; whether there is any."""
+    rollouts = [rollout_of(item) for item in items]
+    own_N = np.fromiter(chain.from_iterable(rollout.token_ids for rollout in rollouts), np.int64, len(ids_NK))
+    sampled = _of_tokens(rollouts, [item.signal.sampled if isinstance(item, ScoredRollout) else None for item in items])
+    if sampled is None:
+        return False
+    missing, own_logprobs, left = own_slots(ids_NK, log_tail_N, sampled.numpy(), own_N)
+    ids_NK[missing, -1], logprobs_NK[missing, -1], log_tail_N[missing] = own_N[missing], own_logprobs, left
+    return bool(missing.size)
 
 
 def _sampled(items: Sequence[Item], scored: Sequence[ScoredRollout], want: SignalSpec) -> OpTeacher:

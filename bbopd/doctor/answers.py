@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
-from bbopd.data.assemble import assemble, with_sampled
+from bbopd.data.assemble import assemble
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import TeacherError
@@ -21,6 +21,7 @@ from bbopd.evaluate.agreement import AgreementMeter, signal_to_measure
 from bbopd.evaluate.student import StudentView
 from bbopd.ops import linear_distill
 from bbopd.pipeline.texts import texts_to_compare
+from bbopd.rpc.signals import with_sampled
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.replicas import largest_difference
 from bbopd.types import CandidateTeacher, FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherSignal, TopKTeacher

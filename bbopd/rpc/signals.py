@@ -12,7 +12,7 @@ import numpy as np
 
 from bbopd.types import Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "signal_from_logits", "signal_temperature", "with_sampled"]
+__all__ = ["MASS_TOLERANCE", "check_signal", "has_nan_or_inf", "own_slots", "signal_from_logits", "signal_temperature", "with_sampled"]
 
 MASS_TOLERANCE = 2e-3
 """Largest |sum p + tail - 1|: float16 logprobs leave that much, a wrong temperature or a lost tail far more."""
@@ -109,6 +109,8 @@ def signal_from_logits(logits: np.ndarray, rollout: Rollout, want: SignalSpec) -
 
 def has_nan_or_inf(values: np.ndarray) -> bool:
     """Whether any entry of a floating-point array is NaN or +inf; −inf, the logarithm of 0, is neither."""
+    if values.itemsize > 2:
+        return not values.max(initial=-np.inf) < np.inf  # NaN is the maximum of what holds one, and compares False
     signed, unsigned, inf, minus_inf = _as_integers(values)
     return bool(values.size) and bool(signed.max() >= inf or unsigned.max() > minus_inf)
 
@@ -197,18 +199,31 @@ def with_sampled(signal: TeacherSignal, token_ids: Sequence[int]) -> TeacherSign
     assert signal.logprobs is not None
     assert signal.log_tail is not None
     own_L = np.asarray(token_ids, dtype=np.int32)
-    is_missing_L = (signal.ids != own_L[:, None]).all(axis=1)
-    if not is_missing_L.any():
+    missing, own_logprobs, left = own_slots(signal.ids, signal.log_tail, signal.sampled, own_L)
+    if not missing.size:
         return signal
-    tail_L = signal.log_tail.astype(np.float64)
-    own_logprob_L = np.minimum(signal.sampled, tail_L)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        left_L = np.where(tail_L == -np.inf, -np.inf, tail_L + np.log1p(-np.exp(own_logprob_L - tail_L)))
-    slot_L = np.where(is_missing_L, own_L, -1)
-    slot_logprob_L = np.where(is_missing_L, own_logprob_L, -np.inf)
+    slot_L, slot_logprob_L, log_tail_L = np.full_like(own_L, -1), np.full(len(own_L), -np.inf, np.float32), signal.log_tail.copy()
+    slot_L[missing], slot_logprob_L[missing], log_tail_L[missing] = own_L[missing], own_logprobs, left
     return replace(
         signal,
         ids=np.concatenate([signal.ids, slot_L[:, None]], axis=1),
-        logprobs=np.concatenate([signal.logprobs, slot_logprob_L[:, None].astype(np.float32)], axis=1),
-        log_tail=np.where(is_missing_L, left_L, tail_L).astype(np.float32),
+        logprobs=np.concatenate([signal.logprobs, slot_logprob_L[:, None]], axis=1),
+        log_tail=log_tail_L,
     )
+
+
+def own_slots(ids: np.ndarray, log_tail: np.ndarray, sampled: np.ndarray, own_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows whose own token is none of their ids, its logprob there, and what it leaves of the tail (float64).
+
+    Parameters
+    ----------
+    ids : [L, K] int; log_tail, sampled : [L] float, NaN in ``sampled`` where it is not known; own_ids : [L] int.
+    """
+    is_missing = ~np.isnan(sampled)
+    is_missing[np.flatnonzero(ids == own_ids[:, None]) // ids.shape[1]] = False
+    missing = np.flatnonzero(is_missing)
+    tail = log_tail[missing].astype(np.float64)
+    own = np.minimum(sampled[missing], tail)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = np.where(tail == -np.inf, -np.inf, tail + np.log1p(-np.exp(own - tail)))
+    return missing, own, left
