@@ -111,6 +111,7 @@ async def test_the_same_question_twice_in_a_pass_is_asked_once(tmp_path):
     async with caching(tmp_path) as (cached, teacher):
         scored = await score_all(cached, [*rollouts, *twins])
         assert teacher.paid == 10
+        assert (cached.counters["hits"], cached.counters["misses"]) == (10, 10)
     assert_nothing_lost(BACKEND, [*rollouts, *twins], scored, WANT)
 
 

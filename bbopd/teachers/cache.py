@@ -46,7 +46,7 @@ class CachedTeacher:
     def __init__(self, teacher: Teacher, store: AnswerStore, *, on_full: Literal["continue", "stop"] = "continue") -> None:
         self.info = teacher.info
         self.counters: Counter[str] = Counter(hits=0, misses=0, unstored=0, corrupt=0)
-        """Questions answered from the store, those asked, answers that could not be stored, entries found damaged."""
+        """Questions that cost nothing, being known or asked already; those asked; answers not stored; entries found damaged."""
         self._teacher = teacher
         self._store = store
         self._stops_when_full = on_full == "stop"
@@ -200,7 +200,9 @@ class _Pass(Generic[Item, Answer]):
         """Keep an answer before anyone sees it."""
         key = self._questions.key(self._questions.subject(answer))
         await self._cached.put(key, self._questions.kind, self._questions.encode(answer))
-        for item in self._asked.pop(key, ()):
+        waiting = self._asked.pop(key, ())
+        self._cached.counters["hits"] += max(0, len(waiting) - 1)
+        for item in waiting:
             await self._ready.put(self._questions.answer_to(item, answer))
 
 
