@@ -82,11 +82,12 @@ class Observer:
         self._batch_seconds = histogram("batch_seconds", "One call of the model", _SECONDS, "level")
         self._batch_tokens = histogram("batch_tokens", "Tokens of one call of the model", _TOKENS)
         self._batch_items = histogram("batch_items", "Items of one call of the model", _ITEMS)
-        self._queued_items = gauge("queued_items", "Items waiting for the model")
-        self._queued_tokens = gauge("queued_tokens", "Their tokens")
+        self.queued_items = gauge("queued_items", "Items waiting for the model")
+        self.queued_tokens = gauge("queued_tokens", "Their tokens")
         self._open_calls = gauge("open_calls", "Calls open", "kind")
         self.clients = gauge("clients", "Clients with a call open")
         self.inflight_bytes = gauge("inflight_answer_bytes", "Answers made, or being made, and not yet taken")
+        self._series: dict[tuple[Any, ...], Any] = {}
 
     def serve_metrics(self, host: str, port: int) -> Callable[[], None]:
         """Answer ``GET /metrics`` over HTTP until the function returned is called. Raises `ConfigError` where the port is taken."""
@@ -105,15 +106,15 @@ class Observer:
     # ------------------------------------------------------------ calls
 
     def call_opened(self, kind: str, client: str, call: int) -> None:
-        self._open_calls.labels(kind).inc()
+        self._at(self._open_calls, kind).inc()
         self._log("call opened", kind=kind, client=client, call=call)
 
     def call_closed(self, kind: str, client: str, call: int, seconds: float, dropped: int) -> None:
-        self._open_calls.labels(kind).dec()
+        self._at(self._open_calls, kind).dec()
         self._log("call closed", kind=kind, client=client, call=call, seconds=round(seconds, 4), dropped=dropped)
 
     def call_refused(self, kind: str, client: str, reason: str) -> None:
-        self._refusals.labels(reason).inc()
+        self._at(self._refusals, reason).inc()
         self._log("call refused", logging.WARNING, kind=kind, client=client, reason=reason)
 
     # ------------------------------------------------------------ items
@@ -122,13 +123,13 @@ class Observer:
         self, outcome: str, *, level: str, client: str, call: int, request: int, name: str, prompt_tokens: int, tokens: int, seconds: float
     ) -> None:
         """One item was answered (``ok``), refused (its failure code), or dropped with its call."""
-        self._requests.labels(level, outcome).inc()
+        self._at(self._requests, level, outcome).inc()
         if outcome == "ok":
-            self._tokens.labels(level).inc(tokens)
-            self._prompt_tokens.labels(level).inc(prompt_tokens)
-            self._request_seconds.labels(level).observe(seconds)
+            self._at(self._tokens, level).inc(tokens)
+            self._at(self._prompt_tokens, level).inc(prompt_tokens)
+            self._at(self._request_seconds, level).observe(seconds)
         elif outcome != "dropped":
-            self._refusals.labels(outcome).inc()
+            self._at(self._refusals, outcome).inc()
         self._log(
             "item",
             outcome=outcome,
@@ -143,30 +144,29 @@ class Observer:
         )
 
     def sent(self, level: str, count: int) -> None:
-        self._answer_bytes.labels(level).inc(count)
+        self._at(self._answer_bytes, level).inc(count)
 
     def replayed(self, level: str) -> None:
-        self._replayed.labels(level).inc()
+        self._at(self._replayed, level).inc()
 
     # ------------------------------------------------------------ the model
-
-    def queued(self, job: Job) -> None:
-        self._queued_items.inc()
-        self._queued_tokens.inc(job.tokens)
-
-    def unqueued(self, job: Job) -> None:
-        self._queued_items.dec()
-        self._queued_tokens.dec(job.tokens)
 
     def batch_done(self, jobs: list[Job], seconds: float, waits: list[float]) -> None:
         kind = jobs[0].kind
         level, tokens = kind.level if isinstance(kind, SignalSpec) else "text", sum(job.tokens for job in jobs)
-        self._batch_seconds.labels(level).observe(seconds)
+        self._at(self._batch_seconds, level).observe(seconds)
         self._batch_tokens.observe(tokens)
         self._batch_items.observe(len(jobs))
         for wait in waits:
-            self._queue_seconds.labels(level).observe(wait)
+            self._at(self._queue_seconds, level).observe(wait)
         self._log("batch", level=level, items=len(jobs), tokens=tokens, seconds=round(seconds, 4), longest_wait=round(max(waits), 4))
+
+    def _at(self, metric: Any, *labels: str) -> Any:
+        """One series of a metric; to look it up in the metric takes longer than to count."""
+        key = (metric, *labels)
+        if key not in self._series:
+            self._series[key] = metric.labels(*labels)
+        return self._series[key]
 
     def _log(self, message: str, severity: int = logging.INFO, **fields: Any) -> None:
         _events.log(severity, message, extra={"fields": fields})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -83,6 +84,7 @@ async def _serve(backend: TeacherBackend, config: ServeConfig, access: ServerAcc
             if ready_file is not None:
                 write_whole(ready_file, server.target + "\n")
                 cleanup.callback(ready_file.unlink, missing_ok=True)
+            gc.freeze()  # the model and all that was imported: nothing there becomes garbage while it serves, and looking takes long
             await stopping.wait()
             _log.info("stopping: finishing what is under way")
         finally:

@@ -73,6 +73,8 @@ class Scheduler:
         self._service_floor = 0.0
         self._seconds_per_token = 1e-3  # of what was run so far
         self._submitted = 0
+        self.queued_items = 0
+        self.queued_tokens = 0
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bbopd-teacher")
         self._loop_task = asyncio.create_task(self._run())
@@ -86,7 +88,7 @@ class Scheduler:
     def close_call(self, call: Call) -> None:
         """Forget a call that has ended, with all it still waited for."""
         for job in call.queue:
-            self._observer.unqueued(job)
+            self._count(job, -1)
         call.queue.clear()
         call.client.pending_bytes -= call.pending_bytes
         call.pending_bytes, call.is_open = 0, False
@@ -97,7 +99,7 @@ class Scheduler:
     def submit(self, call: Call, job: Job) -> None:
         job.submitted_at = self._clock()
         call.queue.append(job)
-        self._observer.queued(job)
+        self._count(job, 1)
         self._submitted += 1
         self._work.set()
 
@@ -107,6 +109,10 @@ class Scheduler:
             call.pending_bytes -= answer_bytes
             call.client.pending_bytes -= answer_bytes
             self._work.set()
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.queued_items += sign
+        self.queued_tokens += sign * job.tokens
 
     def seconds_for(self, tokens: int) -> float:
         """About how long the model needs for so much, by what it has done so far."""
@@ -178,7 +184,7 @@ class Scheduler:
         for call, job in batch:
             client = call.client
             call.queue.popleft()
-            self._observer.unqueued(job)
+            self._count(job, -1)
             call.pending_bytes += job.answer_bytes
             client.pending_bytes += job.answer_bytes
             client.service += job.cost
