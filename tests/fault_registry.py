@@ -34,6 +34,7 @@ _OTHERS = [
     "test_server_limits",
     "test_renewal",
     "test_request_rate",
+    "test_wire_batches",
 ]  # faults of files and of money, and what clients may do to a server
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
-from bbopd.rpc.answers import signal_chunks
-from bbopd.rpc.codec import decode_item, decode_tensor, encode_info, fill_tensor
+from bbopd.rpc.answers import SignalCutter
+from bbopd.rpc.codec import decode_item, encode_info
+from bbopd.rpc.tensors import decode_tensor, fill_tensor
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Rollout, SignalSpec, TeacherInfo
 
@@ -57,8 +58,8 @@ class FaultyTeacher(teacher_pb2_grpc.TeacherServiceServicer):
 
     def answer(self, request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int) -> Answer:
         signal = self.backend.score([rollout], want)[0]
-        chunks = signal_chunks(request_id, rollout, signal, self.backend.info.vocab_size, resume_from, self.backend.info.weights_version)
-        answer = [response for response, _ in chunks]
+        info = self.backend.info
+        answer = messages(SignalCutter(request_id, rollout, signal, info.vocab_size, resume_from, info.weights_version))
         if self._left == 0:
             return answer
         self._left = None if self._left is None else self._left - 1
@@ -76,6 +77,14 @@ async def serving(service: teacher_pb2_grpc.TeacherServiceServicer) -> AsyncIter
         yield port
     finally:
         await server.stop(0)
+
+
+def messages(rows: SignalCutter) -> Answer:
+    """The chunks of one answer, each alone in its message."""
+    answer: Answer = []
+    while not rows.is_done:
+        answer.append(pb.ScoreResponse(chunk=pb.SignalChunk.FromString(b"".join(rows.cut()))))
+    return answer
 
 
 def seal(chunk: pb.SignalChunk) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
-from bbopd.rpc import codec
-from bbopd.rpc.answers import CHUNK_BYTES, SignalAssembler, answer_bytes, payload_bytes, signal_chunks
+from bbopd.rpc import codec, tensors
+from bbopd.rpc.answers import CHUNK_BYTES, SignalAssembler, SignalCutter, answer_bytes, payload_bytes
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Completion, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
+from tests.fault_server import messages
 
 LEVELS = ("full", "topk", "candidates", "sampled")
 
@@ -36,7 +37,7 @@ def make_case(level: str, length: int = 40, vocab_size: int = 300, temperature: 
 
 
 def cut(rollout, signal, vocab_size, resume_from=0):
-    return [response.chunk for response, _ in signal_chunks(7, rollout, signal, vocab_size, resume_from)]
+    return [response.chunk for response in messages(SignalCutter(7, rollout, signal, vocab_size, resume_from))]
 
 
 def reassemble(chunks, rollout, want, vocab_size):
@@ -93,12 +94,10 @@ def test_topk_takes_392_bytes_a_token_at_64_over_128k_and_full_256008():
 @pytest.mark.parametrize("level", LEVELS)
 def test_declared_bytes_are_those_of_the_message(level):
     _, rollout, want, signal = make_case(level)
-    chunks = list(signal_chunks(1, rollout, signal, 300))
-    assert (
-        sum(payload for _, payload in chunks)
-        == sum(payload_bytes(response.chunk) for response, _ in chunks)
-        == answer_bytes(rollout, want, 300)
-    )
+    rows = SignalCutter(1, rollout, signal, 300)
+    declared, (message,) = rows.next_bytes, messages(rows)
+    chunk = message.chunk
+    assert declared == payload_bytes(chunk) == answer_bytes(rollout, want, 300)
 
 
 def test_long_answers_come_in_chunks_of_whole_rows_and_resume_where_they_stopped():
@@ -281,10 +280,10 @@ def test_items_come_back_as_they_were(level):
         (edit(resume_from=40), "resume_from 40 leaves nothing of 40"),
         (lambda item: setattr(item.want, "level", 77), "level 77"),
         (
-            lambda item: item.candidate_ids.CopyFrom(codec.encode_tensor(np.zeros((40, 2), np.int32))),
+            lambda item: item.candidate_ids.CopyFrom(tensors.encode_tensor(np.zeros((40, 2), np.int32))),
             "candidate_ids come with level 'topk'",
         ),
-        (lambda item: item.token_ids.CopyFrom(codec.encode_tensor(np.zeros(45, np.float32))), "token_ids is float32"),
+        (lambda item: item.token_ids.CopyFrom(tensors.encode_tensor(np.zeros(45, np.float32))), "token_ids is float32"),
     ],
 )
 def test_a_malformed_item_is_named(change, message):

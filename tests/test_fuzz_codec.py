@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError
 from bbopd.rpc import codec
-from bbopd.rpc.answers import SignalAssembler, payload_bytes, signal_chunks
+from bbopd.rpc.answers import SignalAssembler, SignalCutter, payload_bytes
+from bbopd.rpc.batches import BATCH_MESSAGES, add_part, joined, parts_of
 from bbopd.rpc.limits import RefusedError, check_prompt, check_rollout, check_sampling, check_want
 from bbopd.rpc.signals import MASS_TOLERANCE
+from bbopd.rpc.tensors import decode_tensor, fill_tensor
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Completion, Prompt, Rollout, Sampling, SignalSpec
-from tests.fault_server import seal
+from tests.fault_server import messages, seal
 
 VOCAB = 97
 BACKEND = FakeBackend(VOCAB)
@@ -58,7 +60,7 @@ def make_want(level: str) -> SignalSpec:
 ROLLOUTS = {level: make_rollout(level) for level in LEVELS}
 WANTS = {level: make_want(level) for level in LEVELS}
 CHUNKS = {
-    level: next(signal_chunks(7, ROLLOUTS[level], BACKEND.score([ROLLOUTS[level]], WANTS[level])[0], VOCAB))[0].chunk for level in LEVELS
+    level: messages(SignalCutter(7, ROLLOUTS[level], BACKEND.score([ROLLOUTS[level]], WANTS[level])[0], VOCAB))[0].chunk for level in LEVELS
 }
 SAMPLING = Sampling(max_new_tokens=20, stop_token_ids=(4, 5))
 PROMPT = Prompt("p", (1, 2, 3))
@@ -129,6 +131,36 @@ def take_chunk(level: str, message: pb.SignalChunk) -> None:
         np.testing.assert_allclose(mass, 1.0, atol=min(1e-5, MASS_TOLERANCE))
 
 
+def take_request(message: pb.ScoreRequest) -> None:
+    parts = parts_of(message)
+    assert len(parts) <= BATCH_MESSAGES
+    for part in parts:
+        if part.WhichOneof("kind") == "item":
+            take_item(part.item)
+
+
+def take_response(message: pb.ScoreResponse) -> None:
+    parts = parts_of(message)
+    assert len(parts) <= BATCH_MESSAGES
+    for part in parts:
+        if part.WhichOneof("kind") == "failure":
+            take_failure(part.failure)
+
+
+def batch_of_requests() -> bytes:
+    message = pb.ScoreRequest()
+    for level in LEVELS:
+        codec.fill_item(add_part(message, True).item, 7, ROLLOUTS[level], WANTS[level])
+    add_part(message, True).credit.bytes = 9
+    return message.SerializeToString()
+
+
+def batch_of_responses() -> bytes:
+    failure = codec.encode_failure(7, RefusedError("internal", "no"))
+    parts = [[pb.ScoreResponse(failure=failure).SerializeToString()], [pb.ScoreResponse(chunk=CHUNKS["topk"]).SerializeToString()]]
+    return joined(parts, is_batch=True)
+
+
 TAKERS: dict[str, tuple[type, Callable, bytes]] = {
     "item": (pb.ScoreItem, take_item, codec.encode_item(7, ROLLOUTS["topk"], WANTS["topk"]).item.SerializeToString()),
     "item with candidates": (
@@ -145,6 +177,8 @@ TAKERS: dict[str, tuple[type, Callable, bytes]] = {
         take_failure,
         codec.encode_failure(7, RefusedError("internal", "no", is_retryable=True, retry_after=2.0)).SerializeToString(),
     ),
+    "batch of requests": (pb.ScoreRequest, take_request, batch_of_requests()),
+    "batch of responses": (pb.ScoreResponse, take_response, batch_of_responses()),
     **{f"{level} chunk": (pb.SignalChunk, functools.partial(take_chunk, level), CHUNKS[level].SerializeToString()) for level in LEVELS},
 }
 
@@ -219,7 +253,7 @@ def tensors(draw):
     else:
         values = -random.exponential(2.0, shape) if kind == "logprobs" else random.integers(0, VOCAB + 2, shape)
         array = values.astype(np.int64).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
-    codec.fill_tensor(message, array)
+    fill_tensor(message, array)
     if draw(st.integers(0, 4)) == 0:
         del message.shape[:]
         message.shape.extend(draw(st.lists(NUMBERS, max_size=5)))
@@ -264,7 +298,7 @@ def made_chunks(case) -> None:
 def made_tensors(message) -> None:
     told = ""
     try:
-        array = codec.decode_tensor(message, "tensor")
+        array = decode_tensor(message, "tensor")
     except ValueError as error:
         told = str(error)
     assert told.startswith("tensor ") if told else array.nbytes == len(message.data)

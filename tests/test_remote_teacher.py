@@ -18,13 +18,14 @@ import pytest
 import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.rpc.answers import signal_chunks
+from bbopd.rpc.answers import SignalCutter
 from bbopd.rpc.codec import decode_item, encode_failure, encode_info
 from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, Teacher
+from tests.fault_server import messages
 
 VOCAB = 97
 
@@ -339,9 +340,8 @@ class BreakingServer(teacher_pb2_grpc.TeacherServiceServicer):
                 yield pb.ScoreResponse(failure=encode_failure(request.item.request_id, busy))
                 continue
             signal = self.backend.score([rollout], want)[0]
-            for number, (response, _) in enumerate(
-                signal_chunks(request.item.request_id, rollout, signal, self.backend.info.vocab_size, resume_from)
-            ):
+            rows = SignalCutter(request.item.request_id, rollout, signal, self.backend.info.vocab_size, resume_from)
+            for number, response in enumerate(messages(rows)):
                 if misbehaves and number == 1:
                     if self.fault == "break":
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "the line went dead")

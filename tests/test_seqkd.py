@@ -16,9 +16,10 @@ from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_tokenizer
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
-from bbopd.rpc.codec import decode_completion, decode_prompt, encode_completion, encode_prompt, encode_tensor
+from bbopd.rpc.codec import decode_completion, decode_prompt, encode_completion, encode_prompt
 from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.server import start_server
+from bbopd.rpc.tensors import encode_tensor
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fake import FakeBackend

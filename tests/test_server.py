@@ -16,8 +16,9 @@ import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
 from bbopd.rpc.clients import ClientLimits
-from bbopd.rpc.codec import decode_info, decode_tensor, encode_item, encode_prompt, encode_sampling, encode_tensor
+from bbopd.rpc.codec import decode_info, encode_item, encode_prompt, encode_sampling
 from bbopd.rpc.server import SERVICE, start_server
+from bbopd.rpc.tensors import decode_tensor, encode_tensor
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 

@@ -160,7 +160,7 @@ def test_the_example_of_a_teacher_of_ones_own_passes_the_conformance_test(tmp_pa
     with Served(tmp_path, "examples/my_teacher.py", "README.md", "--port", "0") as served:
         assert main(["check-teacher", served.target.removeprefix("grpc://")]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[-1] == f"24 passed, 0 failed, 0 skipped: {served.target}"
+        assert lines[-1] == f"25 passed, 0 failed, 0 skipped: {served.target}"
         assert all(line.startswith("PASS  ") for line in lines[:-1])
         assert main(["check-teacher", served.target, "--json"]) == 0
         report = json.loads(capsys.readouterr().out)

@@ -5,24 +5,25 @@ Shape suffixes: ``L`` response tokens of one rollout, ``V`` vocabulary, ``K`` to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd._C import crc32
 from bbopd.errors import BadAnswerError
-from bbopd.rpc.codec import LEVEL_NUMBERS, decode_tensor, fill_tensor, input_sha256, packed_ids, tensor_bytes
+from bbopd.rpc.codec import LEVEL_NUMBERS, input_sha256, packed_ids
+from bbopd.rpc.pieces import Pieces, inside, tensor_pieces
 from bbopd.rpc.rows import id_dtype, kept_rows
 from bbopd.rpc.signals import signal_temperature
+from bbopd.rpc.tensors import decode_tensor, tensor_bytes
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["CHUNK_BYTES", "SignalAssembler", "answer_bytes", "payload_bytes", "signal_chunks"]
+__all__ = ["CHUNK_BYTES", "SignalAssembler", "SignalCutter", "answer_bytes", "payload_bytes"]
 
 CHUNK_BYTES = 3 * 2**19
 """Payload of one chunk, about: messages of 1 to 2 MiB move fastest."""
 
 _TENSORS = ("logits", "ids", "logprobs", "log_tail", "sampled")  # in the order of their field numbers
+_FIELD_NUMBERS: dict[str, int] = {name: getattr(pb.SignalChunk, f"{name.upper()}_FIELD_NUMBER") for name in _TENSORS}
 _BELONGING: dict[Level, tuple[str, ...]] = {
     "full": ("logits",),
     "topk": ("ids", "logprobs", "log_tail", "sampled"),
@@ -49,35 +50,65 @@ def payload_bytes(message: pb.SignalChunk) -> int:
     return sum(tensor_bytes(getattr(message, name)) for name in _TENSORS if message.HasField(name))
 
 
-def signal_chunks(
-    request_id: int,
-    rollout: Rollout,
-    signal: TeacherSignal,
-    vocab_size: int,
-    resume_from: int = 0,
-    weights_version: int = 0,
-    digest: bytes = b"",
-) -> Iterator[tuple[pb.ScoreResponse, int]]:
-    """Cut a checked signal into chunks of whole rows, from row ``resume_from``, each with its payload in bytes; made one at a time.
+class SignalCutter:
+    """A checked signal on its way out: whole rows, from ``resume_from`` on, one chunk after the other.
 
-    Each is filled in inside the response that carries it: protobuf copies a message that is put into another. ``digest`` is the
-    `input_sha256` of the question where that is known already.
+    Parameters
+    ----------
+    request_id, rollout : the question.
+    vocab_size, weights_version : of the teacher.
+    resume_from : first row wanted.
+    digest : the `input_sha256` of the question, where that is known already.
     """
-    arrays = _wire_arrays(signal, vocab_size)
-    digest = digest or input_sha256(rollout, SignalSpec(signal.level, signal.temperature))
-    row_bytes = sum(array[:1].nbytes for array in arrays.values())
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(resume_from, len(rollout), step):
-        stop = min(start + step, len(rollout))
-        response = pb.ScoreResponse()
-        chunk = response.chunk
-        chunk.request_id, chunk.level, chunk.temperature = request_id, LEVEL_NUMBERS[signal.level], signal.temperature
-        chunk.position, chunk.rows, chunk.total_rows = start, stop - start, len(rollout)
-        chunk.input_sha256, chunk.weights_version = digest, weights_version
-        for name, array in arrays.items():
-            fill_tensor(getattr(chunk, name), array[start:stop])
+
+    def __init__(
+        self,
+        request_id: int,
+        rollout: Rollout,
+        signal: TeacherSignal,
+        vocab_size: int,
+        resume_from: int = 0,
+        weights_version: int = 0,
+        digest: bytes = b"",
+    ) -> None:
+        self._request_id = request_id
+        self._level, self._temperature = LEVEL_NUMBERS[signal.level], signal.temperature
+        self._weights_version = weights_version
+        self._digest = digest or input_sha256(rollout, SignalSpec(signal.level, signal.temperature))
+        self._arrays = _wire_arrays(signal, vocab_size)
+        self._row_bytes = sum(array[:1].nbytes for array in self._arrays.values())
+        self._rows_per_chunk = max(1, CHUNK_BYTES // self._row_bytes)
+        self._position = resume_from
+        self._total = len(rollout)
+
+    @property
+    def is_done(self) -> bool:
+        return self._position >= self._total
+
+    @property
+    def next_bytes(self) -> int:
+        """Payload of the next chunk."""
+        return min(self._rows_per_chunk, self._total - self._position) * self._row_bytes
+
+    def cut(self) -> Pieces:
+        """The next chunk, a `SignalChunk`."""
+        start, stop = self._position, min(self._position + self._rows_per_chunk, self._total)
+        chunk = pb.SignalChunk(
+            request_id=self._request_id,
+            level=self._level,
+            temperature=self._temperature,
+            position=start,
+            rows=stop - start,
+            total_rows=self._total,
+            input_sha256=self._digest,
+            weights_version=self._weights_version,
+        )
+        tensors: Pieces = []
+        for name, array in self._arrays.items():
+            tensors += inside(_FIELD_NUMBERS[name], tensor_pieces(array[start:stop]))
             chunk.crc32 = crc32(array[start:stop], chunk.crc32)
-        yield response, (stop - start) * row_bytes
+        self._position = stop
+        return [chunk.SerializeToString(), *tensors]
 
 
 def _wire_arrays(signal: TeacherSignal, vocab_size: int) -> dict[str, np.ndarray]:
@@ -117,6 +148,9 @@ class SignalAssembler:
         """All ids of what is scored, as they travel."""
         self.digest = input_sha256(rollout, want, self.packed)
         """SHA-256 of what is scored."""
+        candidates = rollout.candidate_ids if want.level == "candidates" else None
+        self.candidate_bytes = 4 * candidates.size if candidates is not None else 0
+        """Bytes of the candidate ids, as they travel."""
         self._target_ids = np.frombuffer(self.packed, "<i4")[len(rollout.prompt.token_ids) :]
         self._arrays: dict[str, np.ndarray] = {}
 

@@ -10,12 +10,13 @@ import hashlib
 import math
 import re
 import struct
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.limits import Code, RefusedError
+from bbopd.rpc.tensors import decode_ids, decode_tensor, encode_tensor, fill_tensor
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
 
 __all__ = [
@@ -28,19 +29,16 @@ __all__ = [
     "decode_prompt",
     "decode_replay_id",
     "decode_sampling",
-    "decode_tensor",
     "encode_completion",
     "encode_failure",
     "encode_info",
     "encode_item",
     "encode_prompt",
     "encode_sampling",
-    "encode_tensor",
-    "fill_tensor",
+    "fill_item",
     "input_sha256",
     "packed_ids",
     "peek_level",
-    "tensor_bytes",
 ]
 
 PROTOCOL_VERSION = 1
@@ -52,65 +50,13 @@ _ROUNDING = 1e-4  # above 0, of a logprob summed in float32
 _TAILS = {pb.TAIL_EXACT: "exact", pb.TAIL_DERIVED: "derived", pb.TAIL_NONE: "none"}
 _FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _CODES: dict[Code, pb.FailureCode] = {code: pb.FailureCode.Value(f"FAILURE_CODE_{code.upper()}") for code in get_args(Code)}
-_DTYPES: dict[pb.Dtype, np.dtype[Any]] = {
-    pb.DTYPE_FLOAT16: np.dtype("<f2"),
-    pb.DTYPE_FLOAT32: np.dtype("<f4"),
-    pb.DTYPE_INT32: np.dtype("<i4"),
-    pb.DTYPE_UINT16: np.dtype("<u2"),
-}
 _LONGEST_LABEL = 200  # characters
 _LONGEST_NAME = 1024  # characters of a model's name, which may be the path of a folder
-_DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
-_MOST_DIMENSIONS = 2
 _LONGEST_MESSAGE = 1000  # characters of a failure that are shown
 _CHARACTERS_PER_TOKEN = 1024  # the longest entries of vocabularies are runs of a few hundred spaces
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def encode_tensor(array: np.ndarray) -> pb.Tensor:
-    """``array`` (float16, float32, int32 or uint16) as little-endian bytes in C order."""
-    message = pb.Tensor()
-    fill_tensor(message, array)
-    return message
-
-
-def fill_tensor(message: pb.Tensor, array: np.ndarray) -> None:
-    """Write ``array`` into a message in place: a tensor handed to a constructor would be copied once more."""
-    dtype = array.dtype.newbyteorder("<")
-    message.dtype = _DTYPE_NUMBERS[dtype]
-    message.shape.extend(array.shape)
-    message.data = array.astype(dtype, copy=False).tobytes()
-
-
-def tensor_bytes(message: pb.Tensor) -> int:
-    """Length of a tensor's data by its shape, without touching (copying) the data; 0 where dtype or shape is none that is ever sent."""
-    dtype = _DTYPES.get(message.dtype)
-    return math.prod(message.shape) * dtype.itemsize if dtype is not None and len(message.shape) <= _MOST_DIMENSIONS else 0
-
-
-def decode_tensor(message: pb.Tensor, name: str) -> np.ndarray:
-    """A read-only view of the message's bytes. Raises `ValueError` where dtype, shape and length do not agree."""
-    dtype = _DTYPES.get(message.dtype)
-    if dtype is None:
-        raise ValueError(f"{name} has unknown dtype {message.dtype}")
-    if len(message.shape) > _MOST_DIMENSIONS:  # a product of millions of numbers would take hours
-        raise ValueError(f"{name} has {len(message.shape)} dimensions, expected at most {_MOST_DIMENSIONS}")
-    shape, data = tuple(message.shape), message.data
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"{name} has {len(data)} bytes, {dtype.name} {list(shape)} needs {math.prod(shape) * dtype.itemsize}")
-    return np.frombuffer(data, dtype).reshape(shape)
-
-
-def _decode_ids(message: pb.Tensor, name: str) -> tuple[int, ...]:
-    ids = decode_tensor(message, name)
-    if ids.dtype != np.int32 or ids.ndim != 1:
-        raise ValueError(f"{name} is {ids.dtype} {list(ids.shape)}, expected int32 [tokens]")
-    return tuple(ids.tolist())
 
 
 def decode_replay_id(text: str) -> str:
@@ -202,27 +148,38 @@ def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
 # ---------------------------------------------------------------- one rollout to score
 
 
-def encode_item(
-    request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0, replay_id: str = "", packed: bytes = b""
-) -> pb.ScoreRequest:
-    """``packed``: the `packed_ids`, where they are known already."""
+def encode_item(request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0) -> pb.ScoreRequest:
+    """A question alone in its message."""
     request = pb.ScoreRequest()
-    item = request.item
+    fill_item(request.item, request_id, rollout, want, resume_from)
+    return request
+
+
+def fill_item(
+    item: pb.ScoreItem,
+    request_id: int,
+    rollout: Rollout,
+    want: SignalSpec,
+    resume_from: int = 0,
+    replay_id: str = "",
+    packed: bytes = b"",
+) -> None:
+    """Write a question into a message in place. ``packed``: the `packed_ids`, where they are known already."""
     item.request_id, item.rollout_id, item.resume_from, item.replay_id = request_id, rollout.rollout_id, resume_from, replay_id
     item.prompt_tokens = len(rollout.prompt.token_ids)
-    item.token_ids.dtype, item.token_ids.data = pb.DTYPE_INT32, packed or packed_ids(rollout)
-    item.token_ids.shape.append(len(rollout.all_ids))
+    packed = packed or packed_ids(rollout)
+    item.token_ids.dtype, item.token_ids.data = pb.DTYPE_INT32, packed
+    item.token_ids.shape.append(len(packed) // 4)
     item.want.level, item.want.temperature, item.want.top_k = LEVEL_NUMBERS[want.level], want.temperature, want.top_k
     candidates = _candidates(rollout, want)
     if candidates is not None:
         fill_tensor(item.candidate_ids, candidates)
-    return request
 
 
 def decode_item(item: pb.ScoreItem) -> tuple[Rollout, SignalSpec, int]:
     """The rollout, what is wanted of it, and the first row wanted. Values are for `limits` to check."""
     rollout_id = _decode_label(item.rollout_id, "rollout_id")
-    ids = _decode_ids(item.token_ids, "token_ids")
+    ids = decode_ids(item.token_ids, "token_ids")
     if item.prompt_tokens > len(ids):
         raise ValueError(f"prompt_tokens {item.prompt_tokens} is more than the {len(ids)} token_ids")
     prompt, answer = Prompt("", ids[: item.prompt_tokens]), ids[item.prompt_tokens :]
@@ -322,7 +279,7 @@ def decode_prompt(message: pb.GeneratePrompt) -> Prompt:
     name = _decode_label(message.prompt_id, "prompt_id")
     given = [part for part, is_there in (("text", message.text), ("messages", message.messages)) if is_there]
     if not given:
-        return Prompt(name, _decode_ids(message.token_ids, "token_ids"))
+        return Prompt(name, decode_ids(message.token_ids, "token_ids"))
     if len(given) > 1 or message.HasField("token_ids"):
         raise ValueError("a prompt is token_ids, text or messages: give one of them")
     return Prompt(name, (), text=message.text, messages=tuple((one.role, one.content) for one in message.messages))
@@ -341,7 +298,7 @@ def encode_completion(request_id: int, completion: Completion, weights_version: 
 
 
 def decode_completion(message: pb.GeneratedText, prompt: Prompt, sampling: Sampling, vocab_size: int) -> Completion:
-    ids = _decode_ids(message.token_ids, "token_ids")
+    ids = decode_ids(message.token_ids, "token_ids")
     if len(ids) > sampling.max_new_tokens:
         raise ValueError(f"completion has {len(ids)} tokens, asked were at most {sampling.max_new_tokens}")
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:

@@ -17,10 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 import bbopd.rpc.teacher_pb2 as pb
-import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.errors import ConfigError
 from bbopd.rpc.backend import TeacherBackend
-from bbopd.rpc.calls import Generation, ProtocolError, ScoreStream, Served
+from bbopd.rpc.calls import ProtocolError, Served
 from bbopd.rpc.channel import channel_options
 from bbopd.rpc.clients import Client, ClientLimits, Clients
 from bbopd.rpc.codec import encode_info
@@ -28,7 +27,9 @@ from bbopd.rpc.limits import RefusedError
 from bbopd.rpc.observe import Observer, client_hash
 from bbopd.rpc.replay import ReplayStore
 from bbopd.rpc.scheduler import Scheduler
+from bbopd.rpc.score_call import ScoreStream
 from bbopd.rpc.security import LiveAccess, ServerAccess, TokenCheck
+from bbopd.rpc.write_call import Generation
 
 __all__ = ["SERVICE", "RunningServer", "start_server"]
 
@@ -123,10 +124,12 @@ async def start_server(
     )
     clients = Clients(limits)
     observer.clients.set_function(lambda: len(clients))
+    observer.queued_items.set_function(lambda: scheduler.queued_items)
+    observer.queued_tokens.set_function(lambda: scheduler.queued_tokens)
     observer.inflight_bytes.set_function(lambda: clients.pending_bytes)
     service = _TeacherService(Served(info, scheduler, clients, ReplayStore(replay_bytes), observer, backend), live)
     checks = health.HealthServicer()
-    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((service.handlers(),))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     address, credentials = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", live.credentials()
     try:
@@ -142,18 +145,31 @@ async def start_server(
     return RunningServer(server, service, checks, host, bound, observer)
 
 
-class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
+class _TeacherService:
     def __init__(self, served: Served, access: LiveAccess) -> None:
         self.served = served
         self.access = access
         self._calls: dict[ScoreStream | Generation, grpc.aio.ServicerContext] = {}
 
-    async def GetInfo(self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext) -> pb.GetInfoResponse:  # noqa: N802
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What the generated code would register, but that answers to `Score` come as bytes already."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "GetInfo": grpc.unary_unary_rpc_method_handler(
+                    self.get_info, pb.GetInfoRequest.FromString, pb.GetInfoResponse.SerializeToString
+                ),
+                "Score": grpc.stream_stream_rpc_method_handler(self.score, pb.ScoreRequest.FromString),
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    self.generate, pb.GenerateRequest.FromString, pb.GenerateResponse.SerializeToString
+                ),
+            },
+        )
+
+    async def get_info(self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext) -> pb.GetInfoResponse:
         return encode_info(self.served.info)
 
-    async def Score(  # noqa: N802
-        self, requests: AsyncIterator[pb.ScoreRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ScoreResponse]:
+    async def score(self, requests: AsyncIterator[pb.ScoreRequest], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         async with (
             self._open(context, "score", lambda client, owner: ScoreStream(self.served, client, owner, requests)) as call,
             aclosing(call.responses()) as responses,
@@ -161,9 +177,7 @@ class _TeacherService(teacher_pb2_grpc.TeacherServiceServicer):
             async for response in responses:
                 yield response
 
-    async def Generate(  # noqa: N802
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.GenerateResponse]:
         async with (
             self._open(context, "generate", lambda client, owner: Generation(self.served, client, owner)) as call,
             aclosing(call.responses(request)) as responses,

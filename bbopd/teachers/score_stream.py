@@ -18,8 +18,9 @@ import grpc
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.errors import BadAnswerError, TeacherError
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
+from bbopd.rpc.batches import BATCH_BYTES, BATCH_MESSAGES, add_part, parts_of
 from bbopd.rpc.channel import MESSAGE_BYTES, describe
-from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, encode_item, tensor_bytes
+from bbopd.rpc.codec import PROTOCOL_VERSION, decode_failure, fill_item
 from bbopd.teachers.endpoint import Endpoint, pushback_seconds
 from bbopd.types import Rollout, SignalSpec
 
@@ -56,6 +57,11 @@ class Item:
     failed_at: set[Endpoint] = field(default_factory=set)
     sent_from: int = -1
     """The row asked for first on its present stream; -1 where it is not sent."""
+
+    @property
+    def request_bytes(self) -> int:
+        """What asking for it takes of the replica's credit."""
+        return len(self.assembler.packed) + self.assembler.candidate_bytes
 
 
 class Owner(Protocol):
@@ -100,6 +106,7 @@ class ScoreStream:
         self._window = window
         self._patience = patience
         self._is_open = False
+        self._takes_batches = False
         self._tokens = 0
         self._items: dict[int, Item] = {}
         self._unsent: list[tuple[int, int]] = []  # heap of (place, request number): what is sent goes in the order of the source
@@ -154,8 +161,8 @@ class ScoreStream:
         call = self.endpoint.stub.Score()
         try:
             try:
-                opening = pb.ScoreRequest(open=pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=self._window))
-                first = await asyncio.wait_for(_ask(call, opening), greeting_seconds)
+                opening = pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=self._window, takes_batches=True)
+                first = await asyncio.wait_for(_ask(call, pb.ScoreRequest(open=opening)), greeting_seconds)
             except TimeoutError:
                 raise _BrokenError(f"it has not accepted a stream within {greeting_seconds:g} s") from None
             if first is grpc.aio.EOF:
@@ -163,6 +170,7 @@ class ScoreStream:
             if first.WhichOneof("kind") != "accept" or first.accept.protocol_version != PROTOCOL_VERSION:
                 raise _BrokenError("it did not accept the stream: it speaks another protocol")
             self._request_credit = first.accept.request_credit_bytes
+            self._takes_batches = first.accept.takes_batches
             self._owed_credit = 0
             self._is_open = True
             self._owner.notify()
@@ -172,20 +180,36 @@ class ScoreStream:
             call.cancel()
 
     async def _send(self, call: Any) -> None:
-        """All writes of one stream: credits first, then items as the replica's credit allows."""
+        """All writes of one stream."""
         while True:
-            await self._owner.until(lambda: self._grantable() > 0 or (bool(self._unsent) and self._request_credit > 0))
-            if grant := self._grantable():
-                self._owed_credit = 0
-                await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=grant)))
-                continue
-            _, request_id = heapq.heappop(self._unsent)
+            await self._owner.until(lambda: self._grantable() > 0 or self._may_ask())
+            await call.write(self._pack())
+
+    def _may_ask(self) -> bool:
+        return bool(self._unsent) and self._request_credit > 0
+
+    def _pack(self) -> pb.ScoreRequest:
+        """What is to be sent, in one message where the replica takes that: a credit first, then items as its own credit allows."""
+        request = pb.ScoreRequest()
+        room = BATCH_MESSAGES if self._takes_batches else 1
+        packed_bytes = 0
+        if grant := self._grantable():
+            add_part(request, self._takes_batches).credit.bytes = grant
+            self._owed_credit = 0
+            room -= 1
+        while room > 0 and self._may_ask():
+            _, request_id = self._unsent[0]
             item = self._items[request_id]
-            packed, position = item.assembler.packed, item.assembler.position
-            request = encode_item(request_id, item.rollout, self._owner.want, position, self._owner.replay_id(item), packed)
-            self._request_credit -= tensor_bytes(request.item.token_ids) + tensor_bytes(request.item.candidate_ids)
-            item.sent_from = position
-            await call.write(request)
+            if packed_bytes and packed_bytes + item.request_bytes > BATCH_BYTES:
+                break
+            heapq.heappop(self._unsent)
+            assembler, item.sent_from = item.assembler, item.assembler.position
+            message, replay_id = add_part(request, self._takes_batches).item, self._owner.replay_id(item)
+            fill_item(message, request_id, item.rollout, self._owner.want, item.sent_from, replay_id, assembler.packed)
+            self._request_credit -= item.request_bytes
+            packed_bytes += item.request_bytes
+            room -= 1
+        return request
 
     def _grantable(self) -> int:
         """Bytes to grant now: in larger steps, and none while the caller leaves answers untaken."""
@@ -237,6 +261,15 @@ class ScoreStream:
         self._owner.notify()
 
     def _take(self, message: pb.ScoreResponse) -> None:
+        try:
+            parts = parts_of(message)
+        except ValueError as error:
+            raise self._violation(f"it sent {error}") from None
+        for part in parts:
+            self._take_part(part)
+        self._owner.notify()
+
+    def _take_part(self, message: pb.ScoreResponse) -> None:
         kind = message.WhichOneof("kind")
         if kind == "credit":
             self._request_credit += message.credit.bytes
@@ -248,7 +281,6 @@ class ScoreStream:
             self._take_chunk(message.chunk)
         else:
             raise self._violation(f"it sent {kind or 'nothing'} in the middle of a stream")
-        self._owner.notify()
 
     def _take_chunk(self, chunk: pb.SignalChunk) -> None:
         self._owed_credit += min(payload_bytes(chunk), MESSAGE_BYTES)  # a shape may lie

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.rpc.answers import SignalAssembler, payload_bytes
+from bbopd.rpc.batches import BATCH_BYTES, parts_of
 from bbopd.rpc.codec import PROTOCOL_VERSION, encode_item
 from bbopd.types import Level, Prompt, Rollout, SignalSpec, TeacherInfo, TeacherSignal
 
@@ -37,22 +39,45 @@ def require(is_so: bool, message: str) -> None:
 class RawStream:
     """One open `Score` call."""
 
-    def __init__(self, call: Any, info: TeacherInfo, timeout: float) -> None:
+    def __init__(self, call: Any, info: TeacherInfo, timeout: float, may_batch: bool) -> None:
         self.call = call
+        self.takes_batches = False
+        """Whether the teacher does."""
+        self.largest_batch = 0
+        """Messages in one, of those that came."""
         self._info = info
         self._timeout = timeout
+        self._may_batch = may_batch
+        self._parts: deque[pb.ScoreResponse] = deque()
 
     async def next(self, timeout: float | None = None) -> pb.ScoreResponse | None:
         """The next message that is no credit; None at the end of the stream. Raises `FailedError` where none comes in time."""
         while True:
-            try:
-                message = await asyncio.wait_for(self.call.read(), timeout or self._timeout)
-            except TimeoutError:
-                raise FailedError(f"no answer within {timeout or self._timeout:g} s") from None
-            if message is grpc.aio.EOF:
-                return None
-            if message.WhichOneof("kind") != "credit":
-                return message
+            if not self._parts:
+                try:
+                    message = await asyncio.wait_for(self.call.read(), timeout or self._timeout)
+                except TimeoutError:
+                    raise FailedError(f"no answer within {timeout or self._timeout:g} s") from None
+                if message is grpc.aio.EOF:
+                    return None
+                self._parts.extend(self._parts_of(message))
+            while self._parts:
+                part = self._parts.popleft()
+                if part.WhichOneof("kind") != "credit":
+                    return part
+
+    def _parts_of(self, message: pb.ScoreResponse) -> Sequence[pb.ScoreResponse]:
+        if message.WhichOneof("kind") != "batch":
+            return (message,)
+        require(self._may_batch, "a batch came to a client that had not said that it takes them")
+        try:
+            parts = parts_of(message)
+        except ValueError as error:
+            raise FailedError(f"it sent {error}") from None
+        size = sum(payload_bytes(part.chunk) for part in parts)
+        require(size <= BATCH_BYTES or len(parts) == 1, f"a batch of {len(parts)} messages has {size} bytes of payload, allowed are 2 MiB")
+        self.largest_batch = max(self.largest_batch, len(parts))
+        return parts
 
     async def send(self, request_id: int, rollout: Rollout, want: SignalSpec, resume_from: int = 0, replay_id: str = "") -> None:
         request = encode_item(request_id, rollout, want, resume_from)
@@ -143,16 +168,18 @@ class Probe:
         return Rollout(name, question, answer, candidate_ids=candidates)
 
     @asynccontextmanager
-    async def stream(self, credit: int = _CREDIT) -> AsyncIterator[RawStream]:
+    async def stream(self, credit: int = _CREDIT, *, takes_batches: bool = False) -> AsyncIterator[RawStream]:
         call = self.stub.Score()
         try:
-            await call.write(pb.ScoreRequest(open=pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=credit)))
-            stream = RawStream(call, self.info, self.timeout)
+            opening = pb.StreamOpen(protocol_version=PROTOCOL_VERSION, answer_credit_bytes=credit, takes_batches=takes_batches)
+            await call.write(pb.ScoreRequest(open=opening))
+            stream = RawStream(call, self.info, self.timeout, takes_batches)
             first = await stream.next()
             require(first is not None and first.WhichOneof("kind") == "accept", "the first message of a stream is not accept")
             assert first is not None
             require(first.accept.protocol_version == PROTOCOL_VERSION, f"accepted protocol {first.accept.protocol_version}, not 1")
             require(first.accept.request_credit_bytes > 0, "accept grants no request credit, so nothing could ever be sent")
+            stream.takes_batches = first.accept.takes_batches
             yield stream
         finally:
             call.cancel()

@@ -10,8 +10,9 @@ import grpc
 import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
-from bbopd.rpc.codec import LEVEL_NUMBERS, encode_item, encode_tensor
+from bbopd.rpc.codec import LEVEL_NUMBERS, encode_item
 from bbopd.rpc.conformance.probe import Check, FailedError, Probe, require
+from bbopd.rpc.tensors import encode_tensor
 from bbopd.types import LEVELS
 
 __all__ = ["CHECKS", "token_check"]

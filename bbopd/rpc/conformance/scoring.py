@@ -8,6 +8,8 @@ import numpy as np
 
 import bbopd.rpc.teacher_pb2 as pb
 from bbopd.rpc.answers import payload_bytes
+from bbopd.rpc.batches import add_part
+from bbopd.rpc.codec import fill_item
 from bbopd.rpc.conformance.probe import Check, FailedError, Probe, SkippedError, require
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
@@ -132,6 +134,26 @@ async def items_are_multiplexed(probe: Probe) -> str:
     return "40 items over one stream are answered once each, and the stream ends with OK"
 
 
+async def batches_are_batches_of_messages(probe: Probe) -> str:
+    """Many items in one message, a bad one and a credit among them, mean what they would mean one by one; answers may come so too."""
+    want = probe.any_want()
+    rollouts = [probe.rollout(want, 1 + number % 9) for number in range(40)]
+    async with probe.stream(takes_batches=True) as stream:
+        if not stream.takes_batches:
+            raise SkippedError("it takes no batches")
+        message = pb.ScoreRequest()
+        for number, rollout in enumerate(rollouts, 1):
+            fill_item(add_part(message, True).item, number, rollout, want)
+        add_part(message, True).credit.bytes = 1
+        fill_item(add_part(message, True).item, 99, rollouts[0], want)
+        message.batch.messages[-1].item.prompt_tokens = 0
+        await stream.call.write(message)
+        outcomes = await stream.take({**{number: (rollout, want) for number, rollout in enumerate(rollouts, 1)}, 99: (rollouts[0], want)})
+        failed = [number for number, one in outcomes.items() if isinstance(one, pb.ItemFailure)]
+        require(failed == [99], f"of a batch with one bad item, number 99, those that failed are {failed}")
+    return f"40 items in one message are answered once each, {stream.largest_batch or 1} at most in one message"
+
+
 async def chunks_are_small(probe: Probe) -> str:
     """A long answer comes in chunks of whole rows, none larger than 2 MiB unless a single row is."""
     level = max(probe.levels, key=lambda one: ("sampled", "candidates", "topk", "full").index(one), default=None)
@@ -228,6 +250,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("rows are causal", rows_are_causal),
     ("company does not matter", companions_do_not_matter),
     ("many items on one stream", items_are_multiplexed),
+    ("batches", batches_are_batches_of_messages),
     ("chunks", chunks_are_small),
     ("credit used up", credit_is_kept),
     ("credit given again", credit_opens_the_stream_again),
