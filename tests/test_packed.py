@@ -20,7 +20,7 @@ from bbopd.modeling import packed, packed_attention, packed_hidden
 from bbopd.modeling.layers import decoder
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
 
-LENGTHS = [7, 1, 12, 7, 20]
+LENGTHS = [7, 1, 12, 12, 12, 7, 20]  # neighbours of one length are attended to together
 
 
 def tiny_mistral():

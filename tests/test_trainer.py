@@ -234,6 +234,24 @@ def test_bfloat16_compute_is_close_and_masters_stay_float32():
     assert all(value.dtype == torch.float32 for _, value in trainer.weights())
 
 
+def test_bfloat16_reaches_the_products_of_the_loss():
+    """The residual stream stays float32 under autocast; a float32 operand would make the head's products float32, several times slower."""
+
+    class Recording:
+        def __init__(self, objective):
+            self.objective, self.dtypes = objective, set()
+
+        def loss(self, hidden_ND, weight_VD, *others, **options):
+            self.dtypes |= {hidden_ND.dtype, weight_VD.dtype}
+            return self.objective.loss(hidden_ND, weight_VD, *others, **options)
+
+    _, _, batch = sequences_and_batch(seed=14)
+    trainer = make_trainer(tiny_llama(), compute_dtype=torch.bfloat16)
+    trainer.objective = recording = Recording(trainer.objective)
+    trainer.train_step([batch])
+    assert recording.dtypes == {torch.bfloat16}
+
+
 def test_activation_checkpointing_changes_no_value():
     _, _, batch = sequences_and_batch(seed=15)
     plain = make_trainer(tiny_llama()).train_step([batch])

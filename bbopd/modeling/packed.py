@@ -6,6 +6,7 @@ Shape suffixes: ``P`` packed tokens, ``S`` sequences, ``L`` tokens of one sequen
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,13 @@ class _Packing:
     prefixes: list[int | None]  # the sequence that each one goes on from, seeing all of it
     windows: list[int | None] = field(default_factory=list)  # what each attention layer asked for
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    runs: list[tuple[int, int]] = field(default_factory=list)  # neighbours of one length, attended to in one call: that, and how many
+
+    def __post_init__(self) -> None:
+        if any(prefix is not None for prefix in self.prefixes):
+            self.runs = [(length, 1) for length in self.lengths]
+        else:
+            self.runs = [(length, len(list(same))) for length, same in itertools.groupby(self.lengths)]
 
 
 class _CannotPackError(Exception):
@@ -213,9 +221,10 @@ def _packed_attention_forward(
     packing.windows.append(sliding_window)
     outputs = []
     # split, not slices: its backward is one concatenation, where each slice would fill a tensor of full size
-    queries, keys, values = (x.split(packing.lengths, dim=2) for x in (query, key, value))
-    for q, k, v, prefix in zip(queries, keys, values, packing.prefixes, strict=True):
-        if prefix is not None:
+    queries, keys, values = (x.split([length * count for length, count in packing.runs], dim=2) for x in (query, key, value))
+    for run, (length, count) in enumerate(packing.runs):
+        q, k, v = (x[run][0].unflatten(1, (count, length)).transpose(0, 1) for x in (queries, keys, values))
+        if (prefix := packing.prefixes[run]) is not None:  # where there are prefixes, a run is one sequence
             k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
         mask = _causal_mask(packing, q, k.shape[2], sliding_window)
         if softcap:
@@ -225,7 +234,7 @@ def _packed_attention_forward(
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=grouped
             )
-        outputs.append(out.transpose(1, 2))
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[None])
     return torch.cat(outputs, dim=1), None
 
 

@@ -196,8 +196,8 @@ class Trainer:
             with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
                 hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
                 result = self._objective_now().loss(
-                    hidden_PD[batch.target_rows],
-                    self.head.weight_VD.to(self.compute_dtype),  # as autocast would; the gradient reaches the float32 master
+                    hidden_PD[batch.target_rows].to(self.compute_dtype),  # as autocast would: with float32, products would be float32
+                    self.head.weight_VD.to(self.compute_dtype),  # the gradient reaches the float32 master
                     batch,
                     ce_weight=ce_weight,
                     kd_weight=kd_weight,
