@@ -1,17 +1,12 @@
 """Cycles that overlap: as fast as their slowest stage, no rollout older than allowed, nothing lost, and a clean end for every failure.
 
-Most of it on a virtual clock (`simulated`); the last part with a real student, threads and processes.
+Most of it on a virtual clock (`simulated`); the last part with a real student and a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from copy import deepcopy
@@ -271,7 +266,7 @@ def test_a_teacher_that_ends_early_is_an_error() -> None:
     run_virtually(run())
 
 
-# ------------------------------------------------------------ a real student, threads, processes
+# ------------------------------------------------------------ a real student, and a thread
 
 
 def real_config(folder: Path):
@@ -301,65 +296,3 @@ async def test_a_real_student_is_trained_beside_a_real_engine(tmp_path) -> None:
     saved = json.loads((latest_checkpoint(rig.folder.checkpoints) / "state.json").read_text())["state"]
     check_books(RunState.from_json(saved))
     assert rig.engine.version == lines[-1]["step"], "the last evaluation is of the last weights"
-
-
-# forks for every run, so that imports take their time once; it must be without threads of its own
-RUNS = """
-import asyncio, os, sys, warnings
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from bbopd.rollouts.fake import FakeEngine
-from tests.test_loop import VOCAB, Rig
-from tests.test_overlap import real_config
-
-warnings.simplefilter("ignore")  # Python warns of any fork
-for _ in sys.stdin:
-    child = os.fork()
-    if child:
-        print("begun", child, flush=True)
-        os.waitpid(child, 0)
-        print("over", flush=True)
-        continue
-    with ThreadPoolExecutor(1) as executor:
-        rig = Rig(real_config(Path(sys.argv[1])), engine=FakeEngine(VOCAB, eos_token_id=2, delay=0.002), executor=executor)
-        print(asyncio.run(rig.run()), flush=True)
-    os._exit(0)
-"""
-
-
-def test_nothing_is_lost_when_the_process_is_killed(tmp_path) -> None:
-    run = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNS, str(run)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as runs:
-
-        def begin() -> int:
-            runs.stdin.write("\n")
-            runs.stdin.flush()
-            return int(runs.stdout.readline().removeprefix("begun "))
-
-        for lines in (6, 14):  # in the first cycles that overlap, and later on, from what the first kill has left
-            child = begin()
-            deadline = time.monotonic() + 120
-            while _count(run / "metrics.jsonl") < lines and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.kill(child, signal.SIGKILL)
-            assert runs.stdout.readline() == "over\n", "it has ended before it was killed"
-            check_books(_saved(run))
-        begin()
-        assert runs.stdout.readline() == "finished\n"
-        runs.stdin.close()
-    state = _saved(run)
-    check_books(state)
-    trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in trained] == list(range(1, state.step + 1))
-    assert sum(line["rollout_tokens"] for line in trained) == state.on_policy_tokens
-
-
-def _saved(run: Path) -> RunState:
-    return RunState.from_json(json.loads((latest_checkpoint(run / "checkpoints") / "state.json").read_text())["state"])
-
-
-def _count(path: Path) -> int:
-    return path.read_text().count("\n") if path.exists() else 0
