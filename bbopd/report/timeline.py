@@ -109,7 +109,7 @@ def _window(spans: Sequence[Span]) -> tuple[int, int, float, float] | None:
 
 def _draw_shares(title: str, shares: Sequence[StageShare]) -> str:
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(4.6, 0.9 + 0.5 * len(shares)), layout="constrained")
+        figure = Figure(figsize=(9.4, 0.9 + 0.4 * len(shares)), layout="constrained")
         axes: Axes = figure.subplots()
         for row, share in enumerate(reversed(shares)):
             axes.barh(row, share.busy, color=SERIES[0], height=0.5, label="at work" if not row else None)
