@@ -175,8 +175,8 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
         for entry in entries:
             print(f"{sequences:4d} sequences  {entry.name:26s} {entry.median:8.1f} tokens/s  {[round(rate, 1) for rate in entry.rates]}")
             rows.append(_row(entry, sequences, options, found if entry is entries[0] else None, arguments))
-        print(f"{sequences:4d} sequences  ratio to the fastest generate {found:.2f} (aim: {AIM})")
-    _write(options.out, rows)
+        print(f"{sequences:4d} sequences  ratio to the fastest generate {found:.2f} (aim: {AIM})", flush=True)
+        _write(options.out, rows)
     return ratios
 
 
@@ -195,11 +195,10 @@ def _row(entry: Entry, sequences: int, options: argparse.Namespace, found: float
 
 
 def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    machine = rows[0].pop("machine")
-    path = folder / machine / f"rollouts_{rows[0]['dtype']}_{rows[0]['ends']}.csv"
+    path = folder / rows[0]["machine"] / f"rollouts_{rows[0]['dtype']}_{rows[0]['ends']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "machine"], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(path)
