@@ -65,14 +65,14 @@ def engine_environment(device_type: str, base: Mapping[str, str] | None = None) 
     return EngineEnvironment({**defaults, **variables}, tuple(notes))
 
 
-def require_vllm(setting: str) -> None:
-    """Raises `EngineError` where vLLM is not installed in this environment; ``setting`` is what asks for it."""
+def require_vllm(asked: str, otherwise: str = "") -> None:
+    """Raises `EngineError` where vLLM is not installed in this environment; ``asked`` says who wants it, ``otherwise`` the way without."""
     with suppress(ValueError):
         if importlib.util.find_spec("vllm") is not None:
             return
     raise EngineError(
-        f"{setting} is vllm, but vLLM is not installed here: pip install 'bbopd[vllm]' on a machine with a GPU; on a CPU, "
-        f"`make vllm` sets up an environment with vLLM's CPU build; or set {setting}=hf"
+        f"{asked}, but vLLM is not installed here: pip install 'bbopd[vllm]' on a machine with a GPU; on a CPU, "
+        f"`make vllm` sets up an environment with vLLM's CPU build{otherwise and f'; or {otherwise}'}"
     )
 
 

@@ -76,5 +76,9 @@ def test_an_engine_that_disagrees_stops_the_run(folder):
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
 def test_without_vllm_the_way_to_it_is_named():
-    with pytest.raises(EngineError, match=r"pip install 'bbopd\[vllm\]'"):
-        require_vllm("rollouts.engine")
+    with pytest.raises(EngineError, match=r"^rollouts.engine is vllm, but .*pip install 'bbopd\[vllm\]'.*; or set rollouts.engine=hf$"):
+        require_vllm("rollouts.engine is vllm", "set rollouts.engine=hf")
+    result = bbopd("sample-server", "--port", "0")
+    assert result.returncode == EngineError.exit_code
+    assert "bbopd sample-server needs vLLM, but vLLM is not installed here" in result.stderr
+    assert "rollouts.engine" not in result.stderr

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -21,9 +23,10 @@ from bbopd.rollouts.vllm_messages import MessageError, pack_json, pack_pieces, u
 from bbopd.rollouts.vllm_process import EngineProcess
 from bbopd.rollouts.vllm_remote import METHOD, EngineServer
 from bbopd.rollouts.vllm_server import SampleServer
+from bbopd.rpc.renewal import AccessRenewal
 from bbopd.rpc.security import ClientAccess, ServerAccess
 from bbopd.types import Prompt, Sampling
-from tests.certificates import make_certificates
+from tests.certificates import make_certificates, replace_file
 from tests.fake_engine import DIES, FAILS, HANGS, fingerprint, written
 from tests.tiny_models import tiny_llama
 
@@ -233,6 +236,41 @@ async def test_tls_and_a_token_let_a_run_in_and_nothing_less_does(tmp_path):
         assert len(started) == 1
 
 
+async def test_certificates_and_tokens_are_renewed_and_a_run_without_its_token_is_ended(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    old, new = (make_certificates(tmp_path / name) for name in ("old", "new"))
+    for name in ("server.pem", "server.key"):
+        shutil.copy(old / name, tmp_path / name)
+    (tmp_path / "tokens").write_text(f"{TOKEN}\nanother-token-of-another-team-11\n")
+    (tmp_path / "own").write_text(TOKEN)
+    tls = ServerTlsConfig(certificate=str(tmp_path / "server.pem"), key=str(tmp_path / "server.key"))
+    config = SampleServerConfig(tls=tls, token_file=str(tmp_path / "tokens"))
+    model = tiny_llama()
+    async with serving(ServerAccess.from_config(config)) as (server, started):
+        renewal = AccessRenewal(config, server.renew_access)
+        target = f"grpc://localhost:{server.target.rpartition(':')[2]}"
+
+        def knowing(pem: Path) -> ClientAccess:
+            return ClientAccess.read(ClientTlsConfig(ca=str(pem / "ca.pem")), str(tmp_path / "own"), None, "rollouts.")
+
+        async with engine_at(server, model, tmp_path, access=knowing(old), target=target) as engine:
+            for name in ("server.pem", "server.key"):
+                replace_file(tmp_path / name, (new / name).read_bytes())
+            assert renewal.read()
+            await engine.load_weights(model.named_parameters(), 1)  # a call under way stays
+            assert [rollout.token_ids for rollout in await write(engine)] == expected(model.named_parameters(), torch.float32)
+            replace_file(tmp_path / "tokens", b"another-token-of-another-team-11\n")
+            assert renewal.read()
+            await gone(started[0])
+            with pytest.raises(EngineError, match=r"UNAUTHENTICATED.*the token of this call is not valid any more"):
+                await write(engine)
+        replace_file(tmp_path / "tokens", f"{TOKEN}\n".encode())
+        assert renewal.read()
+        async with engine_at(server, model, tmp_path, access=knowing(new), target=target) as engine:
+            await engine.load_weights(model.named_parameters(), 1)
+
+
 async def test_other_machines_need_tls_and_a_token_on_both_sides(tmp_path):
     with pytest.raises(ConfigError, match=r"host '0\.0\.0\.0' can be reached from other machines"):
         async with serving(host="0.0.0.0"):
@@ -250,6 +288,16 @@ def test_a_target_belongs_to_vllm():
         RolloutsConfig(target="grpc://localhost:7071")
     with pytest.raises(ValueError, match="tls and tokens belong to target"):
         RolloutsConfig(engine="vllm", token_env="TOKEN")
+
+
+def test_only_an_engine_beside_the_run_that_takes_turns_with_the_trainer_sleeps():
+    assert RolloutsConfig(engine="vllm", sleep=True, max_staleness=0).sleep
+    with pytest.raises(ValueError, match="sleep with engine hf: only a vllm beside the run"):
+        RolloutsConfig(sleep=True, max_staleness=0)
+    with pytest.raises(ValueError, match="sleep with target grpc://localhost:7071"):
+        RolloutsConfig(engine="vllm", target="grpc://localhost:7071", sleep=True, max_staleness=0)
+    with pytest.raises(ValueError, match=r"sleep with max_staleness 1.*set max_staleness: 0"):
+        RolloutsConfig(engine="vllm", sleep=True)
 
 
 # ---------------------------------------------------------------- messages

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C. Returns the exit code; raises `BbopdError`."""
+    """Serve until SIGTERM or Ctrl-C; SIGHUP reads certificates and tokens again. Returns the exit code; raises `BbopdError`."""
     from bbopd.config import SampleServerConfig
     from bbopd.config_file import parse_config, read_yaml
     from bbopd.vllm_setup import require_vllm
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = read_yaml(args.config) if args.config else {}
     given.update({key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None})
     config = parse_config(given, args.overrides, SampleServerConfig, args.config or "bbopd sample-server")
-    require_vllm("rollouts.engine")
+    require_vllm("bbopd sample-server needs vLLM")
     from bbopd.rpc.run_server import set_up_logs
 
     set_up_logs("text")
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 async def _serve(config: SampleServerConfig, ready_file: Path | None) -> None:
     from bbopd.modeling import resolve_device
     from bbopd.rollouts.vllm_server import SampleServer
+    from bbopd.rpc.renewal import AccessRenewal
     from bbopd.rpc.run_server import write_whole
     from bbopd.rpc.security import ServerAccess
     from bbopd.vllm_setup import engine_environment
@@ -71,9 +72,13 @@ async def _serve(config: SampleServerConfig, ready_file: Path | None) -> None:
     )
     try:
         _log.info("vLLM for one run at a time at %s%s (Ctrl-C ends it)", server.target, ", with TLS" if access.certificate else "")
+        renewal = AccessRenewal(config, server.renew_access)
+        renewing = asyncio.create_task(renewal.run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, renewal.read)
         if ready_file is not None:
             write_whole(ready_file, server.target + "\n")
         await stopping.wait()
+        renewing.cancel()
     finally:
         await server.stop()
         if ready_file is not None:

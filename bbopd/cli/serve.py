@@ -81,7 +81,7 @@ def _prepare_vllm(config: ServeConfig) -> None:
     from bbopd.modeling import resolve_device
     from bbopd.vllm_setup import enter_engine_environment, require_vllm
 
-    require_vllm("engine")
+    require_vllm("engine is vllm", "set engine=hf")
     for note in enter_engine_environment(resolve_device(config.device).type):
         print(f"note: {note}", file=sys.stderr)
 

@@ -40,9 +40,9 @@ async def start_vllm(environment: Mapping[str, str], log: Path, shared_files: Se
 class SampleServer:
     """Answers on ``port`` of ``host`` until `stop`; made by `start`."""
 
-    def __init__(self, server: grpc.aio.Server, sessions: _Sessions, host: str, port: int) -> None:
+    def __init__(self, server: grpc.aio.Server, sessions: _Sessions, access: LiveAccess, host: str, port: int) -> None:
         self.target = f"grpc://[{host}]:{port}" if ":" in host else f"grpc://{host}:{port}"
-        self._server, self._sessions = server, sessions
+        self._server, self._sessions, self._access = server, sessions, access
 
     @classmethod
     async def start(
@@ -77,7 +77,15 @@ class SampleServer:
             ) from error
         await server.start()
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
-        return cls(server, sessions, host, bound)
+        return cls(server, sessions, live, host, bound)
+
+    def renew_access(self, access: ServerAccess) -> None:
+        """Let other certificates and tokens hold from now on; a run whose token is no more among them is ended.
+
+        Raises `ConfigError` for what only a restart can change (see `LiveAccess.renew`).
+        """
+        self._access.renew(access)
+        self._sessions.end_unknown(access)
 
     async def stop(self) -> None:
         """End the run that is written for, and every connection."""
@@ -86,24 +94,41 @@ class SampleServer:
             await asyncio.sleep(0.02)
 
 
+class _UnknownTokenError(Exception):
+    """The token that let a run in is known no longer."""
+
+
 class _Sessions:
     """One at a time; each has a process of its own, which ends with it."""
 
     def __init__(self, device: torch.device, trust_remote_code: bool, start_process: StartProcess) -> None:
         self._device, self._trust, self._start_process = device, trust_remote_code, start_process
-        self.is_taken = False
+        self._now: tuple[grpc.aio.ServicerContext, asyncio.Future[None]] | None = None  # a session, and what ends it by an error
+
+    @property
+    def is_taken(self) -> bool:
+        return self._now is not None
+
+    def end_unknown(self, access: ServerAccess) -> None:
+        """End the session where ``access`` does not know its token."""
+        if self._now is None:
+            return
+        context, ended = self._now
+        if access.token_of(context.invocation_metadata() or ()) is None and not ended.done():
+            ended.set_exception(_UnknownTokenError("the token of this call is not valid any more"))
 
     async def serve(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         if self.is_taken:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "it writes for another run")
-        self.is_taken = True
+        ended = asyncio.get_running_loop().create_future()
+        self._now = context, ended
         peer = peer_host(context.peer())
         _log.info("writing for a run at %s", peer)
         try:
             async with AsyncExitStack() as stack:
                 await context.write(pack_json({"event": "hello", "device": self._device.type}))
                 window, process = await self._open(unpack_json(await anext(requests)), stack)
-                await _relay(requests, context, window, process)
+                await _relay(requests, context, window, process, ended)
         except StopAsyncIteration:
             pass  # gone before it asked for anything
         except (MessageError, ConfigError) as error:
@@ -112,8 +137,12 @@ class _Sessions:
         except EngineError as error:
             _log.warning("the engine for the run at %s has failed: %s", peer, error)
             await context.abort(grpc.StatusCode.INTERNAL, str(error)[:4000])
+        except _UnknownTokenError as error:
+            _log.warning("the run at %s was ended: %s", peer, error)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         finally:
-            self.is_taken = False
+            self._now = None
+            ended.cancel()
             _log.info("the run at %s has gone", peer)
 
     async def _open(self, asked: dict[str, Any], stack: AsyncExitStack) -> tuple[WeightWindow, EngineProcess]:
@@ -138,8 +167,14 @@ class _Sessions:
         return window, process
 
 
-async def _relay(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext, window: WeightWindow, process: EngineProcess) -> None:
-    """Until either side ends. Raises what has gone wrong: `MessageError` by the run, `EngineError` by the engine."""
+async def _relay(
+    requests: AsyncIterator[bytes],
+    context: grpc.aio.ServicerContext,
+    window: WeightWindow,
+    process: EngineProcess,
+    ended: asyncio.Future[None],
+) -> None:
+    """Until either side ends, or is ``ended``. Raises what has gone wrong: `MessageError` by the run, `EngineError` by the engine."""
 
     async def to_the_process() -> None:
         async for message in requests:
@@ -163,8 +198,8 @@ async def _relay(requests: AsyncIterator[bytes], context: grpc.aio.ServicerConte
 
     tasks = {asyncio.create_task(to_the_process()), asyncio.create_task(to_the_run())}
     try:
-        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in ended:
+        done, _ = await asyncio.wait({*tasks, ended}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
             task.result()
     finally:
         for task in tasks:

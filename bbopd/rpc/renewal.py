@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from bbopd.config import ServeConfig
+from bbopd.config import SampleServerConfig, ServeConfig
 from bbopd.errors import ConfigError
 from bbopd.rpc.security import ServerAccess
 
 __all__ = ["AccessRenewal"]
 
 _POLL = 2.0  # seconds
-_log = logging.getLogger("bbopd.serve")
+_log = logging.getLogger("bbopd.access")
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -31,7 +31,7 @@ class AccessRenewal:
     poll : seconds between two looks.
     """
 
-    def __init__(self, config: ServeConfig, renew: Callable[[ServerAccess], None], poll: float = _POLL) -> None:
+    def __init__(self, config: ServeConfig | SampleServerConfig, renew: Callable[[ServerAccess], None], poll: float = _POLL) -> None:
         tls = config.tls
         names = (config.token_file, *((tls.certificate, tls.key, tls.client_ca) if tls is not None else ()))
         self.files = tuple(Path(name).expanduser() for name in names if name is not None)
