@@ -55,16 +55,19 @@ class PromptSource(Section):
     text: str | None = None
     """A plain text file, or a folder of them; documents are cut into prefixes and continuations."""
     dataset: str | None = None
-    """A name for datasets.load_dataset, streamed."""
+    """A name or folder for datasets.load_dataset, whose rows are read as they are drawn; a folder may hold JSONL or Parquet files."""
     subset: str | None = None
     split: str = "train"
     column: str | None = None
     """Column of rows that is read: a chat where it holds a list, else running text. None takes ``messages``, ``conversations``, ``prompt``
     or ``text``, whichever is there."""
     limit: Positive | None = None
-    """Documents to take; of a ``dataset``, 20,000 where it is not given."""
+    """Documents to take, the first ones; of a ``dataset``, in every epoch."""
+    buffer: Positive = 10_000
+    """Documents of a ``dataset`` that are in memory, and shuffled, at a time."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """How often its prompts are drawn, beside the weights of the other sources. None: as often as it has prompts."""
+    """How often its prompts are drawn, beside the weights of the other sources. None, without a ``dataset`` among them: as often as it has
+    prompts."""
     bad_rows: Literal["error", "skip"] = "error"
     """What happens to a row without a usable question or text; those skipped are counted."""
 
@@ -79,6 +82,11 @@ class PromptSource(Section):
     def name(self) -> str:
         return str(self.jsonl or self.parquet or self.text or self.dataset or "demo")
 
+    @property
+    def flows(self) -> bool:
+        """Whether its rows are read as they are drawn, rather than all at the start."""
+        return self.dataset is not None
+
 
 class DataConfig(Section):
     prompts: tuple[PromptSource, ...] = (PromptSource(demo=True),)
@@ -91,7 +99,8 @@ class DataConfig(Section):
     long_prompts: Literal["error", "skip", "truncate"] = "error"
     """What happens to a question that leaves no room for an answer; ``truncate`` takes its last tokens."""
     near_duplicates: Similarity | None = None
-    """Similarity to an earlier document from which on one is left out; needs bbopd[data]."""
+    """Similarity to an earlier document from which on one is left out (of a ``dataset``: to one of the last ``buffer`` and more); needs
+    bbopd[data]."""
     rank: Annotated[int, Field(ge=0)] = 0
     """Which of ``world_size`` disjoint shares of the draws this run takes."""
     world_size: Positive = 1
@@ -105,5 +114,10 @@ class DataConfig(Section):
         if weighted and len(weighted) < len(self.prompts):
             raise ValueError(
                 f"weight is given to {', '.join(weighted)} but not to every source: give it to all of data.prompts, or to none"
+            )
+        flowing = [source.name for source in self.prompts if source.flows]
+        if flowing and len(self.prompts) > 1 and not weighted:
+            raise ValueError(
+                f"dataset {flowing[0]} is read as it is drawn, so that its size is not known: give a weight to every one of data.prompts"
             )
         return self

@@ -27,7 +27,7 @@ def load(
     source: Mapping[str, Any], tokenizer: Any = TOKENIZER, max_seq_len: int = 256, max_new_tokens: int = 1, **options: Any
 ) -> PromptSet:
     config = DataConfig(prompts=({**source},), **{"prompt_tokens": 8, "response_tokens": 16, **options})
-    return load_prompts(config, tokenizer, seed=0, max_seq_len=max_seq_len, eos_token_id=EOS, max_new_tokens=max_new_tokens)
+    return load_prompts(config, tokenizer, max_seq_len=max_seq_len, eos_token_id=EOS, max_new_tokens=max_new_tokens)
 
 
 def words(seed: int, count: int = 40) -> str:
@@ -166,7 +166,7 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
         load({"jsonl": path}, without)
 
 
-# ---------------------------------------------------------------- demo and data sets
+# ---------------------------------------------------------------- the demo's text
 
 
 def test_demo_has_labelled_text_and_chat_on_both_sides() -> None:
@@ -177,23 +177,6 @@ def test_demo_has_labelled_text_and_chat_on_both_sides() -> None:
     topics = [{prompt.prompt_id.rsplit(":", 1)[0] for prompt in side if prompt.reference_ids} for side in (prompts.train, prompts.held_out)]
     assert not topics[0] & topics[1]
     assert len({prompt.prompt_id.rsplit(":", 1)[0] for prompt in prompts.held_out[:16]}) >= 3  # the first ones come from several documents
-
-
-def test_datasets_are_streamed(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    write_lines(folder / "train.jsonl", [{"text": words(i), "url": i} for i in range(30)])
-    prompts = load({"dataset": str(folder), "limit": 12})
-    assert len({key.rsplit(":", 1)[0] for key in every(prompts)}) == 12
-    assert load({"dataset": str(folder), "limit": 12}).fingerprint == prompts.fingerprint
-    for prompt in prompts.train:
-        assert any(decode(prompt.token_ids) in words(i) for i in range(30))
-    with pytest.raises(DataError, match="no column 'body'; it has text, url"):
-        load({"dataset": str(folder), "column": "body"})
-    with pytest.raises(DataError, match="row 0: column 'url' holds int, not text"):
-        load({"dataset": str(folder), "column": "url"})
-    with pytest.raises(DataError, match=r"dataset .*nowhere cannot be read: .*local file"):
-        load({"dataset": str(tmp_path / "nowhere")})
 
 
 # ---------------------------------------------------------------- the split

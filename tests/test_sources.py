@@ -13,7 +13,6 @@ from pyarrow import parquet
 
 from bbopd.config import DataConfig
 from bbopd.data.demo_text import demo_topics
-from bbopd.data.draws import PromptStream
 from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.errors import DataError
 from bbopd.types import Prompt
@@ -23,9 +22,9 @@ EOS = 2
 TOKENIZER = tiny_tokenizer()
 
 
-def load(*sources: Mapping[str, Any], max_seq_len: int = 512, max_new_tokens: int = 1, seed: int = 0, **options: Any) -> PromptSet:
+def load(*sources: Mapping[str, Any], max_seq_len: int = 512, max_new_tokens: int = 1, **options: Any) -> PromptSet:
     config = DataConfig(prompts=tuple(sources), **{"prompt_tokens": 8, "response_tokens": 16, **options})
-    return load_prompts(config, TOKENIZER, seed=seed, max_seq_len=max_seq_len, eos_token_id=EOS, max_new_tokens=max_new_tokens)
+    return load_prompts(config, TOKENIZER, max_seq_len=max_seq_len, eos_token_id=EOS, max_new_tokens=max_new_tokens)
 
 
 def every(prompts: PromptSet) -> dict[str, Prompt]:
@@ -160,26 +159,3 @@ def test_near_duplicates_of_documents_are_left_out_wherever_they_come_from(tmp_p
     assert found.skipped == {"near_duplicate": 5}
     assert {key.rsplit(":", 1)[0] for key in every(found)} == {"a.jsonl", "b.parquet:5", "b.parquet:6"}
     assert load(*sources, max_seq_len=4000, near_duplicates=0.8).fingerprint == found.fingerprint
-
-
-# ---------------------------------------------------------------- going on
-
-
-def test_a_run_on_streamed_data_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    write_lines(folder / "train.jsonl", [{"messages": [{"role": "user", "content": f"question {i}"}, CHAT[1]]} for i in range(60)])
-    sources = ({"dataset": str(folder), "limit": 40, "weight": 3}, {"demo": True, "limit": 30, "weight": 1})
-
-    def stream() -> PromptStream:
-        prompts = load(*sources, seed=7)
-        return PromptStream(prompts.train, 7, shares=prompts.shares)
-
-    uninterrupted = stream()
-    whole = [(uninterrupted.next_prompts(5), uninterrupted.next_labelled(3)) for _ in range(30)]
-    part = stream()
-    assert [(part.next_prompts(5), part.next_labelled(3)) for _ in range(11)] == whole[:11]
-    saved = json.dumps(part.position)
-    resumed = stream()
-    resumed.position = json.loads(saved)
-    assert [(resumed.next_prompts(5), resumed.next_labelled(3)) for _ in range(19)] == whole[11:]

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from bbopd.config import RunConfig
     from bbopd.types import Prompt, Teacher
 
-_SEED = 0
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, folder, or GGUF file of the model to measure")
@@ -135,7 +133,6 @@ def _prompts(args: argparse.Namespace, config: RunConfig, tokenizer: Any) -> lis
     found = load_prompts(
         config.data,
         tokenizer,
-        seed=config.train.seed if args.config else _SEED,
         max_seq_len=config.train.max_seq_len,
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.eval.max_new_tokens,
@@ -150,7 +147,7 @@ def _windows(window: int, config: RunConfig, tokenizer: Any) -> list[Prompt]:
     if window < 2:
         raise ConfigError(f"--window {window} leaves no context: give at least 2")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    documents = [document for source in config.data.prompts for document in read_documents(source, _SEED) if document.text]
+    documents = [document for source in config.data.prompts for document in read_documents(source) if document.text]
     if not documents:
         raise DataError("--window needs running text, and there is none but questions and answers: leave it out to score the answers")
     return [

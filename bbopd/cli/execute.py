@@ -18,6 +18,7 @@ from rich.console import Console
 
 from bbopd.cli.display import LiveDisplay, PlainDisplay, make_display
 from bbopd.config import RunConfig
+from bbopd.data.draws import left_out
 from bbopd.errors import BbopdError, BudgetSpentError
 from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.held_out_game import HeldOutGame
@@ -141,6 +142,7 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "tokens_per_second": {name: round(count / busy[name], 1) for name, count in tokens.items() if count and busy.get(name)},
         "sequences": state.sequences(),
         "rejected": state.rejected,
+        "left_out": left_out(state.position),
         "teacher_retries": state.teacher_retries,
         "teacher_cache": None if session.parts.cache_counts is None else dict(session.parts.cache_counts),
         "teacher_cost": None if session.parts.spending is None else asdict(session.parts.spending()),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from bbopd.data.flow import Flow, FlowReader
 from bbopd.errors import DataError
 from bbopd.types import Prompt
 
@@ -17,10 +20,15 @@ _COUNTED = 2**20  # draws counted at a time
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The next ``count`` of a list of prompts, drawn from as one: ``weight`` over the sum of weights is how often."""
+    """The next ``count`` of a list of prompts, or a ``flow``, drawn from as one: ``weight`` over the sum of weights is how often."""
 
     count: int
     weight: float
+    flow: Flow | None = None
+
+
+def as_it_is(prompt: Prompt) -> Prompt:
+    return prompt
 
 
 class PromptStream:
@@ -34,21 +42,32 @@ class PromptStream:
 
     Labelled prompts and prompts to answer are two independent sequences. ``position`` is how far each has been given out to all
     ranks; it is the same number on all that have drawn as often. Setting it on a new stream over the same prompts and seed goes on exactly
-    there, with another ``world_size`` too.
+    there, with another ``world_size`` too. Of flows it has bookmarks besides, by which the place is found without reading all before it.
+
+    ``prepare`` is done to every prompt before it is drawn.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, *, shares: Sequence[Share] = (), rank: int = 0, world_size: int = 1) -> None:
-        if not prompts:
-            raise DataError("there are no prompts to draw from")
-        parts, start = [], 0
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        *,
+        shares: Sequence[Share] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        prepare: Callable[[Prompt], Prompt] = as_it_is,
+    ) -> None:
+        parts: list[tuple[float, Sequence[Prompt] | Flow]] = []
+        start = 0
         for share in shares or (Share(len(prompts), 1.0),):
-            parts.append((share.weight, prompts[start : start + share.count]))
+            parts.append((share.weight, share.flow or [prepare(prompt) for prompt in prompts[start : start + share.count]]))
             start += share.count
         assert start == len(prompts), f"shares cover {start} of {len(prompts)} prompts"
-        labelled = [(weight, [prompt for prompt in part if prompt.reference_ids]) for weight, part in parts]
+        if not any(isinstance(part, Flow) or part for _, part in parts):
+            raise DataError("there are no prompts to draw from")
         self._draws = {
-            "labelled": _Draws(labelled, seed, 0, rank, world_size),
-            "prompts": _Draws(parts, seed, 1, rank, world_size),
+            name: _Draws(parts, prepare, seed, stream, rank, world_size, labelled=name == "labelled")
+            for stream, name in enumerate(("labelled", "prompts"))
         }
 
     def next_labelled(self, count: int) -> list[Prompt]:
@@ -60,24 +79,72 @@ class PromptStream:
         return self._draws["prompts"].take(count)
 
     @property
-    def position(self) -> dict[str, int]:
-        return {name: draws.position for name, draws in self._draws.items()}
+    def position(self) -> dict[str, Any]:
+        bookmarks = {name: draws.bookmarks for name, draws in self._draws.items()}
+        places = {name: draws.position for name, draws in self._draws.items()}
+        return {**places, "bookmarks": bookmarks} if any(bookmarks.values()) else places
 
     @position.setter
-    def position(self, value: dict[str, int]) -> None:
+    def position(self, value: Mapping[str, Any]) -> None:
         for name, draws in self._draws.items():
             draws.position = value[name]
+            draws.go_to(value.get("bookmarks", {}).get(name, {}))
+
+    def close(self) -> None:
+        """Read no further in what flows."""
+        for draws in self._draws.values():
+            draws.close()
+
+
+def left_out(position: Mapping[str, Any]) -> dict[str, int]:
+    """What drawing up to ``position`` has left out of data sets that flow, by reason, as often as it was read."""
+    marks = [mark for draws in position.get("bookmarks", {}).values() for mark in draws.values()]
+    return dict(sum((Counter(mark["left_out"]) for mark in marks), Counter[str]()))
 
 
 class _Draws:
     """One global sequence, of which ``rank`` takes its part."""
 
-    def __init__(self, parts: Sequence[tuple[float, Sequence[Prompt]]], seed: int, stream: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[float, Sequence[Prompt] | Flow]],
+        prepare: Callable[[Prompt], Prompt],
+        seed: int,
+        stream: int,
+        rank: int,
+        world_size: int,
+        *,
+        labelled: bool,
+    ) -> None:
         self.position = 0
         self._rank, self._world_size = rank, world_size
-        self._sequences = [_Epochs(prompts, [seed % _WORD, stream], part) for part, (_, prompts) in enumerate(parts)]
-        drawn = [part for part, (_, prompts) in enumerate(parts) if prompts]
-        self._mixture = _Mixture([parts[part][0] for part in drawn], drawn, seed + stream) if drawn else None
+        self._sequences: dict[int, _Epochs | FlowReader] = {}
+        for number, (_, part) in enumerate(parts):
+            own = [seed % _WORD, stream, *([number] if number else [])]  # the first part is ordered as all are where there is but one
+            if isinstance(part, Flow):
+                if not labelled or any(prepare(sample).reference_ids for sample in part.samples):
+                    self._sequences[number] = part.open(own, prepare, labelled=labelled)
+            elif drawn := [prompt for prompt in part if prompt.reference_ids or not labelled]:
+                self._sequences[number] = _Epochs(drawn, own)
+        chosen = list(self._sequences)
+        self._mixture = _Mixture([parts[number][0] for number in chosen], chosen, seed + stream) if chosen else None
+
+    @property
+    def _flows(self) -> dict[str, FlowReader]:
+        return {str(number): sequence for number, sequence in self._sequences.items() if isinstance(sequence, FlowReader)}
+
+    @property
+    def bookmarks(self) -> dict[str, Any]:
+        return {number: reader.bookmark for number, reader in self._flows.items()}
+
+    def go_to(self, bookmarks: Mapping[str, Any]) -> None:
+        for number, reader in self._flows.items():
+            if number in bookmarks:
+                reader.bookmark = bookmarks[number]
+
+    def close(self) -> None:
+        for reader in self._flows.values():
+            reader.close()
 
     def take(self, count: int) -> list[Prompt]:
         if not count:
@@ -97,16 +164,15 @@ class _Draws:
 class _Epochs:
     """Prompts over and over, each epoch in an order of its own."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: list[int], part: int) -> None:
-        self._prompts = prompts
-        self._seed, self._part = seed, [part] if part else []  # the first part is ordered as all are where there is but one
+    def __init__(self, prompts: Sequence[Prompt], seed: Sequence[int]) -> None:
+        self._prompts, self._seed = prompts, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def at(self, place: int) -> Prompt:
         epoch, index = divmod(place, len(self._prompts))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([*self._seed, epoch, *self._part]).permutation(len(self._prompts))
+            self._order = np.random.default_rng([*self._seed[:2], epoch, *self._seed[2:]]).permutation(len(self._prompts))
         return self._prompts[self._order[index]]
 
 

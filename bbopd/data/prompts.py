@@ -10,6 +10,9 @@ How text becomes tokens:
 
 A *document* is trained on or held out as a whole, by the hash of its content: neither order nor seed moves it. Copies are dropped, and
 near-duplicates where ``data.near_duplicates`` says so: the first one in the order of the sources stays.
+
+Of a data set, which *flows* (see `flow`), only the first documents are read here: those of them that are held out, and a few samples of
+the rest.
 """
 
 from __future__ import annotations
@@ -23,21 +26,24 @@ from itertools import groupby
 from typing import Any
 
 from bbopd.config import DataConfig
+from bbopd.data.distinct import Distinct
 from bbopd.data.documents import Document
 from bbopd.data.draws import Share
+from bbopd.data.flow import Flow
 from bbopd.data.near_duplicates import NearDuplicates
 from bbopd.data.sources import read_documents
 from bbopd.errors import DataError
 from bbopd.types import Prompt
 
 _ENCODE_BATCH = 256
+_SAMPLED = 256  # documents of a flow that are looked at before the run
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
     """Prompts to train on, in the order of their sources, and those held out, in an order that mixes documents.
 
-    ``shares`` says how often those of each source are drawn, where the sources have weights. ``skipped`` counts what was left out:
+    ``shares`` says how often those of each source are drawn, where the sources have weights or flow. ``skipped`` counts what was left out:
     ``copy`` and ``near_duplicate`` documents, ``long_prompt``, and rows that were ``empty`` or a ``bad_row``.
     """
 
@@ -47,23 +53,33 @@ class PromptSet:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def flows(self) -> tuple[Flow, ...]:
+        return tuple(share.flow for share in self.shares if share.flow is not None)
+
+    @property
+    def to_train(self) -> list[Prompt]:
+        """Those to train on, as far as they are known before the run: of a flow its samples."""
+        return [*self.train, *(sample for flow in self.flows for sample in flow.samples)]
+
+    @property
+    def known(self) -> list[Prompt]:
+        """All that are known before the run."""
+        return [*self.to_train, *self.held_out]
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over every id and token: two runs on the same data agree in it."""
+        """SHA-256 over every id and token that is known: two runs on the same data agree in it."""
         digest = hashlib.sha256()
-        for prompt in (*self.train, *self.held_out):
+        for prompt in self.known:
             digest.update(json.dumps([prompt.prompt_id, prompt.token_ids, prompt.reference_ids]).encode())
         return digest.hexdigest()
 
 
-def load_prompts(
-    config: DataConfig, tokenizer: Any, *, seed: int, max_seq_len: int, eos_token_id: int, max_new_tokens: int = 1
-) -> PromptSet:
-    """Read, tokenise and split everything that ``config.prompts`` names.
+def load_prompts(config: DataConfig, tokenizer: Any, *, max_seq_len: int, eos_token_id: int, max_new_tokens: int = 1) -> PromptSet:
+    """Read, tokenise and split everything that ``config.prompts`` names; of what flows, the beginning.
 
     Parameters
     ----------
-    seed
-        Of the buffer that shuffles a streamed data set; nothing else depends on it.
     max_seq_len
         Tokens of prompt and response together.
     eos_token_id
@@ -84,23 +100,33 @@ def load_prompts(
         )
     skipped: Counter[str] = Counter()
     encode = _Encoder(tokenizer, config, limit, max_seq_len, eos_token_id, skipped)
-    distinct = _Distinct(config.near_duplicates, skipped)
+    near = None if config.near_duplicates is None else NearDuplicates(config.near_duplicates, None, "data.near_duplicates")
     train: list[Prompt] = []
     held_out: list[Prompt] = []
     shares: list[Share] = []
     for source in config.prompts:
-        before = len(train)
-        documents = distinct(read_documents(source, seed, skipped))
-        for _, alike in groupby(sorted(documents, key=_kind), key=_kind):
-            ours, theirs = split_documents(list(alike), config.held_out)
-            train.extend(encode(ours))
-            held_out.extend(encode(theirs))
-        if source.weight is not None:
-            shares.append(Share(len(train) - before, source.weight))
-            if len(train) == before:
-                raise DataError(f"nothing to train on in {source.name}, which has data.prompts.weight {source.weight}{_left_out(skipped)}")
+        ours: list[Document] = []
+        theirs: list[Document] = []
+        for _, alike in groupby(sorted(_distinct(read_documents(source, skipped), near, skipped), key=_kind), key=_kind):
+            kept, set_aside = split_documents(list(alike), config.held_out)
+            ours += kept
+            theirs += set_aside
+        held_out.extend(encode(theirs))
+        if source.flows:
+            samples = list(encode(ours[:_SAMPLED]))
+            is_held_out = _HeldOut(config.held_out, ours, theirs)
+            found = Share(0, source.weight or 1.0, Flow(source, encode, is_held_out, samples, config.near_duplicates))
+        else:
+            samples = list(encode(ours))
+            train.extend(samples)
+            found = Share(len(samples), source.weight or 1.0)
+        if source.weight is not None or source.flows:
+            shares.append(found)
+            if not samples:
+                weighted = "" if source.weight is None else f", which has data.prompts.weight {source.weight}"
+                raise DataError(f"nothing to train on in {source.name}{weighted}{_left_out(skipped)}")
     named = ", ".join(source.name for source in config.prompts)
-    for side, prompts in (("train on", train), ("hold out", held_out)):
+    for side, prompts in (("train on", train or shares), ("hold out", held_out)):
         if not prompts:
             raise DataError(
                 f"nothing to {side} in data.prompts ({named}): it takes two documents or more, with running text longer than "
@@ -115,15 +141,15 @@ def split_documents(documents: Sequence[Document], share: float) -> tuple[list[D
 
     At least one document stays on either side, where there are two.
     """
-    ranked = sorted(documents, key=_hash)
-    count = sum(_hash(document) < share for document in ranked)
+    ranked = sorted(documents, key=lambda document: _hash_of(document.content))
+    count = sum(_hash_of(document.content) < share for document in ranked)
     count = min(max(count, 1), len(ranked) - 1)
     chosen = {document.content for document in ranked[:count]}
     return [d for d in documents if d.content not in chosen], [d for d in documents if d.content in chosen]
 
 
-def _hash(document: Document) -> float:
-    return int.from_bytes(hashlib.sha256(document.content.encode()).digest()[:8], "big") / 2.0**64
+def _hash_of(content: str) -> float:
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2.0**64
 
 
 def _kind(document: Document) -> str:
@@ -134,27 +160,27 @@ def _left_out(skipped: Mapping[str, int]) -> str:
     return f" (left out: {', '.join(f'{reason} {count}' for reason, count in sorted(skipped.items()))})" if skipped else ""
 
 
-class _Distinct:
-    """Lets every document through once: copies are sought within a source, near-duplicates in all of them."""
+class _HeldOut:
+    """Whether a document of a flow is held out: by its hash, and by what has been decided of the first ones against it."""
 
-    def __init__(self, threshold: float | None, skipped: Counter[str]) -> None:
-        self._near = None if threshold is None else NearDuplicates(threshold, None, "data.near_duplicates")
-        self._skipped = skipped
+    def __init__(self, share: float, ours: Sequence[Document], theirs: Sequence[Document]) -> None:
+        self._share = share
+        decided = {document.content: False for document in ours} | {document.content: True for document in theirs}
+        self._exceptions = {content: held for content, held in decided.items() if held != (_hash_of(content) < share)}
 
-    def __call__(self, documents: Iterable[Document]) -> Iterable[Document]:
-        seen: set[bytes] = set()
-        for document in documents:
-            digest = hashlib.sha256(document.content.encode()).digest()
-            if digest in seen:
-                self._skipped["copy"] += 1
-                continue
-            seen.add(digest)
-            if self._near is not None:
-                if self._near.find(document.asked) is not None:
-                    self._skipped["near_duplicate"] += 1
-                    continue
-                self._near.add(f"{len(seen)} {document.where}", document.asked)
+    def __call__(self, document: Document) -> bool:
+        return self._exceptions.get(document.content, _hash_of(document.content) < self._share)
+
+
+def _distinct(documents: Iterable[Document], near: NearDuplicates | None, skipped: Counter[str]) -> Iterable[Document]:
+    """Every document of a source once: copies are sought within it, near-duplicates in all of them."""
+    distinct = Distinct(near)
+    for document in documents:
+        reason = distinct.find_or_add(document)
+        if reason is None:
             yield document
+        else:
+            skipped[reason] += 1
 
 
 class _Encoder:

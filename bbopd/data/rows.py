@@ -12,8 +12,6 @@ from bbopd.config import PromptSource
 from bbopd.data.documents import Document
 from bbopd.errors import DataError
 
-_STREAMED_DOCUMENTS = 20_000
-_SHUFFLE_BUFFER = 10_000
 _PARQUET_ROWS = 1024
 _CHATS = ("messages", "conversations")
 _RESPONSES = ("response", "completion")
@@ -31,9 +29,9 @@ def parquet(source: PromptSource, path: Path, skipped: Counter[str]) -> Iterator
     return _documents(_parquet_rows(source, path), source, skipped, text_column="text")
 
 
-def dataset(source: PromptSource, seed: int, skipped: Counter[str]) -> Iterator[Document]:
-    """Rows of a streamed data set, shuffled through a buffer; 20,000 of them unless ``limit`` says otherwise."""
-    return _documents(_dataset_rows(source, seed), source, skipped, text_column="text")
+def dataset(source: PromptSource, found: Iterable[Row], skipped: Counter[str]) -> Iterator[Document]:
+    """Rows that were ``found`` in a data set (see `shards`)."""
+    return _documents(found, source, skipped, text_column="text")
 
 
 # ---------------------------------------------------------------- where rows come from
@@ -82,23 +80,6 @@ def _known_columns(source: PromptSource, names: list[str]) -> list[str]:
     known = {source.column, *_RESPONSES} if source.column else {*_CHATS, "prompt", "text", *_RESPONSES}
     chosen = [name for name in names if name in known]
     return names if not set(chosen) - set(_RESPONSES) else chosen
-
-
-def _dataset_rows(source: PromptSource, seed: int) -> Iterator[Row]:
-    import datasets
-
-    label = f"dataset {source.dataset}" + (f" ({source.subset})" if source.subset else "")
-    limit = source.limit or _STREAMED_DOCUMENTS
-    try:
-        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
-        rows = stream.shuffle(seed=seed % 2**64, buffer_size=min(limit, _SHUFFLE_BUFFER)).take(limit)
-        for index, row in enumerate(rows):
-            yield f"{source.dataset}:{index}", f"{label} row {index}", row
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{label} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}. "
-            "Check its name, subset, split and the network, or use a local file (jsonl, parquet, text)"
-        ) from error
 
 
 # ---------------------------------------------------------------- what a row says

@@ -12,13 +12,16 @@ from bbopd.config import PromptSource
 from bbopd.data import rows
 from bbopd.data.demo_text import demo_chat, demo_topics
 from bbopd.data.documents import Document
+from bbopd.data.shards import BEGINNING, ShardedRows
 from bbopd.errors import DataError
 
 _DOCUMENT_CHARACTERS = 8_000
 
 
-def read_documents(source: PromptSource, seed: int, skipped: Counter[str] | None = None) -> Iterator[Document]:
+def read_documents(source: PromptSource, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Documents of ``source``, at most ``limit``, in a fixed order; ``skipped`` counts rows without text and bad ones.
+
+    Of one that flows, these are the first that `Flow` would shuffle at a time.
 
     Raises
     ------
@@ -35,8 +38,17 @@ def read_documents(source: PromptSource, seed: int, skipped: Counter[str] | None
     elif source.text is not None:
         documents = _text(Path(source.text))
     else:
-        documents = rows.dataset(source, seed, skipped)
+        documents = _first_of_dataset(source, skipped)
     return islice(documents, source.limit)
+
+
+def _first_of_dataset(source: PromptSource, skipped: Counter[str]) -> Iterator[Document]:
+    table = ShardedRows(source)
+    reader = table.read(range(table.count), BEGINNING)
+    try:
+        yield from islice(rows.dataset(source, reader, skipped), source.buffer)
+    finally:
+        reader.close()
 
 
 def _demo() -> Iterator[Document]:

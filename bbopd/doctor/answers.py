@@ -75,10 +75,10 @@ async def check_own_words(setup: SetUp) -> Verdict:
         return Verdict("skip", "the teacher writes no answers (it does not offer text)")
     if want.level not in ("full", "topk"):
         return Verdict("skip", f"a {want.level} signal does not say what the teacher would rather have written")
-    room = info.max_sequence_tokens or _GREEDY_TOKENS + max(len(prompt.token_ids) for prompt in setup.prompts.train)
+    room = info.max_sequence_tokens or _GREEDY_TOKENS + max(len(prompt.token_ids) for prompt in setup.prompts.to_train)
     questions = [
         Prompt(f"doctor-{number}", prompt.token_ids)
-        for number, prompt in enumerate(setup.prompts.train[:2])
+        for number, prompt in enumerate(setup.prompts.to_train[:2])
         if len(prompt.token_ids) < room
     ]
     longest = max(len(prompt.token_ids) for prompt in questions)

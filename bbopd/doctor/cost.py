@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from bbopd.pipeline.parts import Scores
 from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.student import end_of_answer_ids
 from bbopd.pipeline.teacher import text_teacher, writing_teacher
-from bbopd.pipeline.texts import prompts_to_label
+from bbopd.pipeline.texts import place_for_label
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import answer_bytes
 from bbopd.teachers.grades import render
@@ -105,9 +106,9 @@ class Forecast:
 def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> Forecast:
     """Tokens of ``config``'s run where an answer has ``answer_tokens`` in the mean. Evaluation is not counted."""
     train, rollouts = config.train, config.rollouts
-    prompt = _mean([len(prompt.token_ids) for prompt in prompts.train])
+    prompt = _mean([len(prompt.token_ids) for prompt in prompts.to_train])
     is_written = config.teacher_writes
-    labelled = [prompt for prompt in prompts.train if prompt.reference_ids or is_written]
+    labelled = [prompt for prompt in prompts.to_train if prompt.reference_ids or is_written]
     reference = answer_tokens if is_written else _mean([len(one.reference_ids or ()) for one in labelled])
     labelled_prompt = _mean([len(one.token_ids) for one in labelled])
     per_cycle = config.rollouts_per_cycle
@@ -221,8 +222,8 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
         items.extend(await _write(setup, measured))
     if config.rollouts_per_cycle < config.rollouts.per_update or not items:
         assert setup.eos_token_id is not None
-        prompts = prompts_to_label(config, setup.prompts, setup.eos_token_id)
-        labelled = [prompt for prompt in prompts if prompt.reference_ids][:_PROBE_SEQUENCES]
+        prompts = map(place_for_label(config, setup.eos_token_id), setup.prompts.to_train)
+        labelled = list(islice((prompt for prompt in prompts if prompt.reference_ids), _PROBE_SEQUENCES))
         known = [as_labelled(prompt, draw=len(items) + number) for number, prompt in enumerate(labelled)]
         if config.teacher.writes_labels and setup.teacher is not None and setup.has_room and setup.tokenizer is not None:
             writer = writing_teacher(config, setup.teacher, setup.tokenizer, shares_ids=setup.vocab_size is not None)
@@ -273,7 +274,7 @@ async def _write(setup: SetUp, measured: _Measured) -> list[Rollout]:
     sampling = Sampling(longest, temperature=rollouts.temperature, top_p=rollouts.top_p, top_k=rollouts.top_k, seed=setup.config.train.seed)
     by_group = setup.config.objective.judges_groups
     samples = rollouts.samples_per_prompt if by_group else 1
-    distinct = setup.prompts.train[: max(1, min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle) // samples)]
+    distinct = setup.prompts.to_train[: max(1, min(_PROBE_SEQUENCES, setup.config.rollouts_per_cycle) // samples)]
     questions = [prompt for prompt in distinct for _ in range(samples)]
     groups = PromptGroups(questions, by_group=by_group)
     started = time.perf_counter()

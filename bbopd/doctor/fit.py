@@ -92,7 +92,7 @@ async def check_room(setup: SetUp) -> Verdict:
     assert setup.teacher is not None
     assert setup.prompts is not None
     config, info = setup.config, setup.teacher.info
-    prompts = (*setup.prompts.train, *setup.prompts.held_out)
+    prompts = setup.prompts.known
     new = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
     if config.teacher.signal == "text" and setup.vocab_size is None:
         setup.has_room = True

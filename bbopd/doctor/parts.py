@@ -63,17 +63,20 @@ async def check_prompts(setup: SetUp) -> Verdict:
         raise DataError(f"{error}{share}") from error
     setup.prompts = prompts
     check_labels(config, prompts)
-    every = (*prompts.train, *prompts.held_out)
+    every = prompts.known
     lengths = sorted(len(prompt.token_ids) for prompt in every)
-    labelled = sum(prompt.reference_ids is not None for prompt in prompts.train)
+    labelled = sum(prompt.reference_ids is not None for prompt in prompts.to_train)
+    flows = ", ".join(flow.source.name for flow in prompts.flows)
     found = (
-        f"{len(prompts.train):,} to train on ({labelled:,} with a known continuation) and {len(prompts.held_out):,} held out, "
+        f"{len(prompts.to_train):,} to train on ({labelled:,} with a known continuation) and {len(prompts.held_out):,} held out, "
         f"{lengths[0]}-{lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
     )
+    if flows:
+        found += f"; of {flows} these are the first, more are read as they are drawn"
     if prompts.skipped:
         found += f"; left out: {', '.join(f'{reason} {count:,}' for reason, count in sorted(prompts.skipped.items()))}"
     drawn = -(-config.rollouts_per_cycle // config.rollouts.samples_per_prompt)
-    if drawn > len(prompts.train):
+    if drawn > len(prompts.train) and not flows:
         return warned(
             f"{found}; a cycle draws {drawn} of them, so that some come twice in it: add data, or raise rollouts.samples_per_prompt"
         )
@@ -89,7 +92,7 @@ def _too_long(setup: SetUp) -> str:
     except DataError:
         return ""
     room = config.train.max_seq_len - config.rollouts.max_new_tokens
-    every = (*prompts.train, *prompts.held_out)
+    every = prompts.known
     count = sum(len(prompt.token_ids) > room for prompt in every)
     return f" ({count:,} of {len(every):,} prompts, {count / len(every):.0%}, have more than {room} tokens)" if count else ""
 

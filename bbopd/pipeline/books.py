@@ -23,7 +23,7 @@ class Draw:
     labelled: tuple[Prompt, ...]
     first: int
     again: int  # those among them that an earlier checkpoint left pending
-    position: dict[str, int]  # of the prompt stream after it
+    position: dict[str, Any]  # of the prompt stream after it
 
     def __len__(self) -> int:
         return len(self.rollouts) + len(self.labelled)

@@ -45,6 +45,7 @@ _MAY_CHANGE = (
     "rollouts.token_env",
     "rollouts.timeout",
     "rollouts.gpu_memory",
+    "rollouts.sleep",
     "rollouts.agreement",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -52,6 +53,8 @@ _MAY_CHANGE = (
     "train.lr",
     "train.clip",
     "data.filters",
+    "data.long_prompts",
+    "data.prompts.bad_rows",
     "data.rank",
     "data.world_size",
 )
@@ -257,5 +260,12 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*before, *(name for name in now if name not in before)]:
             yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif _are_tables(before) and _are_tables(now) and len(before) == len(now):
+        for old, new in zip(before, now, strict=True):
+            yield from _differences(old, new, key)
     elif before != now:
         yield key, before, now
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

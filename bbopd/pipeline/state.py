@@ -23,7 +23,7 @@ class RunState:
     cold_start_tokens: int = 0  # labelled response tokens trained in the cold start
     labelled_tokens: int = 0  # labelled response tokens trained after it
     on_policy_tokens: int = 0  # response tokens of rollouts trained
-    position: dict[str, int] = field(default_factory=dict)  # of the prompt stream; empty before the first draw
+    position: dict[str, Any] = field(default_factory=dict)  # of the prompt stream; empty before the first draw
     drawn: int = 0  # sequences
     trained: int = 0  # sequences
     rejected: dict[str, int] = field(default_factory=dict)  # sequences, by reason

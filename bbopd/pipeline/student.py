@@ -75,7 +75,7 @@ def check_positions(config: RunConfig, model: PreTrainedModel, prompts: PromptSe
             f"train.max_seq_len is {config.train.max_seq_len}, but {config.student.model} has {positions} positions: "
             f"set it to {positions} or less"
         )
-    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    longest = max(len(prompt.token_ids) for prompt in prompts.known)
     if longest + config.eval.max_new_tokens > positions:
         raise ConfigError(
             f"the longest prompt has {longest} tokens, with eval.max_new_tokens {config.eval.max_new_tokens} that is more than the "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bbopd.config import RunConfig
+from bbopd.data.draws import PromptStream, as_it_is
 from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.errors import DataError
 from bbopd.pipeline.student import end_of_text
@@ -25,24 +27,37 @@ def read_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Promp
     return load_prompts(
         config.data,
         tokenizer,
-        seed=config.train.seed,
         max_seq_len=config.train.max_seq_len,
         eos_token_id=end_of_text(tokenizer),
         max_new_tokens=config.rollouts.max_new_tokens,
     )
 
 
-def prompts_to_label(config: RunConfig, prompts: PromptSet, eos_token_id: int) -> list[Prompt]:
-    """The prompts to train on; where the teacher writes all labels, each has a place for one, whether or not an answer is known."""
-    if not config.teacher_writes:
-        return prompts.train
-    return [replace(prompt, reference_ids=(eos_token_id,)) for prompt in prompts.train]
+def place_for_label(config: RunConfig, eos_token_id: int) -> Callable[[Prompt], Prompt]:
+    """What gives a prompt a place for an answer, known or not, where the teacher writes all labels; elsewhere it leaves prompts alone."""
+
+    def with_place(prompt: Prompt) -> Prompt:
+        return replace(prompt, reference_ids=(eos_token_id,))
+
+    return with_place if config.teacher_writes else as_it_is
+
+
+def open_stream(config: RunConfig, prompts: PromptSet, eos_token_id: int) -> PromptStream:
+    """Draws from ``prompts``, as the run's seed and rank say."""
+    return PromptStream(
+        prompts.train,
+        config.train.seed,
+        shares=prompts.shares,
+        rank=config.data.rank,
+        world_size=config.data.world_size,
+        prepare=place_for_label(config, eos_token_id),
+    )
 
 
 def check_labels(config: RunConfig, prompts: PromptSet) -> None:
     if config.teacher_writes:
         return
-    if (config.most_labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.train):
+    if (config.most_labelled or config.train.cold_start_tokens) and not any(prompt.reference_ids for prompt in prompts.to_train):
         raise DataError(
             f"rollouts.on_policy_fraction {config.rollouts.on_policy_fraction} and train.cold_start_tokens "
             f"{config.train.cold_start_tokens} ask for labelled sequences, but no prompt has a known continuation: "
@@ -54,7 +69,7 @@ def texts_to_compare(prompts: PromptSet, info: TeacherInfo, choose: CandidateCho
     """A few short texts of the run's own, each cut in half, for a teacher to score; with the ids to ask about where ``choose`` is given."""
     longest = min(_COMPARED_TOKENS, info.max_sequence_tokens or _COMPARED_TOKENS)
     rollouts = []
-    for prompt in (*prompts.held_out, *prompts.train)[:_COMPARED_PROMPTS]:
+    for prompt in (*prompts.held_out, *prompts.to_train)[:_COMPARED_PROMPTS]:
         ids = (*prompt.token_ids, *(prompt.reference_ids or ()))[:longest]
         if len(ids) > 1:
             rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
