@@ -39,6 +39,8 @@ class RolloutsConfig(Section):
     """Seconds without a sign of life, loading included, before vllm counts as dead."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of the GPU's memory that vllm takes for weights and KV cache; the trainer has the rest."""
+    sleep: bool = False
+    """Whether vllm gives its memory on the GPU to the trainer while that trains; needs max_staleness 0 and an engine beside the run."""
     agreement: EngineAgreementConfig = EngineAgreementConfig()
     per_update: Positive = 16
     """Sequences of one update cycle, rollouts and labelled ones together."""
@@ -64,6 +66,18 @@ class RolloutsConfig(Section):
             raise ValueError(f"target {self.target} with engine {self.engine}: only vllm can write elsewhere; set engine: vllm")
         if self.target is None and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: an engine beside the run answers this run alone")
+        return self
+
+    @model_validator(mode="after")
+    def _sleep_fits(self) -> RolloutsConfig:
+        if self.sleep and (self.engine != "vllm" or self.target is not None):
+            where = f"target {self.target}" if self.target is not None else f"engine {self.engine}"
+            raise ValueError(f"sleep with {where}: only a vllm beside the run has memory that the trainer could use; leave sleep out")
+        if self.sleep and self.max_staleness:
+            raise ValueError(
+                f"sleep with max_staleness {self.max_staleness}: the engine writes while the trainer trains, and never sleeps; set "
+                "max_staleness: 0, or leave sleep out"
+            )
         return self
 
 

@@ -86,7 +86,7 @@ class Watcher:
 class Rig:
     """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
 
-    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None) -> None:
+    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1) -> None:
         self.config = config
         self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
@@ -118,10 +118,11 @@ class Rig:
             trainer=trainer,
             engine=self.engine,
             prompts=PromptStream(prompts(), config.train.seed),
-            gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=1, reject_duplicates=False), (2,)), self.log, state.rejected),
+            gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
             want=objective.signal(config.teacher),
             save=save,
+            sleep=getattr(self.engine, "sleep", None),
             overlaps=executor is not None,
             run_blocking=at_once if executor is None else in_executor(executor),
         )
@@ -173,6 +174,40 @@ async def test_budgets_phases_and_books(tmp_path):
     assert rig.evaluated == [("start", 0), ("cold_start", cold[-1]["step"]), ("end", lines[-1]["step"])]
     assert rig.loop.state.scored_tokens == rig.loop.state.trained_tokens == sum(line["tokens"] for line in lines)
     assert rig.engine.version == lines[-1]["step"]
+
+
+class SleepingEngine(FakeEngine):
+    """Writes nothing while it sleeps, and is woken by a push."""
+
+    is_asleep = False
+    naps = 0
+
+    async def generate(self, prompts, sampling):
+        assert not self.is_asleep
+        async for rollout in super().generate(prompts, sampling):
+            yield rollout
+
+    async def load_weights(self, weights, version) -> None:
+        await super().load_weights(weights, version)
+        self.is_asleep = False
+
+    async def sleep(self) -> None:
+        assert not self.is_asleep
+        self.is_asleep, self.naps = True, self.naps + 1
+
+
+async def test_an_engine_sleeps_while_the_trainer_trains(tmp_path):
+    engine = SleepingEngine(VOCAB, eos_token_id=2)
+    rig = Rig(run_config(tmp_path / "run", rollouts={"max_staleness": 0}), engine=engine)
+    asleep: list[bool] = []
+    rig.watcher.advance = lambda metrics, budget: asleep.append(engine.is_asleep)
+    assert await rig.run() == "finished"
+    lines = rig.folder.read_lines("metrics.jsonl")
+    assert asleep == [True] * len(lines)
+    cycles = {line["cycle"] for line in lines if line["phase"] == "on_policy"}
+    assert engine.naps == 1 + len(cycles)  # the cold start, which writes nothing, is one
+    events = rig.loop._timeline.to_json()["traceEvents"]
+    assert sum(event.get("args", {}).get("span") == "to sleep" or event["name"] == "to sleep" for event in events) == engine.naps
 
 
 async def test_a_stop_saves_and_the_same_command_reaches_the_same_losses(tmp_path):

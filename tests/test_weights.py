@@ -75,6 +75,22 @@ async def test_a_push_tells_its_share_of_the_time_since_the_one_before():
         assert weights.figures == {"push_seconds": 4.0 + version, "push_share": share}
 
 
+async def test_an_engine_that_slept_is_given_weights_that_it_had(tmp_path):
+    trainer, engine, naps = make_trainer(tiny_llama()), CopyingEngine(), []
+
+    async def sleep() -> None:
+        naps.append(len(engine.given))
+
+    weights = open_weights(trainer, engine, sleep=sleep)
+    await weights.push(0)
+    await weights.push(0)
+    await weights.sleep()
+    await weights.sleep()
+    await weights.push(0)
+    await weights.push(0)
+    assert (naps, len(engine.given)) == ([1], 2)
+
+
 async def test_an_engine_with_the_trainers_own_tensors_is_told_the_version_alone():
     trainer, engine = make_trainer(tiny_llama()), CopyingEngine()
     weights = open_weights(trainer, engine, shares_weights=True)

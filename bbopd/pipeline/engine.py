@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 
 from bbopd.config import RunConfig
 from bbopd.data.prompts import PromptSet
-from bbopd.modeling import max_positions
+from bbopd.modeling import is_adapted, max_positions
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.progress import Progress
 from bbopd.rollouts.agreement import AgreementCheck
@@ -53,7 +53,7 @@ async def open_engine(
         rollouts = config.rollouts
         server = EngineServer(target, ClientAccess.read(rollouts.tls, rollouts.token_file, rollouts.token_env, "rollouts."))
     progress.activity("loading", f"vLLM, at {target}" if target else "vLLM, in its own process")
-    longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out))
+    longest = max(len(prompt.token_ids) for prompt in prompts.known)
     wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
     options = VLLMOptions(
         vocab_size=vocab_size,
@@ -62,12 +62,28 @@ async def open_engine(
         gpu_memory=config.rollouts.gpu_memory,
         timeout=config.rollouts.timeout,
         trust_remote_code=config.student.trust_remote_code,
+        sleep_level=_sleep_level(model) if config.rollouts.sleep else 0,
     )
     engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root, server=server)
     stack.push_async_callback(engine.close)
     for note in engine.notes:
         progress.note(note)
     return engine
+
+
+def sleep_of(config: RunConfig, engine: RolloutEngine) -> Callable[[], Awaitable[None]] | None:
+    """What has ``engine`` give its memory to the trainer, where it shares a GPU with it and the run wants that."""
+    if not config.rollouts.sleep:
+        return None
+    from bbopd.rollouts.vllm import VLLMEngine
+
+    assert isinstance(engine, VLLMEngine), "the configuration allows no other to sleep"
+    return engine.sleep
+
+
+def _sleep_level(model: PreTrainedModel) -> int:
+    """What an engine that sleeps may forget: all its weights, where every push gives all of them."""
+    return 1 if is_adapted(model) else 2
 
 
 def agreement_check(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype, vocab_size: int) -> AgreementCheck | None:

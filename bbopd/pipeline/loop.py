@@ -158,6 +158,7 @@ class Loop:
     async def _train(self, phase: str, draw: Draw, cycle: CycleItems) -> None:
         train, opponent = self._config.train, self._parts.opponent
         figures = dict(self._weights.figures)
+        await self._weights.sleep()
         if opponent is not None:
             with self._activity("training", span="discriminator"):
                 learned, cancelled = await to_the_end(self._parts.run_blocking(opponent.learn))

@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 class Prompts(Protocol):
     """Where a loop draws from; ``position`` is all its state."""
 
-    position: dict[str, int]
+    position: dict[str, Any]
 
     def next_prompts(self, count: int) -> list[Prompt]: ...
     def next_labelled(self, count: int) -> list[Prompt]: ...
@@ -108,10 +108,11 @@ class Parts:
     learns from the same answers. ``overlaps`` says that the engine writes
     while the trainer trains, so it needs weights of its own; ``run_blocking`` must then leave the event loop free, and run one call after
     another. ``shares_weights`` says that the engine writes with the trainer's own tensors, so that a push is no more than the new version.
-    ``agreement`` checks an engine that does not. ``choose`` gives rollouts the ids that the teacher is asked about, where the student
-    chooses them; ``write_labels`` gives labelled sequences the teacher's own answers, where it writes them. ``spending`` is that on a
-    teacher that costs money, ``cache_counts`` of one whose answers are kept: hits, misses and more, in this session; ``answer_counts``
-    of one whose text is read: what became of it.
+    ``agreement`` checks an engine that does not; ``sleep`` has it give its memory to the trainer until the next push. ``choose`` gives
+    rollouts the ids that the teacher is asked about, where the student chooses them; ``write_labels`` gives labelled sequences the
+    teacher's own answers, where it writes them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
+    are kept: hits, misses and more, in this session; ``answer_counts`` of one whose text is read:
+    what became of it.
     """
 
     trainer: Trains
@@ -122,6 +123,7 @@ class Parts:
     want: SignalSpec | None
     save: Callable[[RunState], None]
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
+    sleep: Callable[[], Awaitable[None]] | None = None
     choose: Callable[[Sequence[Rollout]], list[Rollout]] | None = None
     write_labels: Scores | None = None
     spending: Callable[[], Spending] | None = None

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 
 from bbopd.config import FiltersConfig, RunConfig
-from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.near_duplicates import AcceptedAnswers
 from bbopd.data.prompts import PromptSet
@@ -27,7 +26,7 @@ from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora
 from bbopd.modeling.load import quiet
 from bbopd.objectives import make_objective
 from bbopd.pipeline.adversary import Adversary, open_adversary
-from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine
+from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
@@ -47,7 +46,7 @@ from bbopd.pipeline.teacher import (
     text_teacher,
     writing_teacher,
 )
-from bbopd.pipeline.texts import check_labels, prompts_to_label, read_prompts
+from bbopd.pipeline.texts import check_labels, open_stream, read_prompts
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.remote import RemoteTeacher
@@ -181,10 +180,10 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             else:
                 measured = asked = fitted(kept, vocab_size)
                 longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
-                check_lengths(teacher.info, (*prompts.train, *prompts.held_out), max_new_tokens=longest)
+                check_lengths(teacher.info, prompts.known, max_new_tokens=longest)
             if theirs is not None:
                 asked = aligning = aligning_teacher(kept, theirs, tokenizer, rows, progress.note)
-                aligning.check_prompts((*prompts.train, *prompts.held_out))
+                aligning.check_prompts(prompts.known)
             scores = asked
             if want is not None and want.level == "text":
                 heard = text_teacher(
@@ -241,6 +240,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         overlaps = config.rollouts.engine != "hf" and config.rollouts.max_staleness > 0  # hf writes with the trainer's own weights
         executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bbopd-trainer")) if overlaps else None
         retries_before = state.teacher_retries
+        stream = open_stream(config, prompts, end_of_text(tokenizer))
+        stack.callback(stream.close)
 
         def save(now: RunState) -> None:
             if teacher is not None:
@@ -262,18 +263,13 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             parts=Parts(
                 trainer=trainer,
                 engine=engine,
-                prompts=PromptStream(
-                    prompts_to_label(config, prompts, end_of_text(tokenizer)),
-                    config.train.seed,
-                    shares=prompts.shares,
-                    rank=config.data.rank,
-                    world_size=config.data.world_size,
-                ),
+                prompts=stream,
                 gate=gate,
                 teacher=adversary or scores,
                 want=want,
                 save=save,
                 agreement=agreement_check(config, model, dtype, vocab_size),
+                sleep=sleep_of(config, engine),
                 choose=choose,
                 write_labels=write_labels,
                 spending=None if budget is None else budget.spending,

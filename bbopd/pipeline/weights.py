@@ -23,16 +23,19 @@ class Weights:
         self._pushed: int | None = None
         self._pushed_at: float | None = None
         self._probed: int | None = None
+        self._is_asleep = False
         self.figures: dict[str, float] = {}
 
     async def push(self, version: int) -> None:
         """Give the engine the weights as they are now, unless it has them: all of them the first time, then what may have changed.
 
+        One that sleeps is given them in any case, and awake.
+
         ``push_share`` is its part of the time since the push before it ended, what was trained between them included.
 
         A push that has begun is finished even where this task is cancelled: an engine with half of it would be of no more use.
         """
-        if self._pushed == version:
+        if self._pushed == version and not self._is_asleep:
             return
         with self._timeline.activity("sampling", is_behind=self._parts.overlaps, span="push of weights", version=version):
             started = self._timeline.clock()
@@ -42,7 +45,17 @@ class Weights:
         if self._pushed_at is not None and ended > self._pushed_at:
             self.figures["push_share"] = round((ended - started) / (ended - self._pushed_at), 6)
         self._pushed_at = ended
-        self._pushed = version
+        self._pushed, self._is_asleep = version, False
+        if cancelled is not None:
+            raise cancelled
+
+    async def sleep(self) -> None:
+        """Have the engine give its memory to the trainer until the next push, where it is one that does. Harmless while it sleeps."""
+        if self._parts.sleep is None or self._is_asleep:
+            return
+        with self._timeline.activity("sampling", span="to sleep"):
+            _, cancelled = await to_the_end(self._parts.sleep())
+        self._is_asleep = True
         if cancelled is not None:
             raise cancelled
 

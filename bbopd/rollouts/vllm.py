@@ -43,6 +43,7 @@ class VLLMOptions:
     vocab_size: int | None = None  # ids from there on only pad the head and are never sampled; None: all are tokens
     timeout: float = 600.0  # seconds without a sign of life, loading included, before it counts as dead
     trust_remote_code: bool = False
+    sleep_level: int = 0  # what `VLLMEngine.sleep` does; 1 keeps the weights in the host's memory, 2 forgets them, 0 allows no sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,13 @@ class VLLMEngine:
 
     def __init__(self, client: EngineClient, window: WeightWindow, options: VLLMOptions, eos_token_ids: Sequence[int]) -> None:
         self.version: int | None = None
-        """Of the weights it has; None before the first."""
+        """Of the weights it has; None before the first, and while it sleeps."""
         self.notes: tuple[str, ...] = ()
         """What would make it quicker here, for a person to read."""
         self._client, self._window, self._options = client, window, options
         self._stop_ids = frozenset(eos_token_ids)
         self._pushing = asyncio.Lock()
+        self._is_asleep = False
 
     @classmethod
     async def start(
@@ -102,7 +104,7 @@ class VLLMEngine:
             window = WeightWindow(sizes, options.dtype, torch.device("cpu"))
             device_type, what = link.device, {"configuration": _configuration(model).to_json_string(), "largest_parameter": max(sizes)}
         else:
-            require_vllm("rollouts.engine")
+            require_vllm("rollouts.engine is vllm", "set rollouts.engine=hf")
             environment = engine_environment(device.type)
             _write_configuration(model, place / "vllm-model")
             window = WeightWindow(sizes, options.dtype, device)
@@ -126,6 +128,7 @@ class VLLMEngine:
                 kv_bytes_of_token=kv_bytes_of_token(model.config.get_text_config(decoder=True), options.dtype.itemsize),
                 gpu_memory=options.gpu_memory,
                 trust_remote_code=options.trust_remote_code,
+                sleep_level=options.sleep_level,
                 padding=_padding(model, options.vocab_size),
                 **what,
             )
@@ -159,7 +162,7 @@ class VLLMEngine:
             raise ValueError(f"cannot sample {sampling}: temperature and max_new_tokens must be positive (top_k=1 always takes the best)")
         self._client.check()
         if self.version is None:
-            raise EngineError("vLLM's engine has no weights yet: call load_weights before generate")
+            raise EngineError("vLLM's engine has no weights yet, or is asleep: call load_weights before generate")
         # twice as many as are written at a time, so that a consumer that takes its time leaves none of the engine's places empty
         stream = _Stream(asyncio.Semaphore(2 * self._options.max_batch))
         feeding = asyncio.create_task(self._feed(prompts, sampling, stream))
@@ -196,6 +199,8 @@ class VLLMEngine:
         """
         async with self._pushing:
             self._client.check()
+            if self._window.device.type == "cuda" and self._is_asleep:
+                torch.cuda.empty_cache()  # what the trainer has used meanwhile and keeps for itself
             try:
                 await self._client.ask(op="drain")
                 fills = self._window.fill(weights)
@@ -206,7 +211,19 @@ class VLLMEngine:
             except BaseException as error:
                 self._client.fail(EngineError(f"a push of weights to vLLM was cut off ({type(error).__name__}: {error})"))
                 raise
-            self.version = version
+            self.version, self._is_asleep = version, False
+
+    async def sleep(self) -> None:
+        """Give the memory on the GPU back until the next `load_weights`, which wakes it; what is still being written is aborted.
+
+        At ``sleep_level`` 2 that call must give all weights. Harmless while it sleeps. Raises `EngineError` as `generate`.
+        """
+        assert self._options.sleep_level, "an engine has to be started for it"
+        async with self._pushing:
+            if self._is_asleep:
+                return
+            await self._client.ask(op="sleep")
+            self.version, self._is_asleep = None, True
 
     async def close(self) -> None:
         """End the process and give its memory back. Harmless where it has ended."""

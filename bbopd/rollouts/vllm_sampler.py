@@ -61,3 +61,6 @@ class SamplerExtension:
     def draw_one_number_a_token(self) -> None:
         runner = self.model_runner  # type: ignore[attr-defined]
         runner.sampler = RolloutSampler(runner.sampler.logprobs_mode)
+
+    def expect_all_weights(self) -> None:
+        self.weight_transfer_engine.is_filled = False  # type: ignore[attr-defined]

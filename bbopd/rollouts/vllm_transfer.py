@@ -17,11 +17,13 @@ from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from bbopd.rollouts.vllm_weights import view_tensors
 
 BACKEND = "bbopd_window"
+_LEFT_OUT = "%s: Failed to load weights"  # as vLLM warns; a push that left out too much is refused before it comes to that
 
 
 @dataclass
@@ -56,10 +58,10 @@ class WindowTransferEngine(WeightTransferEngine[WindowInitInfo, WindowUpdateInfo
             assert init_info.cuda is not None
             self._memory = _rebuild_cuda(init_info.cuda, self.device)
         self._missing: set[str] = set()
-        self._is_filled = False  # a later push may leave out layers that have not changed: a reload puts back what they had
+        self.is_filled = False  # where it is, a push may leave out layers that have not changed: a reload puts back what they had
 
     def start_weight_update(self) -> None:
-        self._missing = set() if self._is_filled else {name for name, _ in self.model.named_parameters()}
+        self._missing = set() if self.is_filled else {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: WindowUpdateInfo) -> None:
@@ -74,7 +76,7 @@ class WindowTransferEngine(WeightTransferEngine[WindowInitInfo, WindowUpdateInfo
             raise ValueError(f"the push left out {len(self._missing)} parameters of the engine's model, such as {min(self._missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied(self.model)
-        self._is_filled = True
+        self.is_filled = True
 
     def shutdown(self) -> None:
         pass
@@ -85,8 +87,9 @@ class WindowTransferEngine(WeightTransferEngine[WindowInitInfo, WindowUpdateInfo
 
 
 def register() -> None:
-    """Make the transfer known to vLLM in this process."""
+    """Make the transfer known to vLLM in this process, whose reload is to say nothing of layers that a push leaves out on purpose."""
     WeightTransferEngineFactory.register_engine(BACKEND, WindowTransferEngine)
+    layerwise.logger.addFilter(lambda record: record.msg != _LEFT_OUT)
 
 
 def _repack_tied(model: torch.nn.Module) -> None:

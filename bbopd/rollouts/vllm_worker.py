@@ -76,9 +76,10 @@ class Worker:
         self._wire = wire
         self._version = 0
         self._engine = make_engine(settings)
+        self._sleep_level = settings["sleep_level"]
         self._padding = dict.fromkeys(range(*settings["padding"]), _NEVER) or None
         self._engine.collective_rpc("init_weight_transfer_engine", args=(settings["window"],))
-        self._is_draining = self._is_pushing = False
+        self._is_draining = self._is_pushing = self._is_asleep = False
         self._held: list[dict[str, Any]] = []  # asked while weights were on their way
 
     def serve(self) -> None:
@@ -109,16 +110,30 @@ class Worker:
             self._engine.abort_request([str(request) for request in requests])
         elif operation == "drain":
             self._is_draining = True
+        elif operation == "sleep":
+            self._engine.sleep(self._sleep_level)
+            self._is_asleep = True
+            self._wire.put(event="done")
         elif operation == "load":
             self._try("update_weights", {"tensors": message["tensors"]})
         elif operation == "finish" and self._try("finish_weight_update"):
             self._version, self._is_pushing = message["version"], False
+            if self._is_asleep:
+                self._engine.wake_up(["kv_cache"])
+                self._is_asleep = False
             held, self._held = self._held, []
             for asked in held:
                 self._write(asked)
 
     def _begin_push(self) -> None:
-        """Nothing is being written: what was read with the old weights is forgotten, and the new ones may come."""
+        """Nothing is being written: what was read with the old weights is forgotten, and the new ones may come.
+
+        An engine that sleeps gets memory for weights first, and that for keys and values once the push is over.
+        """
+        if self._is_asleep:
+            self._engine.wake_up(["weights"])
+            if self._sleep_level > 1:
+                self._engine.collective_rpc("expect_all_weights")
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM would not reset its prefix cache: prompts would be answered from the old weights")
         self._is_draining, self._is_pushing = False, True
@@ -199,6 +214,7 @@ def make_engine(settings: dict[str, Any]) -> Any:
         max_num_batched_tokens=max(_STEP_TOKENS, settings["max_sequence_tokens"]) if on_cpu else None,
         enforce_eager=on_cpu,  # compiling takes longer than it saves
         enable_prefix_caching=True,
+        enable_sleep_mode=bool(settings["sleep_level"]) and not on_cpu,  # the CPU build refuses it here, and ignores the calls
         logprobs_mode="processed_logprobs",  # those sampled from: at the temperature, renormalised over top-k and top-p
         max_logprobs=1,
         weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.BACKEND),
