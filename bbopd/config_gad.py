@@ -24,6 +24,8 @@ class GadConfig(Section):
     """Of the discriminator's AdamW, constant; one step an update cycle."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the KL (estimate k3) to the student at the end of the warm-up."""
+    frozen: bool = False
+    """Leave the discriminator as the warm-up has made it: the game against a reward that stands still, for comparison."""
     length_alarm: Fraction = 0.5
     """The run says so where the student's answers are longer or shorter than the teacher's by more than this share."""
 

@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from bbopd.cli.execute import execute
 from bbopd.config import RunConfig
+from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
 from bbopd.trainer import latest_checkpoint, load_beside
 from tests.openai_server import CHAT, OpenAIServer
@@ -118,3 +122,37 @@ def test_a_run_plays_the_game_and_goes_on_with_it_where_it_was_killed(tmp_path):
     assert summary["status"] == "finished"
     asked = [body["messages"][-1]["content"] for path, body in server.requests if path.endswith("chat/completions")]
     assert len(asked) >= 2 * summary["teacher_cache"]["misses"] > 0
+
+
+class TextServer:
+    """The student's own tokens behind gRPC, and text alone."""
+
+    @asynccontextmanager
+    async def serving(self):
+        server = await start_server(HFBackend(tiny_llama(vocab_size=262, seed=1), tiny_tokenizer(), levels=("text",)))
+        try:
+            yield server.port
+        finally:
+            await server.stop(0)
+
+
+def test_a_frozen_discriminator_stays_as_the_warm_up_left_it(tmp_path, capsys):
+    """And a teacher that offers nothing but text can be one of the student's own tokens."""
+    run = tmp_path / "run"
+    with served(TextServer()) as port:
+        teacher = {**GAD["teacher"], "target": f"grpc://127.0.0.1:{port}", "prices": None}
+        objective = {**GAD["objective"], "gad": {"discriminator_lr": 1e-3, "frozen": True}}
+        train = {**GAD["train"], "on_policy_tokens": 120, "keep_checkpoints": 100}
+        assert execute(run_config(tmp_path, port, **{**GAD, "teacher": teacher, "objective": objective, "train": train}), plain=True) == 0
+    assert "gives neither full nor topk: how far they agree is not measured" in capsys.readouterr().out
+    steps = lines_of(run)
+    assert {(line["phase"], "discriminator_grad_norm" in line) for line in steps} == {("cold_start", True), ("on_policy", False)}
+    assert all(line["discriminator_loss"] > 0 for line in steps)
+    end_of_warm_up = max(line["step"] for line in steps if line["phase"] == "cold_start")
+    kept = {int(folder.name.removeprefix("step-")): folder for folder in (run / "checkpoints").glob("step-*")}
+    first, before, last = (load_beside(kept[step])["discriminator"] for step in (min(kept), end_of_warm_up, max(kept)))
+    assert min(kept) < end_of_warm_up < max(kept)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in before.items())
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in first.items()), "and in the warm-up it learned"
+    evals = lines_of(run, "evals.jsonl")
+    assert all(line["kl_held_out"] is None and line["bits_per_byte"] > 0 and 0 <= line["discriminator_accuracy"] <= 1 for line in evals)

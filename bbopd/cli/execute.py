@@ -20,6 +20,7 @@ from bbopd.cli.display import LiveDisplay, PlainDisplay, make_display
 from bbopd.config import RunConfig
 from bbopd.data.draws import left_out
 from bbopd.errors import BbopdError, BudgetSpentError
+from bbopd.evaluate.agreement import signal_to_measure
 from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.held_out_game import HeldOutGame
 from bbopd.evaluate.samples import student_answers, teacher_answers
@@ -82,12 +83,16 @@ async def _turn(
     config, folder, state = session.config, session.folder, session.state
     timeline.carry_on(state.seconds, state.busy_seconds)
     metrics = RunMetrics(folder, from_step=state.step)
+    measured = session.teacher
+    if measured is not None and signal_to_measure(measured.info) is None:
+        display.note(f"teacher {measured.info.model} gives neither full nor topk: how far they agree is not measured")
+        measured = None
     suite = EvalSuite(
         session.prompts.held_out,
         config.eval,
         byte_counts_V=token_byte_counts(session.tokenizer),
         engine=session.parts.engine,
-        teacher=session.teacher,
+        teacher=measured,
         compute_dtype=session.compute_dtype,
         vocab_size=session.vocab_size,
     )

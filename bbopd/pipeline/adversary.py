@@ -20,7 +20,7 @@ from bbopd.config import RunConfig
 from bbopd.data.assemble import Item
 from bbopd.data.streams import each
 from bbopd.errors import CheckpointError
-from bbopd.objectives.bradley_terry import PairScores
+from bbopd.objectives.bradley_terry import PairScores, bradley_terry
 from bbopd.objectives.group_advantages import group_advantages, group_std
 from bbopd.pipeline.cycle import as_generator
 from bbopd.pipeline.progress import Progress
@@ -62,6 +62,8 @@ class Adversary:
         Copies the student as it then is.
     divide_by_std
         As in `group_advantages`.
+    is_frozen
+        The discriminator learns in the warm-up alone.
     length_alarm
         By which share the student's answers may be longer or shorter than the teacher's before ``note`` is told.
     """
@@ -73,6 +75,7 @@ class Adversary:
         make_reference: Callable[[], ReferencePolicy],
         *,
         divide_by_std: bool = True,
+        is_frozen: bool = False,
         length_alarm: float,
         note: Callable[[str], None],
     ) -> None:
@@ -81,6 +84,7 @@ class Adversary:
         self._make_reference = make_reference
         self._reference: ReferencePolicy | None = None
         self._divide_by_std = divide_by_std
+        self._is_frozen = is_frozen
         self._length_alarm = length_alarm
         self._note = note
         self._is_alarmed = False
@@ -161,12 +165,17 @@ class Adversary:
         return tokens
 
     def learn(self) -> Mapping[str, float]:
-        """One step on all that this cycle has shown; its figures for metrics.jsonl. Raises `TrainingError` where it has diverged."""
+        """One step, unless it is frozen, on all that this cycle has shown; its figures for metrics.jsonl.
+
+        Raises `TrainingError` where it has diverged.
+        """
         if not self._shown.contests:
             return {}
         contests, scores = self._shown.in_order()
+        stands_still = self._is_frozen and self._reference is not None
+        learned = None if stands_still else self.discriminator.learn(contests, scores, seed=self._cycle)
         figures = {
-            **self.discriminator.learn(contests, scores, seed=self._cycle),
+            **(learned or {"discriminator_loss": bradley_terry(scores).item()}),
             "discriminator_accuracy": scores.accuracy(),
             "discriminator_margin": float(scores.margins.mean()),
             **self._compare_lengths(contests),
@@ -213,5 +222,11 @@ def open_adversary(
     copy = partial(ReferencePolicy, model, compute_dtype=dtype, vocab_size=vocab_size, micro_batch_tokens=train.micro_batch_tokens)
     discriminator = Discriminator(model, train=train, learning_rate=gad.discriminator_lr, compute_dtype=dtype)
     return Adversary(
-        discriminator, teacher, copy, divide_by_std=config.objective.divide_by_std, length_alarm=gad.length_alarm, note=progress.note
+        discriminator,
+        teacher,
+        copy,
+        divide_by_std=config.objective.divide_by_std,
+        is_frozen=gad.frozen,
+        length_alarm=gad.length_alarm,
+        note=progress.note,
     )
