@@ -1,8 +1,10 @@
-"""Time and memory against the vocabulary and against the tokens, as SVG."""
+"""Time and memory against the vocabulary and against the tokens, and games of two models, as SVG."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -57,3 +59,25 @@ def _plot(records: list[Record], letter: str, label: str, path: Path) -> Path:
         )
         figure.savefig(path, format="svg", metadata={"Date": None})
     return path
+
+
+def plot_games(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Of each run in `benchmarks.adoption`: style, the discriminator's accuracy, and lengths, against updates."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        style, accuracy, length = figure.subplots(1, 3)
+        for index, run in enumerate(runs):
+            looks, updates = run["looks"], [line for line in run["updates"] if "student_length_mean" in line]
+            drawn: dict[str, Any] = {"color": f"C{index}", "label": run["arm"]}
+            style.plot([look["tokens"] for look in looks], [look["style_share"] for look in looks], marker="o", markersize=3, **drawn)
+            accuracy.plot([line["step"] for line in updates], [line["discriminator_accuracy"] for line in updates], **drawn)
+            length.plot([line["step"] for line in updates], [line["student_length_mean"] for line in updates], **drawn)
+            if updates and index == 0:
+                theirs = [line["teacher_length_mean"] for line in updates]
+                length.plot([line["step"] for line in updates], theirs, "--", color="grey", label="teacher")
+        style.set(xlabel="trained tokens", title="held-out answers in style", ylim=(-0.03, 1.03))
+        accuracy.set(xlabel="update", title="discriminator's accuracy", ylim=(-0.03, 1.03))
+        length.set(xlabel="update", title="tokens of an answer")
+        for axes in (style, accuracy, length):
+            axes.legend(fontsize=7, frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None})

@@ -150,9 +150,9 @@ def test_a_frozen_discriminator_stays_as_the_warm_up_left_it(tmp_path, capsys):
     assert all(line["discriminator_loss"] > 0 for line in steps)
     end_of_warm_up = max(line["step"] for line in steps if line["phase"] == "cold_start")
     kept = {int(folder.name.removeprefix("step-")): folder for folder in (run / "checkpoints").glob("step-*")}
-    first, before, last = (load_beside(kept[step])["discriminator"] for step in (min(kept), end_of_warm_up, max(kept)))
-    assert min(kept) < end_of_warm_up < max(kept)
+    before, last = (load_beside(kept[step])["discriminator"] for step in (end_of_warm_up, max(kept)))
+    assert end_of_warm_up < max(kept)
     assert all(torch.equal(tensor, last[name]) for name, tensor in before.items())
-    assert any(not torch.equal(tensor, last[name]) for name, tensor in first.items()), "and in the warm-up it learned"
+    assert any(name.startswith("moments/") and bool(tensor.any()) for name, tensor in before.items()), "in the warm-up it learned"
     evals = lines_of(run, "evals.jsonl")
     assert all(line["kl_held_out"] is None and line["bits_per_byte"] > 0 and 0 <= line["discriminator_accuracy"] <= 1 for line in evals)
