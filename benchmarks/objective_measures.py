@@ -38,9 +38,9 @@ HELD_OUT = 0.25
 TOP_K = 64
 DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 
-_WINDOWS = 2  # of one document
+_WINDOWS = 1  # of one document
 _ROWS = 256  # of logits at a time
-_QUESTIONS = 40
+_QUESTIONS = 30
 _SEED = 20_179
 Kind = Literal["text", "aligned", "questions"]
 Values = dict[str, dict[str, float]]

@@ -2,29 +2,27 @@
 
 * ``teacher``: SmolLM2-135M-Instruct; ``pirate``: the same weights behind a system prompt with three examples, which its chat template puts
   in front; ``other_tokens``: the same weights behind a tokenizer that has unlearned half of its merges, so that ids and cuts differ.
-* ``student``: 20 of its 30 layers after a short cold start on labelled text, by ``bbopd distill`` itself.
+* ``student``: 20 of its 30 layers after a short cold start on labelled text, by ``bbopd distill``'s own code.
 * ``questions.jsonl``: short questions, with the teacher's answers.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from bbopd.cli.demo import KEPT_LAYERS, find_model
+from bbopd.cli.execute import execute
+from bbopd.config import RunConfig
 from bbopd.modeling import load_model, load_tokenizer
 from bbopd.teachers.hf import HFBackend
 from bbopd.types import Prompt, Sampling
-from benchmarks.contest import ROOT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,18 +67,13 @@ def prepare(folder: Path, *names: str) -> None:
 
 
 def distill(config: dict[str, Any], output: Path) -> None:
-    """``bbopd distill`` of ``config`` into ``output``, in a process of its own. Raises RuntimeError with the last it said."""
+    """What ``bbopd distill`` does with ``config``, into ``output``; what it says goes into a file beside it. Raises `BbopdError`."""
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**config, "output": str(output)}, sort_keys=False))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "bbopd", "distill", str(path), "--plain"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    output.with_suffix(".log").write_text(done.stdout + done.stderr)
-    if done.returncode != 0:
-        said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-20:])
-        raise RuntimeError(f"bbopd distill {path} ended with exit status {done.returncode}:\n{said}")
+    settings = RunConfig.model_validate({**config, "output": str(output)})
+    with output.with_suffix(".log").open("w") as log, redirect_stdout(log):
+        if execute(settings, plain=True) != 0:
+            raise KeyboardInterrupt
 
 
 def _teacher(folder: Path, output: Path) -> None:
