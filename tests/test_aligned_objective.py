@@ -12,6 +12,7 @@ from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives import make_objective
 from bbopd.objectives.rank import rank_distances
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, Offer, SampledTeacher, SpanTeacher, TeacherInfo, TopKTeacher
 from tests.distill_oracle import compare, draw, logits_of, make_teacher, oracle
 from tests.test_objectives import batch_of
@@ -43,7 +44,7 @@ def test_distances_by_rank(head, K, V, temperature):
     hidden, weight, generator = draw(7, 13, spread=3.0)
     logprobs, log_tail = largest(7, K, V, generator)
     factors = torch.linspace(-1, 2, 7).double()
-    ours = rank_distances(hidden, weight, logprobs, log_tail, temperature=temperature, **head)
+    ours = rank_distances(hidden, OutputHead(weight, **head), logprobs, log_tail, temperature=temperature)
     z = logits_of(hidden, weight, head.get("bias"), head.get("logit_scale", 1.0), head.get("logit_softcap"), head.get("vocab_size"))
     theirs = rank_oracle(z[:, : head.get("vocab_size")], logprobs, log_tail, temperature)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -55,22 +56,23 @@ def test_with_all_ranks_the_distance_is_the_papers_and_that_of_the_same_distribu
     q = logits_of(hidden, weight).softmax(1)
     p = torch.randn(5, 13, generator=generator, dtype=torch.float64).softmax(1)
     nothing = torch.full((5,), -torch.inf, dtype=torch.float64)
-    ours = rank_distances(hidden, weight, p.sort(1, descending=True).values.log(), nothing)
+    ours = rank_distances(hidden, OutputHead(weight), p.sort(1, descending=True).values.log(), nothing)
     torch.testing.assert_close(ours, (q.sort(1).values - p.sort(1).values).abs().sum(1))
     for K in (3, 13):
         ranked = q.detach().sort(1, descending=True).values
         tail = ranked[:, K:].sum(1).log()
-        assert rank_distances(hidden, weight, ranked[:, :K].log(), tail).max() < 1e-12
-        assert (rank_distances(hidden, weight, p.sort(1, descending=True).values[:, :K].log(), nothing) <= ours + 1 - p.sum(1) + 1).all()
+        assert rank_distances(hidden, OutputHead(weight), ranked[:, :K].log(), tail).max() < 1e-12
+        cut = rank_distances(hidden, OutputHead(weight), p.sort(1, descending=True).values[:, :K].log(), nothing)
+        assert (cut <= ours + 1 - p.sum(1) + 1).all()
 
 
 def test_chunks_change_nothing_and_logits_of_all_rows_never_exist():
     hidden, weight, generator = draw(600, 30_000, D=3, dtype=torch.float32)
     logprobs, log_tail = (part.float() for part in largest(600, 5, 40, generator))
-    ours = rank_distances(hidden, weight, logprobs, log_tail)
+    ours = rank_distances(hidden, OutputHead(weight), logprobs, log_tail)
     assert 600 * 30_000 * 4 < 128 * 2**20 * 8, "more than one chunk"
     grads = torch.autograd.grad(ours.sum(), (hidden, weight))
-    parts = [rank_distances(hidden[rows], weight, logprobs[rows], log_tail[rows]) for rows in torch.arange(600).split(77)]
+    parts = [rank_distances(hidden[rows], OutputHead(weight), logprobs[rows], log_tail[rows]) for rows in torch.arange(600).split(77)]
     torch.testing.assert_close(ours, torch.cat(parts))
     for one, other in zip(grads, torch.autograd.grad(torch.cat(parts).sum(), (hidden, weight)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -94,7 +96,7 @@ def test_the_loss_is_the_sum_of_its_parts(head, temperature, t2_scaling, normali
     hidden, weight, generator = draw(40, 13, seed=4)
     batch = mixed_batch(40, 13, 4, temperature, generator)
     config = ObjectiveConfig(name="aligned", temperature=temperature, t2_scaling=t2_scaling, span_weight=0.7, rank_weight=1.9)
-    ours = make_objective(config).loss(hidden, weight, batch, ce_weight=0.3, kd_weight=0.8, normalizer=normalizer, **head)
+    ours = make_objective(config).loss(hidden, OutputHead(weight, **head), batch, ce_weight=0.3, kd_weight=0.8, normalizer=normalizer)
     counts = normalizer or (int((batch.labels != -100).sum()), int((batch.teacher.valid | batch.spans.valid).sum()))
     z = logits_of(hidden, weight, None, head.get("logit_scale", 1.0), head.get("logit_softcap"))
     common = {"temperature": temperature, "t2_scaling": t2_scaling, "token_weight": batch.token_weight, "normalizer": counts}
@@ -123,7 +125,7 @@ def test_without_spans_it_is_forward_kl_to_the_last_bit():
     losses = []
     for name, one in (("forward_kl", batch), ("aligned", aligned), ("aligned", batch)):
         objective = make_objective(ObjectiveConfig(name=name, temperature=1.0))
-        out = objective.loss(hidden, weight, one, ce_weight=0.5, kd_weight=0.5, normalizer=(6.0, 9.0))
+        out = objective.loss(hidden, OutputHead(weight), one, ce_weight=0.5, kd_weight=0.5, normalizer=(6.0, 9.0))
         losses.append((out.loss, out.kd, *torch.autograd.grad(out.loss, (hidden, weight))))
     for other in losses[1:]:
         assert all(torch.equal(a, b) for a, b in zip(losses[0], other, strict=True))
@@ -157,7 +159,7 @@ def test_a_span_as_one_event_reaches_its_reverse_kl_in_expectation():
             topk = TopKTeacher(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1), torch.full((2,), -torch.inf), 1.0, ~sampled.valid)
             spans = SpanTeacher(sampled, torch.zeros(0, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0), sampled.valid)
             batch = replace(batch_of(topk, torch.full((2,), -100)), spans=spans, token_weight=torch.ones(2))
-            out = objective.loss(rows, weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0))
+            out = objective.loss(rows, OutputHead(weight), batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0))
             (grad,) = torch.autograd.grad(out.loss, weight)
             estimate += behavior.sum().exp() * grad
     torch.testing.assert_close(estimate, exact, rtol=1e-6, atol=1e-8)

@@ -17,6 +17,7 @@ from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.data.assemble import assemble
 from bbopd.modeling import packed_hidden
 from bbopd.objectives import make_objective
+from bbopd.output_head import OutputHead
 from bbopd.rollouts.candidates import CandidateChooser
 from bbopd.rollouts.hf import HFEngine
 from bbopd.teachers.hf import HFBackend
@@ -96,7 +97,7 @@ async def test_the_loss_is_the_bucketed_divergence_of_dense_distributions(name, 
     config = ObjectiveConfig(name=name, temperature=1.0, beta=0.3, skew=0.2)
 
     def loss():
-        return make_objective(config).loss(hidden_ND, weight_VD, batch, ce_weight=0.4, kd_weight=0.8, normalizer=None)
+        return make_objective(config).loss(hidden_ND, OutputHead(weight_VD), batch, ce_weight=0.4, kd_weight=0.8, normalizer=None)
 
     found, z_NV = loss(), logits_of(hidden_ND, weight_VD)
     # of the distribution as it came: to the last digits
@@ -127,7 +128,8 @@ async def test_all_ids_as_candidates_are_the_dense_loss(name):
     hidden_ND = student_hidden(model, batch).requires_grad_()
     weight_VD = model.get_output_embeddings().weight.detach().clone().requires_grad_()
     objective = make_objective(ObjectiveConfig(name=name, temperature=1.0))
-    ours, dense = (objective.loss(hidden_ND, weight_VD, one, ce_weight=0.0, kd_weight=1.0, normalizer=None) for one in (batch, whole))
+    head = OutputHead(weight_VD)
+    ours, dense = (objective.loss(hidden_ND, head, one, ce_weight=0.0, kd_weight=1.0, normalizer=None) for one in (batch, whole))
     torch.testing.assert_close(ours.kd, dense.kd, rtol=4e-3, atol=4e-3)
     for one, other in zip(
         torch.autograd.grad(ours.loss, (hidden_ND, weight_VD)), torch.autograd.grad(dense.loss, (hidden_ND, weight_VD)), strict=True

@@ -13,6 +13,7 @@ from bbopd.objectives import make_objective
 from bbopd.objectives.bradley_terry import PairScores, bradley_terry_gradient
 from bbopd.objectives.group_advantages import group_advantages
 from bbopd.objectives.policy_gradient import surrogate
+from bbopd.output_head import OutputHead
 from bbopd.types import IGNORE_INDEX, DistillBatch, Offer, SampledTeacher, SignalSpec, TeacherInfo
 
 TEMPERATURE = 0.8
@@ -74,7 +75,7 @@ def test_loss_and_gradient_against_autograd_in_float64(labelled, kl_weight):
     config = GAD.model_copy(update={"gad": GAD.gad.model_copy(update={"kl_weight": kl_weight})})
     expected = dense_loss(hidden, weight, batch, kl_weight)
     wanted = torch.autograd.grad(expected, (hidden, weight))
-    found = make_objective(config).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+    found = make_objective(config).loss(hidden, OutputHead(weight), batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     for mine, its in zip(torch.autograd.grad(found.loss, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-8, atol=1e-11)

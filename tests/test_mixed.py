@@ -12,6 +12,7 @@ from bbopd.config import ServeConfig, TeacherConfig, TrainConfig
 from bbopd.config_objective import ObjectiveConfig, value_at
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives import make_objective
+from bbopd.output_head import OutputHead
 from bbopd.trainer import Trainer
 from bbopd.types import IGNORE_INDEX, DistillBatch, Offer, SignalSpec, TeacherInfo
 from tests.batches import pack, random_sequences, random_teacher
@@ -57,7 +58,7 @@ def by_hand(hidden, weight, batch, *, progress: float, ce_weight: float, kd_weig
 def test_each_side_has_its_own_divergence_weight_and_skew(kind, progress):
     hidden, weight, batch = case(kind)
     objective = make_objective(mixed()).at(progress)
-    out = objective.loss(hidden, weight, batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
+    out = objective.loss(hidden, OutputHead(weight), batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
     compare(out.loss, by_hand(hidden, weight, batch, progress=progress, ce_weight=0.3, kd_weight=0.7), (hidden, weight), 1e-9)
     counts = (6.0 - 1.0, float(batch.teacher.valid.sum()))
     told = 0.3 * (batch.token_weight * out.ce).sum() / counts[0] + 0.7 * (batch.token_weight * out.kd).sum() / counts[1]
@@ -70,9 +71,9 @@ def test_a_batch_of_one_side_is_that_side_alone(labels):
     hidden, weight, batch = case("full")
     batch = replace(batch, labels=labels)
     name, skew = ("skew_forward_kl", 0.1) if labels[0] >= 0 else ("skew_reverse_kl", 0.2)
-    ours = make_objective(mixed()).loss(hidden, weight, batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
+    ours = make_objective(mixed()).loss(hidden, OutputHead(weight), batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
     plain = make_objective(ObjectiveConfig(name=name, temperature=1.0, skew=skew)).loss(
-        hidden, weight, batch, ce_weight=0.3, kd_weight=0.7, normalizer=None
+        hidden, OutputHead(weight), batch, ce_weight=0.3, kd_weight=0.7, normalizer=None
     )
     assert ours.loss.item() == plain.loss.item()
     torch.testing.assert_close(ours.kd, plain.kd, rtol=0, atol=0)
@@ -81,7 +82,7 @@ def test_a_batch_of_one_side_is_that_side_alone(labels):
 def test_without_a_signal_it_is_cross_entropy():
     hidden, weight, batch = case("full")
     batch = replace(batch, teacher=None)
-    out = make_objective(mixed()).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=0.7, normalizer=None)
+    out = make_objective(mixed()).loss(hidden, OutputHead(weight), batch, ce_weight=1.0, kd_weight=0.7, normalizer=None)
     theirs, _, _ = oracle(logits_of(hidden, weight), None, batch.labels, token_weight=batch.token_weight, ce_weight=1.0)
     compare(out.loss, theirs, (hidden, weight), 1e-9)
 

@@ -11,6 +11,7 @@ import torch
 from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError, TrainingError
 from bbopd.objectives import OBJECTIVES, make_objective
+from bbopd.output_head import OutputHead
 from bbopd.types import DIVERGENCES, DistillBatch, FullTeacher, Offer, OpTeacher, SignalSpec, TeacherInfo
 from tests.distill_oracle import bucket, compare, draw, logits_of, make_teacher, oracle
 
@@ -54,7 +55,7 @@ def test_loss_is_the_op_with_the_configured_settings(name: str, t2_scaling: bool
     config = ObjectiveConfig(name=name, temperature=2.0, t2_scaling=t2_scaling, beta=0.3, skew=0.2)
     batch = batch_of(make_teacher("full", 4, 9, 2.0, generator), labels)
     ours = make_objective(config).loss(
-        hidden, weight, batch, ce_weight=0.2, kd_weight=0.9, normalizer=(3, 5), logit_scale=1.5, logit_softcap=6.0, bias=torch.ones(9)
+        hidden, OutputHead(weight, torch.ones(9), 1.5, 6.0), batch, ce_weight=0.2, kd_weight=0.9, normalizer=(3, 5)
     )
     theirs, _, _ = oracle(
         logits_of(hidden, weight, torch.ones(9), 1.5, 6.0), batch.teacher, labels, temperature=2.0, divergence=name, beta=0.3, skew=0.2,
@@ -67,7 +68,7 @@ def test_sft_looks_at_labels_alone() -> None:
     hidden, weight, generator = draw(4, 9)
     labels = torch.tensor([1, -100, 8, 3])
     batch = batch_of(make_teacher("full", 4, 9, 1.0, generator), labels)
-    out = make_objective(ObjectiveConfig(name="sft")).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+    out = make_objective(ObjectiveConfig(name="sft")).loss(hidden, OutputHead(weight), batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
     theirs, _, _ = oracle(logits_of(hidden, weight), None, labels, token_weight=batch.token_weight, ce_weight=1.0)
     compare(out.loss, theirs, (hidden, weight), 1e-10)
     assert make_objective(ObjectiveConfig(name="sft")).signal(served()) is None
@@ -76,7 +77,7 @@ def test_sft_looks_at_labels_alone() -> None:
 def test_a_batch_without_a_teacher_is_plain_cross_entropy() -> None:
     hidden, weight, _ = draw(3, 9)
     batch = batch_of(None, torch.tensor([1, 2, 3]))
-    out = make_objective(ObjectiveConfig()).loss(hidden, weight, batch, ce_weight=1.0, kd_weight=0.0, normalizer=None)
+    out = make_objective(ObjectiveConfig()).loss(hidden, OutputHead(weight), batch, ce_weight=1.0, kd_weight=0.0, normalizer=None)
     theirs, _, _ = oracle(logits_of(hidden, weight), None, batch.labels, token_weight=batch.token_weight, ce_weight=1.0)
     compare(out.loss, theirs, (hidden, weight), 1e-10)
 
@@ -135,7 +136,7 @@ def test_the_share_of_the_tail_is_told(name: str, kind: str) -> None:
     valid = torch.tensor([True, True, False, True, True, True, True])
     batch = batch_of(make_teacher(kind, 7, 12, 1.0, generator, K=5, valid=valid), torch.full((7,), -100))
     config = ObjectiveConfig(name=name, temperature=1.0, beta=0.3, skew=0.2)
-    out = make_objective(config).loss(hidden, weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
+    out = make_objective(config).loss(hidden, OutputHead(weight), batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
     log_q_NV = logits_of(hidden, weight).detach().log_softmax(1)
     tails, whole = 0.0, 0.0
     for row in torch.arange(7)[valid]:
@@ -158,11 +159,11 @@ def test_the_share_of_the_tail_is_told(name: str, kind: str) -> None:
 def test_whole_distributions_have_no_tail() -> None:
     hidden, weight, generator = draw(4, 9)
     batch = batch_of(make_teacher("full", 4, 9, 1.0, generator), torch.full((4,), -100))
-    out = make_objective(ObjectiveConfig(name="jsd")).loss(hidden, weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
+    out = make_objective(ObjectiveConfig(name="jsd")).loss(hidden, OutputHead(weight), batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
     assert "tail_share" not in out.metrics
     all_ids = batch_of(make_teacher("candidates", 4, 9, 1.0, generator, K=9), torch.full((4,), -100))
     out = make_objective(ObjectiveConfig(name="jsd", temperature=1.0)).loss(
-        hidden, weight, all_ids, ce_weight=0.0, kd_weight=1.0, normalizer=None
+        hidden, OutputHead(weight), all_ids, ce_weight=0.0, kd_weight=1.0, normalizer=None
     )
     assert 0.0 <= float(out.metrics["tail_share"]) <= 1.0
 
@@ -173,9 +174,9 @@ def test_a_diverged_student_is_a_training_error(name: str) -> None:
     batch = batch_of(FullTeacher(torch.randn(2, 9, generator=generator)), torch.tensor([1, 2]))
     objective = make_objective(ObjectiveConfig(name=name))
     with pytest.raises(TrainingError, match="hidden states are not finite"):
-        objective.loss(hidden * float("nan"), weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+        objective.loss(hidden * float("nan"), OutputHead(weight), batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
     with pytest.raises(TrainingError, match="output weights are not finite"):
-        objective.loss(hidden, weight / 0.0, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
+        objective.loss(hidden, OutputHead(weight / 0.0), batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
 
 
 def test_the_example_of_one_step_by_hand_learns() -> None:

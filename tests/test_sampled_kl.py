@@ -20,6 +20,7 @@ from bbopd.data.assemble import assemble
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives import make_objective
 from bbopd.objectives.sampled_kl import reward_to_go, sampled_tokens
+from bbopd.output_head import OutputHead
 from bbopd.types import (
     CandidateTeacher,
     DistillBatch,
@@ -128,10 +129,14 @@ class World:
         tails = torch.stack([bucket(self.log_p()[place], some)[-1] for place, some in zip(places, chosen, strict=True)])
         return (TopKTeacher if level == "topk" else CandidateTeacher)(chosen, logprobs, tails, self.temperature)
 
+    @property
+    def head(self) -> OutputHead:
+        return OutputHead(self.weight, vocab_size=V)
+
     def gradient(self, some: list[tuple[int, ...]], weights: list[float], config: ObjectiveConfig, level: str, old_PV: Tensor) -> Tensor:
         """Of the objective's loss on ``some`` answers, weighted and added up: hidden and weight in one vector."""
         hidden_ND, batch = self.batch(some, level, old_PV, weights)
-        loss = make_objective(config).loss(hidden_ND, self.weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0), vocab_size=V)
+        loss = make_objective(config).loss(hidden_ND, self.head, batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0))
         return flat(torch.autograd.grad(loss.loss, (self.hidden, self.weight)))
 
 
@@ -212,7 +217,7 @@ def test_the_baseline_lowers_the_variance(level: str, discount: float) -> None:
         for baseline in spread:
             hidden, batch = world.batch(answers(), level, old, [1.0] * len(lengths))
             objective = make_objective(config(discount=discount, baseline=baseline))
-            loss = objective.loss(hidden, world.weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0), vocab_size=V).loss
+            loss = objective.loss(hidden, world.head, batch, ce_weight=0.0, kd_weight=1.0, normalizer=(1.0, 1.0)).loss
             (gradient_ND,) = torch.autograd.grad(loss, hidden)  # no answer goes through a state twice: a row is a part of its gradient
             mean = torch.zeros_like(world.hidden).index_add(0, places, share_N[:, None] * gradient_ND.detach())
             spread[baseline] += float((share_N * gradient_ND.detach().square().sum(1)).sum() - mean.square().sum())
@@ -257,12 +262,10 @@ def test_rows_that_nobody_sampled_carry_no_signal() -> None:
         batch, behavior_logprobs=batch.behavior_logprobs.masked_fill(labelled, torch.nan),
         labels=torch.where(labelled, batch.target_ids, -100),
     )  # fmt: skip
-    out = make_objective(config(discount=1.0, baseline="kl")).loss(
-        hidden, world.weight, half, ce_weight=0.5, kd_weight=1.0, normalizer=None, vocab_size=V
-    )
+    out = make_objective(config(discount=1.0, baseline="kl")).loss(hidden, world.head, half, ce_weight=0.5, kd_weight=1.0, normalizer=None)
     alone = world.batch([(2, 0)], "full", world.log_q().detach(), [1.0])
     kd = make_objective(config(discount=1.0, baseline="kl")).loss(
-        *(alone[0], world.weight, alone[1]), ce_weight=0.0, kd_weight=1.0, normalizer=None, vocab_size=V
+        alone[0], world.head, alone[1], ce_weight=0.0, kd_weight=1.0, normalizer=None
     )
     torch.testing.assert_close(out.kd, torch.cat([torch.zeros(3, dtype=torch.float64), kd.kd]))
     ce = -(hidden @ world.weight[:V].T).log_softmax(1)[range(3), batch.target_ids[:3]].mean()
@@ -277,7 +280,7 @@ def test_a_batch_without_rollouts_is_cross_entropy() -> None:
     world = World.draw(9)
     hidden, batch = world.batch([(1, 2, 3)], "full", world.log_q().detach(), [1.0])
     batch = replace(batch, teacher=None, behavior_logprobs=None, sampled_logprobs=None, labels=batch.target_ids)
-    out = make_objective(config()).loss(hidden, world.weight, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None, vocab_size=V)
+    out = make_objective(config()).loss(hidden, world.head, batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
     ce = -(hidden @ world.weight[:V].T).log_softmax(1)[range(3), batch.target_ids].mean()
     assert out.loss.item() == pytest.approx(ce.item())
 

@@ -241,9 +241,9 @@ def test_bfloat16_reaches_the_products_of_the_loss():
         def __init__(self, objective):
             self.objective, self.dtypes = objective, set()
 
-        def loss(self, hidden_ND, weight_VD, *others, **options):
-            self.dtypes |= {hidden_ND.dtype, weight_VD.dtype}
-            return self.objective.loss(hidden_ND, weight_VD, *others, **options)
+        def loss(self, hidden_ND, head, *others, **options):
+            self.dtypes |= {hidden_ND.dtype, head.weight_VD.dtype}
+            return self.objective.loss(hidden_ND, head, *others, **options)
 
     _, _, batch = sequences_and_batch(seed=14)
     trainer = make_trainer(tiny_llama(), compute_dtype=torch.bfloat16)

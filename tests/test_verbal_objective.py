@@ -10,6 +10,7 @@ from bbopd.config import ObjectiveConfig
 from bbopd.data.assemble import assemble
 from bbopd.data.streams import each
 from bbopd.objectives import make_objective
+from bbopd.output_head import OutputHead
 from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.rewards import GroupRewards
 from bbopd.types import Prompt, Reward, Rollout, SignalSpec
@@ -49,7 +50,7 @@ async def test_it_is_the_clipped_surrogate_of_advantages_in_their_groups(divide_
     hidden = torch.randn(batch.response_tokens, D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
     objective = make_objective(ObjectiveConfig(name="verbal", temperature=T, clip=clip))
-    found = objective.loss(hidden, weight, batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
+    found = objective.loss(hidden, OutputHead(weight), batch, ce_weight=0.3, kd_weight=0.7, normalizer=None)
     found.loss.backward()
 
     h, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))

@@ -35,12 +35,7 @@ class StudentView:
     def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype | None = None, vocab_size: int | None = None) -> None:
         require_finite(*((f"weights {name}", parameter) for name, parameter in model.named_parameters()))
         self._model = model
-        self._head = output_head(model).without_padding(vocab_size)
-        self._options: dict[str, Any] = {
-            "bias": self._head.bias,
-            "logit_scale": self._head.logit_scale,
-            "logit_softcap": self._head.logit_softcap,
-        }
+        self._head = output_head(model, vocab_size).without_padding()
         self._compute_dtype = compute_dtype
         self.device = self._head.weight_VD.device
 
@@ -58,13 +53,13 @@ class StudentView:
     @torch.no_grad()
     def logprobs(self, hidden_ND: Tensor, **wanted: Any) -> TokenLogprobs:
         """`linear_logprobs` with this model's head, at temperature 1."""
-        return linear_logprobs(hidden_ND, self._head.weight_VD, **wanted, **self._options)
+        return linear_logprobs(hidden_ND, self._head.weight_VD, **wanted, **self._head.options)
 
     @torch.no_grad()
     def divergence(self, hidden_ND: Tensor, teacher: OpTeacher, name: Divergence) -> Tensor:
         """Divergence [N] in nats from ``teacher`` at temperature 1, with this model's head."""
         found = linear_distill(
-            hidden_ND, self._head.weight_VD, teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence=name, **self._options
+            hidden_ND, self._head.weight_VD, teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence=name, **self._head.options
         )
         return found.kd
 

@@ -1,6 +1,6 @@
 """Hugging Face models as the rest of the library sees them: loaded, pruned, packed, and with their head in the open."""
 
-from bbopd.modeling.head import OutputHead, output_head
+from bbopd.modeling.head import output_head
 from bbopd.modeling.layers import keep_layers
 from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
 from bbopd.modeling.lora import adapter_parameters, add_lora, is_adapted, merge_lora, merged_weights, save_adapter
@@ -9,7 +9,6 @@ from bbopd.modeling.placement import to_device
 from bbopd.modeling.vocabulary import chat_template_sha256, token_bytes, tokenizer_sha256, used_vocabulary, vocabulary_sha256
 
 __all__ = [
-    "OutputHead",
     "adapter_parameters",
     "add_lora",
     "can_share_prefixes",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bbopd.errors import ModelError
 from bbopd.modeling.layers import decoder
+from bbopd.output_head import OutputHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,30 +22,10 @@ if TYPE_CHECKING:
 _CHECKED_TOKENS = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputHead:
-    """``logits = softcap(logit_scale * (hidden @ weight_VD.T + bias))``; weight and bias are the model's own parameters."""
-
-    weight_VD: Tensor  # noqa: N815
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    def without_padding(self, vocab_size: int | None) -> OutputHead:
-        """The first ``vocab_size`` rows alone (None: all), as views, so that padded logits are never computed. Not for training."""
-        bias = self.bias if self.bias is None else self.bias.detach()[:vocab_size]
-        return replace(self, weight_VD=self.weight_VD.detach()[:vocab_size], bias=bias)
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in fp32, for the few tokens of a check or of a sampling step; losses go through the fused ops."""
-        z_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias).float() * self.logit_scale
-        return self.logit_softcap * torch.tanh(z_NV / self.logit_softcap) if self.logit_softcap else z_NV
-
-
-def output_head(model: PreTrainedModel) -> OutputHead:
+def output_head(model: PreTrainedModel, vocab_size: int | None = None) -> OutputHead:
     """Read a model's head and prove it on a few tokens against the model's own logits.
 
-    Costs two forward passes of 8 tokens; call it once, the parameters in it stay the model's.
+    Costs two forward passes of 8 tokens; call it once, the parameters in it stay the model's. ``vocab_size`` goes into it as it is.
 
     Raises
     ------
@@ -60,7 +40,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    head = OutputHead(linear.weight, linear.bias, scale, float(softcap) if softcap else None)
+    head = OutputHead(linear.weight, linear.bias, scale, float(softcap) if softcap else None, vocab_size)
     _check(model, head)
     return head
 

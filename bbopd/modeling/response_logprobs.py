@@ -12,24 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bbopd.modeling.head import OutputHead, undisturbed
+from bbopd.modeling.head import undisturbed
 from bbopd.modeling.packed import packed_hidden
 from bbopd.ops import linear_logprobs
+from bbopd.output_head import OutputHead
 from bbopd.types import Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def response_logprobs(
-    model: PreTrainedModel, head: OutputHead, rollouts: Sequence[Rollout], *, compute_dtype: torch.dtype, vocab_size: int | None = None
-) -> np.ndarray:
+def response_logprobs(model: PreTrainedModel, head: OutputHead, rollouts: Sequence[Rollout], *, compute_dtype: torch.dtype) -> np.ndarray:
     """Logprobs [N] float32 of the response tokens of ``rollouts``, at the temperature of sampling, which is that of the first one.
 
-    ``head`` is the model's; logits from ``vocab_size`` on are padding. torch.bfloat16 multiplies matrices in it. The model's modes are
-    left as they were.
+    ``head`` is the model's. torch.bfloat16 multiplies matrices in it. The model's modes are left as they were.
     """
-    found = score_responses(model, head, rollouts, compute_dtype=compute_dtype, vocab_size=vocab_size, temperature=rollouts[0].temperature)
+    found = score_responses(model, head, rollouts, compute_dtype=compute_dtype, temperature=rollouts[0].temperature)
     assert found.sampled is not None, "it is always asked for"
     return found.sampled.float().cpu().numpy()
 
@@ -41,7 +39,6 @@ def score_responses(
     rollouts: Sequence[Rollout],
     *,
     compute_dtype: torch.dtype,
-    vocab_size: int | None = None,
     **wanted: Any,
 ) -> TokenLogprobs:
     """`linear_logprobs` of the response tokens [N] of ``rollouts``, their own logprobs included; ``wanted`` goes to that op as it is."""
@@ -57,9 +54,6 @@ def score_responses(
         hidden_PD[torch.from_numpy(rows_N).to(device)].to(compute_dtype),
         head.weight_VD.to(compute_dtype),
         token_ids=ids_P[torch.from_numpy(rows_N + 1).to(device)],
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        vocab_size=vocab_size,
+        **head.options,
         **wanted,
     )

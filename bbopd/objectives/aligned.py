@@ -24,6 +24,7 @@ from bbopd.errors import ConfigError
 from bbopd.objectives.base import check_offer, check_student
 from bbopd.objectives.rank import rank_distances
 from bbopd.ops import linear_distill
+from bbopd.output_head import OutputHead
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec, TeacherInfo
 
 _NEEDS: tuple[Level, ...] = ("topk",)
@@ -61,29 +62,24 @@ class Aligned:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
-        check_student(hidden_ND, weight_VD)
-        head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap, "vocab_size": vocab_size}
+        check_student(hidden_ND, head)
         normalizer = normalizer or _tokens(batch)
         options: dict[str, Any] = {
             "temperature": self.config.temperature,
             "t2_scaling": self.config.t2_scaling,
             "normalizer": normalizer,
-            **head,
+            **head.options,
         }
         out = linear_distill(
             hidden_ND,
-            weight_VD,
+            head.weight_VD,
             batch.teacher,
             batch.labels,
             ce_weight=ce_weight,
@@ -101,7 +97,7 @@ class Aligned:
         if len(rows) and self.config.span_weight:
             by_sampling = linear_distill(
                 hidden_ND[rows],
-                weight_VD,
+                head.weight_VD,
                 _sampled_rows(spans.sampled, rows),
                 ce_weight=0.0,
                 kd_weight=kd_weight * self.config.span_weight,
@@ -114,7 +110,7 @@ class Aligned:
                 metrics[name] = by_sampling.metrics[name]
         rows = spans.rank_rows
         if len(rows) and self.config.rank_weight:
-            distance_r = rank_distances(hidden_ND[rows], weight_VD, spans.rank_logprobs, spans.rank_log_tail, temperature=T, **head)
+            distance_r = rank_distances(hidden_ND[rows], head, spans.rank_logprobs, spans.rank_log_tail, temperature=T)
             distance_r = distance_r * (self.config.rank_weight * (T**2 if self.config.t2_scaling else 1.0))
             loss = loss + (batch.token_weight[rows] * distance_r).sum() * (kd_weight / normalizer[1])
             kd_N[rows] += distance_r.detach()

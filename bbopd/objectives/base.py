@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bbopd.config import TeacherConfig
 from bbopd.errors import TeacherError, TrainingError
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
 
 SIGNALS: tuple[str, ...] = get_args(TeacherConfig.model_fields["signal"].annotation)
@@ -57,21 +58,17 @@ class Objective(Protocol):
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
         """The loss of ``batch``, from the hidden states of its ``target_rows`` and the head.
 
         ``normalizer`` holds the (ce_tokens, kd_tokens) of the whole optimizer step, so that micro-batches add up to its mean; None
-        takes the batch's own. Logits from ``vocab_size`` on only pad the head, and have no probability.
+        takes the batch's own.
 
         Raises
         ------
@@ -115,10 +112,10 @@ def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mappin
         )
 
 
-def check_student(hidden_ND: Tensor, weight_VD: Tensor) -> None:
+def check_student(hidden_ND: Tensor, head: OutputHead) -> None:
     """`require_finite`, on a CPU only: a GPU would have to be waited for, and its NaN reaches the loss."""
     if hidden_ND.device.type == "cpu":
-        require_finite(("hidden states", hidden_ND), ("output weights", weight_VD))
+        require_finite(("hidden states", hidden_ND), ("output weights", head.weight_VD))
 
 
 def require_finite(*parts: tuple[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bbopd.config import TeacherConfig
 from bbopd.objectives.policy_gradient import policy_gradient_loss
 from bbopd.objectives.seqkd import SeqKD
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, DistillLoss, SampledTeacher, SignalSpec
 
 
@@ -35,22 +36,18 @@ class Gad(SeqKD):
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
         teacher = batch.teacher
         assert teacher is None or isinstance(teacher, SampledTeacher), "rewarded answers come with advantages"
         return policy_gradient_loss(
             hidden_ND,
-            weight_VD,
+            head,
             batch,
             teacher,
             clip=self.config.clip_range,
@@ -59,8 +56,4 @@ class Gad(SeqKD):
             ce_weight=ce_weight,
             kd_weight=kd_weight,
             normalizer=normalizer,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from bbopd.config import TeacherConfig
 from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
 from bbopd.objectives.token_level import NEEDS, TokenLevel
+from bbopd.output_head import OutputHead
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec, TeacherInfo
 
 _MEANS = ("teacher_tail_mass", "tail_share")  # over the tokens with a signal; what else the op tells are counts
@@ -54,13 +55,12 @@ class Mixed:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        **head: Any,
     ) -> DistillLoss:
         is_labelled_N = batch.labels != IGNORE_INDEX
         signals_N = _signals(batch)
@@ -76,12 +76,11 @@ class Mixed:
             weight = value_at(side.weight, self.progress)
             out = self._token_level(side).loss(
                 hidden_ND[rows_n],
-                weight_VD,
+                head,
                 _rows(batch, rows_n),
                 ce_weight=ce_weight,
                 kd_weight=kd_weight * weight,
                 normalizer=normalizer,
-                **head,
             )
             loss = loss + out.loss
             ce_N, kd_N = ce_N.to(out.ce).index_copy(0, rows_n, out.ce), kd_N.to(out.kd).index_copy(0, rows_n, out.kd * weight)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bbopd.objectives.base import check_student
 from bbopd.ops import linear_distill, linear_logprobs
+from bbopd.output_head import OutputHead
 from bbopd.reference_math import LOG_P_FLOOR, RATIO_CAP
 from bbopd.types import DistillBatch, DistillLoss, SampledTeacher
 
@@ -99,7 +100,7 @@ def surrogate(
 
 def policy_gradient_loss(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     batch: DistillBatch,
     teacher: SampledTeacher | None,
     *,
@@ -110,10 +111,6 @@ def policy_gradient_loss(
     ce_weight: float,
     kd_weight: float,
     normalizer: tuple[float, float] | None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
 ) -> DistillLoss:
     """``ce_weight * CE + kd_weight * surrogate``: cross-entropy on the rows of ``batch`` with a label, `surrogate` on those of ``teacher``.
 
@@ -137,16 +134,15 @@ def policy_gradient_loss(
         With the metrics ``importance_ratio`` and ``importance_ratio_max``, ``clipped_high`` and ``clipped_low`` (shares of the tokens),
         ``reference_kl`` (mean, where there is a reference), ``ratio_capped`` and ``floored`` (counts).
     """
-    check_student(hidden_ND, weight_VD)
-    head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap, "vocab_size": vocab_size}
+    check_student(hidden_ND, head)
     weights: dict[str, Any] = {"ce_weight": ce_weight, "kd_weight": kd_weight, "token_weight": batch.token_weight, "normalizer": normalizer}
     if teacher is None:
-        return linear_distill(hidden_ND, weight_VD, None, batch.labels, **weights, **head)
+        return linear_distill(hidden_ND, head.weight_VD, None, batch.labels, **weights, **head.options)
     T = teacher.temperature
     valid_N = torch.ones_like(batch.labels, dtype=torch.bool) if teacher.valid is None else teacher.valid
     rows = valid_N.nonzero()[:, 0]
     log_q_n = linear_logprobs(
-        hidden_ND.detach()[rows], weight_VD.detach(), token_ids=teacher.token_ids[rows], temperature=T, **head
+        hidden_ND.detach()[rows], head.weight_VD.detach(), token_ids=teacher.token_ids[rows], temperature=T, **head.options
     ).sampled
     assert log_q_n is not None, "token_ids were given"
     advantages_N, floored = sampled_advantages(teacher)
@@ -161,7 +157,7 @@ def policy_gradient_loss(
     zeros_N = log_q_n.new_zeros(len(valid_N))
     out = linear_distill(
         hidden_ND,
-        weight_VD,
+        head.weight_VD,
         SampledTeacher(
             token_ids=teacher.token_ids,
             behavior_logprobs=zeros_N.index_copy(0, rows, log_q_n),
@@ -173,7 +169,7 @@ def policy_gradient_loss(
         temperature=T,
         t2_scaling=t2_scaling,
         **weights,
-        **head,
+        **head.options,
     )
     kd_N = zeros_N.index_copy(0, rows, wanted.value * (T**2 if t2_scaling else 1.0))
     tokens = max(1, len(rows)) if normalizer is None else normalizer[1] or 1.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bbopd.output_head import OutputHead
 from bbopd.reference_math import compute_dtype, without_autocast
 
 __all__ = ["rank_distances"]
@@ -19,15 +20,11 @@ _CHUNK_BYTES = 128 * 2**20
 
 def rank_distances(
     hidden_nD: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     logprobs_nK: Tensor,
     log_tail_n: Tensor,
     *,
     temperature: float = 1.0,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
 ) -> Tensor:
     """``sum_k |q_(k) - p_(k)| + |q_tail - p_tail|`` of each row, [n], differentiable once by hidden, weight and bias.
 
@@ -38,8 +35,8 @@ def rank_distances(
     ----------
     logprobs_nK, log_tail_n : the teacher's largest at ``temperature``, in descending order, and the logarithm of the rest; -inf is none.
     """
-    kept = weight_VD.shape[0] if vocab_size is None else vocab_size
-    weight_VD, bias = weight_VD[:kept], None if bias is None else bias[:kept]
+    kept = head.weight_VD.shape[0] if head.vocab_size is None else head.vocab_size
+    weight_VD, bias = head.weight_VD[:kept], None if head.bias is None else head.bias[:kept]
     dtype = compute_dtype(hidden_nD, weight_VD)
     rows = max(1, _CHUNK_BYTES // (dtype.itemsize * kept))
 
@@ -48,9 +45,9 @@ def rank_distances(
             z_cV = hidden_cD.to(dtype) @ weight_VD.to(dtype).T
         if bias is not None:
             z_cV = z_cV + bias
-        z_cV = logit_scale * z_cV
-        if logit_softcap is not None:
-            z_cV = logit_softcap * torch.tanh(z_cV / logit_softcap)
+        z_cV = head.logit_scale * z_cV
+        if head.logit_softcap is not None:
+            z_cV = head.logit_softcap * torch.tanh(z_cV / head.logit_softcap)
         log_q_cV = torch.log_softmax(z_cV / temperature, dim=1)
         K = min(p_cK.shape[1], kept)
         largest = log_q_cV.topk(K, dim=1)

@@ -9,7 +9,6 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``n`` those
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from bbopd.objectives.base import check_offer
 from bbopd.objectives.policy_gradient import policy_gradient_loss, sampled_advantages
 from bbopd.objectives.token_level import NEEDS
 from bbopd.ops import linear_distill
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, DistillLoss, FullTeacher, Level, SampledTeacher, SignalSpec, TeacherInfo
 
 _BLOCK_BYTES = 2**26  # of float32 logits that are summed at once
@@ -57,30 +57,23 @@ class SampledKL:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
-        head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap, "vocab_size": vocab_size}
-        sampled, more = self._credit(hidden_ND, weight_VD, batch, head)
+        sampled, more = self._credit(hidden_ND, head, batch)
         out = policy_gradient_loss(
-            hidden_ND, weight_VD, batch, sampled, clip=self.config.clip_range, t2_scaling=self.config.t2_scaling, ce_weight=ce_weight,
-            kd_weight=kd_weight, normalizer=normalizer, **head,
+            hidden_ND, head, batch, sampled, clip=self.config.clip_range, t2_scaling=self.config.t2_scaling, ce_weight=ce_weight,
+            kd_weight=kd_weight, normalizer=normalizer,
         )  # fmt: skip
         return replace(out, metrics={**out.metrics, **more})
 
-    def _credit(
-        self, hidden_ND: Tensor, weight_VD: Tensor, batch: DistillBatch, head: dict[str, Any]
-    ) -> tuple[SampledTeacher | None, dict[str, Tensor]]:
+    def _credit(self, hidden_ND: Tensor, head: OutputHead, batch: DistillBatch) -> tuple[SampledTeacher | None, dict[str, Tensor]]:
         """The sampled tokens with the advantage of each, and what to tell of them."""
-        sampled = sampled_tokens(batch, self.config.temperature, head["vocab_size"])
+        sampled = sampled_tokens(batch, self.config.temperature, head.vocab_size)
         if sampled is None:
             return None, {}
         assert sampled.valid is not None
@@ -89,17 +82,17 @@ class SampledKL:
         more = {"sampled_kl": -own_N.sum() / sampled.valid.sum().clamp(min=1), "floored": floored}
         advantages_N = reward_to_go(own_N, sequences_of(batch), self.config.discount)
         if self.config.baseline == "kl":
-            kl_N = self._kl(hidden_ND, weight_VD, batch, head)
+            kl_N = self._kl(hidden_ND, head, batch)
             more["baseline_kl"] = torch.where(sampled.valid, kl_N, 0.0).sum() / sampled.valid.sum().clamp(min=1)
             advantages_N = advantages_N + kl_N
         return replace(sampled, logprobs=None, advantages=advantages_N), more
 
     @torch.no_grad()
-    def _kl(self, hidden_ND: Tensor, weight_VD: Tensor, batch: DistillBatch, head: dict[str, Any]) -> Tensor:
+    def _kl(self, hidden_ND: Tensor, head: OutputHead, batch: DistillBatch) -> Tensor:
         """KL(q‖p) at each row [N], of the student as it is now: minus what a sampled token's advantage is on average."""
         return linear_distill(
-            hidden_ND.detach(), weight_VD.detach(), batch.teacher, temperature=self.config.temperature, divergence="reverse_kl",
-            kd_weight=1.0, t2_scaling=False, **head,
+            hidden_ND.detach(), head.weight_VD.detach(), batch.teacher, temperature=self.config.temperature, divergence="reverse_kl",
+            kd_weight=1.0, t2_scaling=False, **head.options,
         ).kd  # fmt: skip
 
 

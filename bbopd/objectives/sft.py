@@ -12,6 +12,7 @@ from torch import Tensor
 from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.objectives.base import check_offer, check_student
 from bbopd.ops import linear_distill
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
 
 
@@ -39,29 +40,22 @@ class Sft:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
-        check_student(hidden_ND, weight_VD)
+        check_student(hidden_ND, head)
         return linear_distill(
             hidden_ND,
-            weight_VD,
+            head.weight_VD,
             None,
             batch.labels,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
+            **head.options,
             token_weight=batch.token_weight,
             normalizer=normalizer,
         )

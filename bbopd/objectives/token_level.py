@@ -5,9 +5,8 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError
 from bbopd.objectives.base import OF_LEVEL, SIGNALS, check_offer, check_student
 from bbopd.ops import linear_distill, linear_logprobs
+from bbopd.output_head import OutputHead
 from bbopd.reference_math import divergence_shares
 from bbopd.types import CandidateTeacher, DistillBatch, DistillLoss, Divergence, Level, SignalSpec, TeacherInfo, TopKTeacher
 
@@ -68,23 +68,18 @@ class TokenLevel:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
-        check_student(hidden_ND, weight_VD)
+        check_student(hidden_ND, head)
         config = self.config
-        head: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap, "vocab_size": vocab_size}
         out = linear_distill(
             hidden_ND,
-            weight_VD,
+            head.weight_VD,
             batch.teacher,
             batch.labels,
             temperature=config.temperature,
@@ -96,25 +91,24 @@ class TokenLevel:
             t2_scaling=config.t2_scaling,
             token_weight=batch.token_weight,
             normalizer=normalizer,
-            **head,
+            **head.options,
         )
         if not isinstance(batch.teacher, TopKTeacher | CandidateTeacher):
             return out
         kd_N = out.kd / (config.temperature**2 if config.t2_scaling else 1.0)
-        share = tail_share(hidden_ND, weight_VD, batch.teacher, kd_N, cast("Divergence", config.name), config.beta, config.skew, head)
+        share = tail_share(hidden_ND, head, batch.teacher, kd_N, cast("Divergence", config.name), config.beta, config.skew)
         return replace(out, metrics={**out.metrics, "tail_share": share})
 
 
 @torch.no_grad()
 def tail_share(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     teacher: TopKTeacher | CandidateTeacher,
     kd_N: Tensor,
     name: Divergence,
     beta: float,
     skew: float,
-    head: Mapping[str, Any],
 ) -> Tensor:
     """How large a share of the divergences ``kd_N`` is that of the tail buckets, where only the total is learned; a scalar in 0..1.
 
@@ -124,7 +118,9 @@ def tail_share(
         name = "forward_kl" if beta == 0.0 else "reverse_kl"
     rows = slice(0, _TAIL_TOKENS)
     ids_nK = teacher.ids[rows]
-    found = linear_logprobs(hidden_ND.detach()[rows], weight_VD.detach(), candidate_ids=ids_nK, temperature=teacher.temperature, **head)
+    found = linear_logprobs(
+        hidden_ND.detach()[rows], head.weight_VD.detach(), candidate_ids=ids_nK, temperature=teacher.temperature, **head.options
+    )
     assert found.candidates_log_tail is not None, "candidate_ids were given"
     log_q_n1 = found.candidates_log_tail[:, None]
     log_p_nC = torch.cat([teacher.logprobs[rows].masked_fill(ids_nK < 0, -torch.inf), teacher.log_tail[rows, None]], 1).to(log_q_n1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives.policy_gradient import policy_gradient_loss
+from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec, TeacherInfo
 
 
@@ -47,29 +48,21 @@ class Verbal:
     def loss(
         self,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
+        head: OutputHead,
         batch: DistillBatch,
         *,
         ce_weight: float,
         kd_weight: float,
         normalizer: tuple[float, float] | None,
-        bias: Tensor | None = None,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        vocab_size: int | None = None,
     ) -> DistillLoss:
         assert batch.teacher is None or isinstance(batch.teacher, SampledTeacher), "grades become advantages"
         return policy_gradient_loss(
             hidden_ND,
-            weight_VD,
+            head,
             batch,
             batch.teacher,
             clip=self.config.clip_range,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
             normalizer=normalizer,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
         )

@@ -30,12 +30,12 @@ def grades(judge: Judge) -> Scores:
 
 def student_logprob(model: PreTrainedModel, *, compute_dtype: torch.dtype, vocab_size: int | None) -> Scores:
     """The mean logprob of a token at temperature 1, by the student as it is when it first meets the prompt."""
-    head = output_head(model)
+    head = output_head(model, vocab_size)
 
     async def scores(answers: Sequence[Answer]) -> Sequence[float | None]:
         found: list[float] = []
         for answer in answers:
-            logprobs = response_logprobs(model, head, [answer.rollout], compute_dtype=compute_dtype, vocab_size=vocab_size)
+            logprobs = response_logprobs(model, head, [answer.rollout], compute_dtype=compute_dtype)
             found.append(float(logprobs.mean()))
             await asyncio.sleep(0)  # others get a turn
         return found

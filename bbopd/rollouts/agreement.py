@@ -44,11 +44,10 @@ class AgreementCheck:
         self, model: PreTrainedModel, *, compute_dtype: torch.dtype, tokens: int, limit: float | None = None, vocab_size: int | None = None
     ) -> None:
         self._model = model
-        self._head = output_head(model)
+        self._head = output_head(model, vocab_size)
         self._dtype = compute_dtype
         self._tokens = tokens
         self._limit = limit
-        self._vocab_size = vocab_size
 
     def __call__(self, rollouts: Iterable[Rollout], version: int) -> Mapping[str, float]:
         """Figures for the run's metrics, from rollouts of ``version`` (the weights that the model has now); none where there are none.
@@ -84,7 +83,7 @@ class AgreementCheck:
         return figures
 
     def _score(self, rollouts: list[Rollout]) -> np.ndarray:
-        return response_logprobs(self._model, self._head, rollouts, compute_dtype=self._dtype, vocab_size=self._vocab_size)
+        return response_logprobs(self._model, self._head, rollouts, compute_dtype=self._dtype)
 
     def _choose(self, rollouts: Iterable[Rollout], version: int) -> list[Rollout]:
         chosen: list[Rollout] = []

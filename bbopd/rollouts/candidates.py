@@ -34,7 +34,7 @@ class CandidateChooser:
 
     def __init__(self, model: PreTrainedModel, *, count: int, compute_dtype: torch.dtype, vocab_size: int) -> None:
         self._model = model
-        self._head = output_head(model).without_padding(vocab_size)
+        self._head = output_head(model, vocab_size).without_padding()
         self._count, self._dtype = min(count, vocab_size), compute_dtype
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:

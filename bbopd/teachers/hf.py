@@ -9,7 +9,7 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class HFBackend:
         head = output_head(model)
         self._rows = head.weight_VD.shape[0]
         vocab_size = used_vocabulary(tokenizer, self._rows) if tokenizer is not None else self._rows
-        self._head = head.without_padding(vocab_size)
+        self._head = replace(head, vocab_size=vocab_size).without_padding()
         self._end_ids = _end_of_sequence(model, tokenizer)
         limits = [limit for limit in (max_sequence_tokens, max_positions(model)) if limit]
         self.info = TeacherInfo(
@@ -143,9 +143,7 @@ class HFBackend:
             top_k=min(want.top_k, self.info.vocab_size) if want.level == "topk" else 0,
             candidate_ids=self._candidates(rollouts) if want.level == "candidates" else None,
             temperature=want.temperature,
-            bias=self._head.bias,
-            logit_scale=self._head.logit_scale,
-            logit_softcap=self._head.logit_softcap,
+            **self._head.options,
         )
         sampled = _array(found.sampled)
         if want.level == "sampled":

@@ -30,16 +30,15 @@ class ReferencePolicy:
     ) -> None:
         self._model = copy.deepcopy(student).eval().requires_grad_(False)
         self._model.gradient_checkpointing_disable()
-        self._head = output_head(self._model)
+        self._head = output_head(self._model, vocab_size)
         self._compute_dtype = compute_dtype
-        self._vocab_size = vocab_size
         self._micro_batch_tokens = micro_batch_tokens
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """For each of ``rollouts`` [L] float32: of its tokens, at its temperature of sampling."""
         found: list[np.ndarray] = []
         for batch in _in_batches(rollouts, self._micro_batch_tokens):
-            scored_N = response_logprobs(self._model, self._head, batch, compute_dtype=self._compute_dtype, vocab_size=self._vocab_size)
+            scored_N = response_logprobs(self._model, self._head, batch, compute_dtype=self._compute_dtype)
             found += np.split(scored_N, np.cumsum([len(rollout) for rollout in batch])[:-1])
         return found
 

@@ -101,9 +101,8 @@ class Trainer:
         self.objective_config = objective_config
         self.planned_steps = planned_steps
         self.compute_dtype = compute_dtype
-        self.vocab_size = vocab_size
         self.optimizer = build_optimizer(model, train)
-        self.head = output_head(model)
+        self.head = output_head(model, vocab_size)
         self.steps_done = 0
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,15 +196,11 @@ class Trainer:
                 hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
                 result = self._objective_now().loss(
                     hidden_PD[batch.target_rows].to(self.compute_dtype),  # as autocast would: with float32, products would be float32
-                    self.head.weight_VD.to(self.compute_dtype),  # the gradient reaches the float32 master
+                    self.head.to(self.compute_dtype),
                     batch,
                     ce_weight=ce_weight,
                     kd_weight=kd_weight,
                     normalizer=normalizer,
-                    bias=self.head.bias,
-                    logit_scale=self.head.logit_scale,
-                    logit_softcap=self.head.logit_softcap,
-                    vocab_size=self.vocab_size,
                 )
             result.loss.backward()
         return result
