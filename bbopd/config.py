@@ -191,6 +191,11 @@ class RunConfig(Section):
             raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
         if objective.name == "policy_gradient":
             self._samples_as_the_objective_says()
+            if objective.baseline == "kl" and self.teacher.signal == "sampled":
+                raise ValueError(
+                    "objective.baseline kl with teacher.signal sampled: the baseline is a KL, which takes more than one logprob a token; "
+                    "set teacher.signal=full or candidates, teacher.topk, or objective.baseline=none"
+                )
         if objective.name == "aligned":
             self._tokenizers_fit()
         elif self.teacher.tokenizer is not None and not self.teacher.is_api:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.objectives.rank import rank_distances
 from bbopd.output_head import OutputHead
 from bbopd.types import DistillBatch, Offer, SampledTeacher, SpanTeacher, TeacherInfo, TopKTeacher
@@ -167,9 +167,9 @@ def test_a_span_as_one_event_reaches_its_reverse_kl_in_expectation():
 
 def test_which_teachers_it_takes():
     objective = make_objective(ObjectiveConfig(name="aligned", temperature=1.0))
-    with pytest.raises(ConfigError, match=r"cannot use teacher.signal full: set teacher.topk"):
-        objective.signal(TeacherConfig(serve=ServeConfig(model="tiny")))
-    want = objective.signal(TeacherConfig(serve=ServeConfig(model="tiny"), topk=8))
+    with pytest.raises(ConfigError, match=r"aligned cannot use teacher.signal full: set teacher.signal to topk"):
+        signal_for(objective, TeacherConfig(serve=ServeConfig(model="tiny")))
+    want = signal_for(objective, TeacherConfig(serve=ServeConfig(model="tiny"), topk=8))
     assert (want.level, want.top_k, want.temperature) == ("topk", 8, 1.0)
     with pytest.raises(TeacherError, match=r"aligned asks for the topk signal, but teacher tiny offers text"):
-        objective.check(TeacherInfo("tiny", 9, (Offer("text"),)), want)
+        check_offer(objective, TeacherInfo("tiny", 9, (Offer("text"),)), want)

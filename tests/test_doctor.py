@@ -65,7 +65,7 @@ def test_a_good_run_passes_every_check(findings, case):
     [
         ("tokenizer", "vocabulary", ["not the same ones", "2 differ", "259 is 'ou' there and 'th' here"]),
         ("too_long", "room", ["takes 24", "lower rollouts.max_new_tokens", "151 of 151 prompts"]),
-        ("not_offered", "signal", ["offers topk, sampled, text", "objective that fits"]),
+        ("not_offered", "signal", ["offers topk, sampled, text", "what fits: topk for forward_kl"]),
         ("temperature", "configuration", ["objective.temperature=1", "teacher.signal=full"]),
         ("nobody", "teacher", ["grpc://127.0.0.1:9", "bbopd serve"]),
         ("replicas", "determinism", ["replicas of teacher differ", "max_replica_difference is 0.05"]),

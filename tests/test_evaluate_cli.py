@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import math
 import socket
-import threading
-from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,8 @@ import torch
 from bbopd.cli import eval as command
 from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError, DataError, TeacherError
-from bbopd.rpc.server import RunningServer, start_server
 from bbopd.teachers.hf import HFBackend
+from tests.serving import serving
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 TEXT = ["The naïve thing: 日本語 in the café, and then the end of it all. " * 3, "Another document begins here 🙂, and it ends there. " * 4]
@@ -127,31 +123,9 @@ def test_what_cannot_be_measured_is_said(models: dict[str, Path], text: Path, tm
         evaluate(models["student"], "--text", questions, "--window", 8, *SIZES)
 
 
-@contextlib.contextmanager
-def serving(model: Path, count: int) -> Iterator[list[RunningServer]]:
-    """Replicas of a teacher, served by another thread's event loop."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def wait_for(work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
-
-    backend = HFBackend.from_config(ServeConfig(model=str(model), dtype="float32"))
-    servers = [wait_for(start_server(backend)) for _ in range(count)]
-    try:
-        yield servers
-    finally:
-        for server in servers:
-            wait_for(server.stop(0.2))
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 def test_agreement_with_replicas_of_a_served_teacher(models: dict[str, Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = as_json(capsys, models["student"], "--text", text, "--teacher-model", models["teacher"])
-    with serving(models["teacher"], 2) as servers:
+    with serving(HFBackend.from_config(ServeConfig(model=str(models["teacher"]), dtype="float32")), 2) as servers:
         targets = [argument for server in servers for argument in ("--teacher", server.target)]
         served = as_json(capsys, models["student"], "--text", text, *targets)
         unused = free_port()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, RunConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.objectives.bradley_terry import PairScores, bradley_terry_gradient
 from bbopd.objectives.group_advantages import group_advantages
 from bbopd.objectives.policy_gradient import surrogate
@@ -242,8 +242,8 @@ def test_what_cannot_be_is_refused(sections, said):
 
 def test_a_teacher_that_does_not_write_is_refused():
     objective = make_objective(GAD)
-    assert objective.signal(TeacherConfig(target="grpc://localhost:1", signal="text")) == SignalSpec("text", temperature=TEMPERATURE)
-    with pytest.raises(ConfigError, match=r"gad learns from what the teacher writes.*teacher.signal=text"):
-        objective.signal(TeacherConfig(target="grpc://localhost:1"))
-    with pytest.raises(TeacherError, match=r"gad learns.*offers full"):
-        objective.check(TeacherInfo("t", 9, (Offer("full"),)), SignalSpec("text"))
+    assert signal_for(objective, TeacherConfig(target="grpc://localhost:1", signal="text")) == SignalSpec("text", temperature=TEMPERATURE)
+    with pytest.raises(ConfigError, match=r"gad cannot use teacher.signal full: set teacher.signal to text"):
+        signal_for(objective, TeacherConfig(target="grpc://localhost:1"))
+    with pytest.raises(TeacherError, match=r"gad asks for the text signal.*offers full"):
+        check_offer(objective, TeacherInfo("t", 9, (Offer("full"),)), SignalSpec("text"))

@@ -13,7 +13,7 @@ from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.rejected import RejectedLog
 from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
-from bbopd.objectives import make_objective
+from bbopd.objectives import make_objective, signal_for
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.loop import Loop
@@ -120,7 +120,7 @@ class Rig:
             prompts=PromptStream(prompts(), config.train.seed),
             gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
-            want=objective.signal(config.teacher),
+            want=signal_for(objective, config.teacher),
             save=save,
             sleep=getattr(self.engine, "sleep", None),
             overlaps=executor is not None,

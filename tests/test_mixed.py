@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from bbopd.config import ServeConfig, TeacherConfig, TrainConfig
 from bbopd.config_objective import ObjectiveConfig, value_at
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.output_head import OutputHead
 from bbopd.trainer import Trainer
 from bbopd.types import IGNORE_INDEX, DistillBatch, Offer, SignalSpec, TeacherInfo
@@ -143,13 +143,13 @@ def test_a_teacher_must_serve_both_sides():
     served = {"serve": ServeConfig(model="tiny")}
     objective = make_objective(mixed())
     assert objective.needs == ("full", "candidates", "topk")
-    assert objective.signal(TeacherConfig(signal="candidates", topk=8, **served)) == SignalSpec("candidates", 1.0)
+    assert signal_for(objective, TeacherConfig(signal="candidates", topk=8, **served)) == SignalSpec("candidates", 1.0)
     other = make_objective(mixed(labelled={"name": "forward_kl"}, rollouts={"name": "reverse_kl"}))
     assert other.needs == ("full",)
-    with pytest.raises(ConfigError, match=r"reverse_kl cannot use teacher\.signal topk"):
-        other.signal(TeacherConfig(topk=8, **served))
-    with pytest.raises(ConfigError, match=r"forward_kl cannot use teacher\.signal candidates"):
-        other.signal(TeacherConfig(signal="candidates", **served))
+    with pytest.raises(ConfigError, match=r"mixed cannot use teacher\.signal topk: set teacher\.signal to full"):
+        signal_for(other, TeacherConfig(topk=8, **served))
+    with pytest.raises(ConfigError, match=r"mixed cannot use teacher\.signal candidates"):
+        signal_for(other, TeacherConfig(signal="candidates", **served))
     info = TeacherInfo("tiny", 9, (Offer("topk", 8),))
     with pytest.raises(TeacherError, match="asks for the full signal"):
-        other.check(info, SignalSpec("full"))
+        check_offer(other, info, SignalSpec("full"))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from bbopd.config import RunConfig
 from bbopd.config_file import load_config
 from bbopd.errors import TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import make_objective, signal_for
 from bbopd.pipeline.teacher import writing_teacher
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
@@ -147,5 +147,5 @@ def test_the_example_of_a_mixed_run_is_a_configuration():
     assert config.teacher_writes
     assert config.candidates == 64
     assert [config.rollouts_at(progress) for progress in (0.0, 1.0)] == [4, 12]
-    assert make_objective(config.objective).signal(config.teacher) == SignalSpec("candidates", 1.0)
+    assert signal_for(make_objective(config.objective), config.teacher) == SignalSpec("candidates", 1.0)
     assert RunConfig.model_validate(config.model_dump()) == config, "as a run's own record of it is read back"

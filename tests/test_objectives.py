@@ -10,7 +10,7 @@ import torch
 
 from bbopd.config import ObjectiveConfig, ServeConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError, TrainingError
-from bbopd.objectives import OBJECTIVES, make_objective
+from bbopd.objectives import OBJECTIVES, check_offer, make_objective, signal_for
 from bbopd.output_head import OutputHead
 from bbopd.types import DIVERGENCES, DistillBatch, FullTeacher, Offer, OpTeacher, SignalSpec, TeacherInfo
 from tests.distill_oracle import bucket, compare, draw, logits_of, make_teacher, oracle
@@ -71,7 +71,7 @@ def test_sft_looks_at_labels_alone() -> None:
     out = make_objective(ObjectiveConfig(name="sft")).loss(hidden, OutputHead(weight), batch, ce_weight=1.0, kd_weight=1.0, normalizer=None)
     theirs, _, _ = oracle(logits_of(hidden, weight), None, labels, token_weight=batch.token_weight, ce_weight=1.0)
     compare(out.loss, theirs, (hidden, weight), 1e-10)
-    assert make_objective(ObjectiveConfig(name="sft")).signal(served()) is None
+    assert signal_for(make_objective(ObjectiveConfig(name="sft")), served()) is None
 
 
 def test_a_batch_without_a_teacher_is_plain_cross_entropy() -> None:
@@ -84,8 +84,8 @@ def test_a_batch_without_a_teacher_is_plain_cross_entropy() -> None:
 
 def test_signal_asks_for_raw_logits_or_for_ids_at_the_temperature() -> None:
     objective = make_objective(ObjectiveConfig(temperature=2.0))
-    assert objective.signal(served()) == SignalSpec(level="full", temperature=1.0)
-    assert objective.signal(served(topk=32)) == SignalSpec(level="topk", temperature=2.0, top_k=32)
+    assert signal_for(objective, served()) == SignalSpec(level="full", temperature=1.0)
+    assert signal_for(objective, served(topk=32)) == SignalSpec(level="topk", temperature=2.0, top_k=32)
 
 
 def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
@@ -93,7 +93,7 @@ def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
         ConfigError,
         match=r"reverse_kl cannot use teacher.signal topk: set teacher.signal to full or candidates, or objective.name to forward_kl",
     ):
-        make_objective(ObjectiveConfig(name="reverse_kl")).signal(served(topk=32))
+        signal_for(make_objective(ObjectiveConfig(name="reverse_kl")), served(topk=32))
 
 
 @pytest.mark.parametrize(
@@ -103,29 +103,29 @@ def test_reverse_kl_refuses_the_teachers_own_ids() -> None:
             "forward_kl",
             Offer("sampled"),
             SignalSpec("full"),
-            "asks for the full signal, but teacher tiny offers sampled.*fits: policy_gradient \\(with",
+            "asks for the full signal, but teacher tiny offers sampled.*fits: sampled for policy_gradient",
         ),
         (
             "forward_kl",
             Offer("topk", 64),
             SignalSpec("full"),
-            "teacher tiny offers topk.*fits: forward_kl, jsd, skew_forward_kl, skew_reve",
+            "teacher tiny offers topk.*fits: topk for forward_kl, jsd, skew_forward_kl, skew_reve",
         ),
-        ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "an objective that fits: seqkd"),
+        ("forward_kl", Offer("text"), SignalSpec("topk", 1.0, 8), "what fits: text for seqkd"),
         ("forward_kl", Offer("topk", 64), SignalSpec("topk", 2.0, 8), "temperature 2.0, but teacher tiny applies 1.0 to 1.0"),
         ("jsd", Offer("topk", 20), SignalSpec("topk", 1.0, 64), "top 64 ids a token, but teacher tiny gives at most 20"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(name: str, offer: Offer, want: SignalSpec, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
-        make_objective(ObjectiveConfig(name=name)).check(teacher_of(offer), want)
+        check_offer(make_objective(ObjectiveConfig(name=name)), teacher_of(offer), want)
 
 
 def test_a_teacher_that_fits_is_taken() -> None:
     objective = make_objective(ObjectiveConfig(temperature=2.0))
     offers = (Offer("full"), Offer("topk", 64, 0.5, 4.0))
     for config in (served(), served(topk=64)):
-        objective.check(teacher_of(*offers), objective.signal(config))
+        check_offer(objective, teacher_of(*offers), signal_for(objective, config))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

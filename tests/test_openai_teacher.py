@@ -13,7 +13,7 @@ import pytest
 
 from bbopd.config import ApiConfig, ClientTlsConfig, ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective
 from bbopd.teachers.budget import Budget
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.openai import OpenAITeacher
@@ -77,11 +77,11 @@ async def test_what_it_offers_is_found_out():
         assert teacher.info.max_sequence_tokens == 4095
         objective = make_objective(ObjectiveConfig(name="forward_kl", temperature=1.0))
         with pytest.raises(TeacherError, match=r"asks for the top 64 ids a token, .* gives at most 5: set teacher.topk=5"):
-            objective.check(teacher.info, SignalSpec("topk", top_k=64))
+            check_offer(objective, teacher.info, SignalSpec("topk", top_k=64))
         with pytest.raises(TeacherError, match=r"asks for temperature 2.0, .* applies 1.0 to 1.0"):
-            objective.check(teacher.info, SignalSpec("topk", 2.0, 5))
-        with pytest.raises(TeacherError, match=r"offers topk, sampled, text: .* an objective that fits: forward_kl, jsd"):
-            objective.check(teacher.info, SignalSpec("full"))
+            check_offer(objective, teacher.info, SignalSpec("topk", 2.0, 5))
+        with pytest.raises(TeacherError, match=r"offers topk, sampled, text: .* what fits: topk for forward_kl, jsd"):
+            check_offer(objective, teacher.info, SignalSpec("full"))
 
 
 @pytest.mark.parametrize("largest", [0, 1, 3, 6, 19, 20, 33, 64])

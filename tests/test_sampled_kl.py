@@ -18,7 +18,7 @@ from torch import Tensor
 from bbopd.config import ObjectiveConfig, RunConfig, ServeConfig, TeacherConfig
 from bbopd.data.assemble import assemble
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.objectives.sampled_kl import reward_to_go, sampled_tokens
 from bbopd.output_head import OutputHead
 from bbopd.types import (
@@ -294,25 +294,23 @@ def served(**options: object) -> TeacherConfig:
 
 def test_it_asks_about_rollouts_alone() -> None:
     objective = make_objective(config(temperature=0.7))
-    assert objective.signal(served(signal="sampled")) == SignalSpec("sampled", 0.7, rollouts_only=True)
-    assert objective.signal(served(signal="full")) == SignalSpec("full", rollouts_only=True)
-    assert objective.signal(served(topk=8)) == SignalSpec("topk", 0.7, 8, rollouts_only=True)
+    assert signal_for(objective, served(signal="sampled")) == SignalSpec("sampled", 0.7, rollouts_only=True)
+    assert signal_for(objective, served(signal="full")) == SignalSpec("full", rollouts_only=True)
+    assert signal_for(objective, served(topk=8)) == SignalSpec("topk", 0.7, 8, rollouts_only=True)
 
 
 def test_pairs_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"baseline kl, which needs more than the sampled token's logprob.*signal to full or candidates or topk"
-    ):
-        make_objective(config(baseline="kl")).signal(served(signal="sampled"))
+    with pytest.raises(ConfigError, match=r"policy_gradient cannot use teacher.signal sampled: .*signal to full or candidates or topk"):
+        signal_for(make_objective(config(baseline="kl")), served(signal="sampled"))
     with pytest.raises(ConfigError, match=r"reverse_kl cannot use teacher.signal sampled: .*objective.name to policy_gradient"):
-        make_objective(ObjectiveConfig(name="reverse_kl")).signal(served(signal="sampled"))
+        signal_for(make_objective(ObjectiveConfig(name="reverse_kl")), served(signal="sampled"))
     want, text_only = SignalSpec("sampled", 1.0), TeacherInfo("tiny", 9, (Offer("full"),))
     with pytest.raises(
-        TeacherError, match=r"policy_gradient asks for the sampled signal, but teacher tiny offers full.*fits: .*policy_gradient"
+        TeacherError, match=r"policy_gradient asks for the sampled signal, but teacher tiny offers full.*fits: full for .*policy_gradient"
     ):
-        make_objective(config()).check(text_only, want)
-    with pytest.raises(TeacherError, match=r"forward_kl asks for the full signal.*that fits: policy_gradient .with teacher.signal=sampled"):
-        make_objective(ObjectiveConfig()).check(TeacherInfo("tiny", 9, (Offer("sampled"),)), SignalSpec("full"))
+        check_offer(make_objective(config()), text_only, want)
+    with pytest.raises(TeacherError, match=r"forward_kl asks for the full signal.*what fits: sampled for policy_gradient$"):
+        check_offer(make_objective(ObjectiveConfig()), TeacherInfo("tiny", 9, (Offer("sampled"),)), SignalSpec("full"))
 
 
 @pytest.mark.parametrize(
@@ -323,6 +321,7 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         ("rollouts", {"temperature": 0.8}, "objective.temperature 1.0 with rollouts.temperature 0.8.*set both to the same"),
         ("objective", {"temperature": 2.0}, "objective.temperature 2.0 with rollouts.temperature 1.0"),
         ("rollouts", {"on_policy_fraction": 0.0}, "learns from rollouts alone: set rollouts.on_policy_fraction above 0"),
+        ("objective", {"baseline": "kl"}, "objective.baseline kl with teacher.signal sampled.*set teacher.signal=full"),
         ("objective", {"clip": 1.5}, "clip"),
         ("objective", {"discount": 1.1}, "discount"),
     ],

@@ -14,7 +14,7 @@ from bbopd.data.assemble import assemble
 from bbopd.data.streams import each
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_tokenizer
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.rpc.codec import decode_completion, decode_prompt, encode_completion, encode_prompt
 from bbopd.rpc.limits import RefusedError
@@ -203,14 +203,14 @@ def test_what_cannot_be_is_refused_before_anything_is_opened():
             {"student": {"model": "x"}, "teacher": {"target": "grpc://localhost:1", "signal": "text"}} | {"objective": {"name": "seqkd"}}
         )
     objective = make_objective(ObjectiveConfig(name="seqkd"))
-    with pytest.raises(ConfigError, match=r"teacher.signal=text"):
-        objective.signal(TeacherConfig(target="grpc://localhost:1"))
+    with pytest.raises(ConfigError, match=r"teacher.signal to text"):
+        signal_for(objective, TeacherConfig(target="grpc://localhost:1"))
     with pytest.raises(TeacherError, match="offers full"):
-        objective.check(TeacherInfo("t", 9, (Offer("full"),)), TEXT)
+        check_offer(objective, TeacherInfo("t", 9, (Offer("full"),)), TEXT)
     with pytest.raises(ConfigError, match=r"objective.name to seqkd"):
-        make_objective(ObjectiveConfig()).signal(TeacherConfig(target="grpc://localhost:1", signal="text"))
-    with pytest.raises(TeacherError, match=r"seqkd \(with teacher.signal=text\)"):
-        make_objective(ObjectiveConfig()).check(TeacherInfo("t", 9, (Offer("text"),)), SignalSpec("full"))
+        signal_for(make_objective(ObjectiveConfig()), TeacherConfig(target="grpc://localhost:1", signal="text"))
+    with pytest.raises(TeacherError, match=r"text for seqkd, verbal, gad$"):
+        check_offer(make_objective(ObjectiveConfig()), TeacherInfo("t", 9, (Offer("text"),)), SignalSpec("full"))
 
 
 async def test_the_doctor_looks_over_a_run_on_text(tmp_path, monkeypatch):

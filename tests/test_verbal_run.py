@@ -15,7 +15,7 @@ from bbopd.config import ObjectiveConfig, RunConfig, TeacherConfig
 from bbopd.doctor.examine import examine_run
 from bbopd.doctor.findings import Finding
 from bbopd.errors import BudgetSpentError, ConfigError, TeacherError
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.teachers.hf import HFBackend
 from bbopd.types import Offer, SignalSpec, TeacherInfo
 from tests.openai_server import OpenAIServer
@@ -178,9 +178,9 @@ def test_what_cannot_be_is_refused_before_anything_is_opened(tmp_path: Path, sec
 def test_the_objective_wants_a_teacher_that_writes() -> None:
     objective = make_objective(ObjectiveConfig(name="verbal", temperature=0.8))
     assert objective.needs == ("text",)
-    want = objective.signal(TeacherConfig(target="grpc://localhost:1", signal="text"))
+    want = signal_for(objective, TeacherConfig(target="grpc://localhost:1", signal="text"))
     assert want == SignalSpec("text", temperature=0.8)
-    with pytest.raises(ConfigError, match=r"teacher.signal=text"):
-        objective.signal(TeacherConfig(target="grpc://localhost:1"))
+    with pytest.raises(ConfigError, match=r"teacher.signal to text"):
+        signal_for(objective, TeacherConfig(target="grpc://localhost:1"))
     with pytest.raises(TeacherError, match="offers full"):
-        objective.check(TeacherInfo("t", 9, (Offer("full"),)), want)
+        check_offer(objective, TeacherInfo("t", 9, (Offer("full"),)), want)

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, demo, distill, doctor, eval, sample_server, serve
+from bbopd.cli import cache, check_teacher, demo, distill, doctor, eval, objectives, sample_server, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
     "distill": (distill, "run a distillation from a YAML file"),
     "doctor": (doctor, "check a run before it spends anything, and say what it will take"),
+    "objectives": (objectives, "say what each objective needs, computes and costs, and which ones a teacher can serve"),
     "serve": (serve, "host a teacher over gRPC"),
     "sample-server": (sample_server, "host vLLM for runs on other machines, which push their weights into it"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, assemble, rollout_of, split_into_steps
 from bbopd.data.prompts import PromptSet
@@ -28,17 +26,16 @@ from bbopd.pipeline.student import end_of_answer_ids
 from bbopd.pipeline.teacher import text_teacher, writing_teacher
 from bbopd.pipeline.texts import place_for_label
 from bbopd.rollouts.hf import HFEngine
-from bbopd.rpc.answers import answer_bytes
+from bbopd.rpc.answers import token_bytes
 from bbopd.teachers.grades import render
 from bbopd.trainer.checkpoint import require_space
 from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt, Rollout, Sampling, ScoredRollout, SignalSpec
+from bbopd.types import Rollout, Sampling, ScoredRollout, SignalSpec
 
 __all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
 
 _PROBE_SEQUENCES = 8
 _PROBE_TOKENS = 128  # of an answer
-_WRITTEN_BYTES = 8  # of a written token: its id, and its text, about
 _GIB = 2**30
 
 
@@ -77,10 +74,7 @@ def _free_bytes(path: Path) -> int:
 def _bytes_per_token(setup: SetUp) -> int:
     assert setup.teacher is not None
     assert setup.want is not None
-    if setup.want.level == "text":
-        return _WRITTEN_BYTES
-    one = Rollout("one", Prompt("one", (0,)), (0,), candidate_ids=np.zeros((1, setup.config.candidates), np.int32))
-    return answer_bytes(one, setup.want, setup.teacher.info.vocab_size)
+    return token_bytes(setup.want, setup.teacher.info.vocab_size, setup.config.candidates)
 
 
 # ------------------------------------------------------------ tokens

@@ -10,8 +10,9 @@ from bbopd.data.text_checks import text_checks
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.preflight import check_candidates
+from bbopd.pipeline.progress import Silent
 from bbopd.pipeline.student import check_positions, end_of_text, load_student
 from bbopd.pipeline.teacher import load_teacher_tokenizer, open_api, open_budget, start_teacher
 from bbopd.pipeline.texts import check_labels, read_prompts
@@ -20,15 +21,6 @@ from bbopd.types import Teacher
 __all__ = ["check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]
 
 _ANY_LENGTH = 2**31
-
-
-class _Silent:
-    """A `Progress` that nobody watches."""
-
-    def activity(self, name: str, detail: str = "") -> None: ...
-    def advance(self, metrics: object, budget: object) -> None: ...
-    def evaluated(self, result: object) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 async def check_tokenizer(setup: SetUp) -> Verdict:
@@ -119,7 +111,7 @@ async def check_teacher(setup: SetUp) -> Verdict:
     """Every replica answers, and says that it is the same teacher."""
     config = setup.config
     teacher: Teacher | None
-    teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, _Silent())
+    teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, Silent())
     if config.teacher.is_api:
         if setup.model is None or setup.tokenizer is None:
             return Verdict("skip", "an OpenAI-compatible endpoint is asked about the student's tokens: needs the student")
@@ -127,7 +119,7 @@ async def check_teacher(setup: SetUp) -> Verdict:
         theirs = load_teacher_tokenizer(config)
         rows = setup.model.get_input_embeddings().weight.shape[0]
         spoken, count = (setup.tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
-        teacher = await open_api(config.teacher, spoken, count, budget, setup.stack, _Silent())
+        teacher = await open_api(config.teacher, spoken, count, budget, setup.stack, Silent())
     if teacher is None:
         return Verdict("skip", "the run has none")
     setup.teacher = teacher
@@ -153,10 +145,10 @@ async def check_signal(setup: SetUp) -> Verdict:
     config = setup.config
     assert setup.teacher is not None
     setup.objective = make_objective(config.objective)
-    want = setup.objective.signal(config.teacher)
+    want = signal_for(setup.objective, config.teacher)
     if want is None:
         return Verdict("skip", f"objective {config.objective.name} asks no teacher")
-    setup.objective.check(setup.teacher.info, want)
+    check_offer(setup.objective, setup.teacher.info, want)
     check_candidates(setup.teacher.info, config.candidates)
     setup.want = want
     offer = setup.teacher.info.offer(want.level)

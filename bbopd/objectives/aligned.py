@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
-from bbopd.errors import ConfigError
-from bbopd.objectives.base import check_offer, check_student
+from bbopd.objectives.base import Facts, check_student
 from bbopd.objectives.rank import rank_distances
 from bbopd.ops import linear_distill
 from bbopd.output_head import OutputHead
-from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec, TeacherInfo
+from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec
 
-_NEEDS: tuple[Level, ...] = ("topk",)
+FACTS = Facts(
+    needs=("topk",),
+    computes="forward KL on tokens in common, policy gradient on longer spans of text, distance by rank where they begin",
+    source="ULD, 2402.12030; cf. GOLD in TRL",
+    teacher_work="reads each sequence once, in its own tokens",
+    student_work="the head once more on spans",
+    same_tokens=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +52,10 @@ class Aligned:
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return _NEEDS
+        return FACTS.needs
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        if teacher.signal != "topk":
-            raise ConfigError(
-                f"objective.name aligned tells the teacher's best ids under the student's, and cannot use teacher.signal {teacher.signal}: "
-                "set teacher.topk"
-            )
         return SignalSpec("topk", temperature=self.config.temperature, top_k=teacher.topk)
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        check_offer(self.name, info, want, {self.name: _NEEDS})
 
     def loss(
         self,

@@ -1,27 +1,37 @@
-"""What an objective is, and how one refuses a teacher that cannot serve it.
+"""What an objective is, and what is said of one.
 
 Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidden, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, get_args, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from bbopd.config import TeacherConfig
-from bbopd.errors import TeacherError, TrainingError
+from bbopd.errors import TrainingError
 from bbopd.output_head import OutputHead
-from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
-
-SIGNALS: tuple[str, ...] = get_args(TeacherConfig.model_fields["signal"].annotation)
-"""What a configuration can ask a teacher for: the levels that a message may propose."""
+from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec
 
 
-OF_LEVEL: dict[Level, str] = {"sampled": "policy_gradient", "text": "seqkd"}
-"""Levels that no divergence can use, and the objective that does."""
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is true of an objective whatever its settings: one row of ``bbopd objectives``."""
+
+    needs: tuple[Level, ...]
+    """Access levels that it can use, the best first; empty where it asks no teacher."""
+    computes: str
+    """Its loss beside cross-entropy on labelled text, in one line."""
+    source: str
+    teacher_work: str = "nothing"
+    """What the teacher does for it, beside the bytes that its level takes."""
+    student_work: str = "nothing"
+    """What the student's side does beyond a forward and a backward pass."""
+    same_tokens: bool = True
+    """Whether teacher and student must number the same tokens alike."""
 
 
 class Objective(Protocol):
@@ -32,27 +42,11 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        """Access levels that it can use, the best first; empty where it asks no teacher."""
+        """Access levels that it can use with its settings, the best first; empty where it asks no teacher."""
         ...
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec | None:
-        """What to ask of the teacher for every response token; None where there is nothing to ask.
-
-        Raises
-        ------
-        ConfigError
-            ``teacher.signal`` is a level that this objective cannot use.
-        """
-        ...
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        """Refuse a teacher that does not offer ``want``, before anything is spent on it.
-
-        Raises
-        ------
-        TeacherError
-            Level, temperature or ``top_k`` are not offered; names the objectives that would fit.
-        """
+        """What to ask of the teacher for every response token, where ``teacher.signal`` is one of ``needs``; None: nothing."""
         ...
 
     def loss(
@@ -85,31 +79,6 @@ class Scheduled(Protocol):
     def at(self, progress: float) -> Objective:
         """What it is when ``progress`` (0 to 1) of the run's steps are done."""
         ...
-
-
-def check_offer(name: str, info: TeacherInfo, want: SignalSpec, needs_of: Mapping[str, tuple[Level, ...]]) -> None:
-    """Refuse ``info`` where it does not offer ``want`` exactly. ``needs_of`` are the levels each objective can use."""
-    offer = info.offer(want.level)
-    offered = [one.level for one in info.offers]
-    if offer is None:
-        fitting = [other for other, needs in needs_of.items() if set(needs) & set(offered) & set(SIGNALS)]
-        fitting += [f"{other} (with teacher.signal={level})" for level, other in OF_LEVEL.items() if level in offered and other != name]
-        fitting = fitting or ["sft"]
-        levels = ", ".join(offered) or "nothing"
-        raise TeacherError(
-            f"{name} asks for the {want.level} signal, but teacher {info.model} offers {levels}: "
-            f"choose another teacher.signal, or an objective that fits: {', '.join(fitting)}"
-        )
-    if not offer.temperature_min <= want.temperature <= offer.temperature_max:
-        raise TeacherError(
-            f"{name} asks for temperature {want.temperature}, but teacher {info.model} applies {offer.temperature_min} to "
-            f"{offer.temperature_max} at the {want.level} level: set objective.temperature within that"
-        )
-    if want.top_k > offer.max_top_k:
-        raise TeacherError(
-            f"{name} asks for the top {want.top_k} ids a token, but teacher {info.model} gives at most {offer.max_top_k}: "
-            f"set teacher.topk={offer.max_top_k} or less"
-        )
 
 
 def check_student(hidden_ND: Tensor, head: OutputHead) -> None:

@@ -15,10 +15,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bbopd.config import TeacherConfig
+from bbopd.objectives.base import Facts
 from bbopd.objectives.policy_gradient import policy_gradient_loss
 from bbopd.objectives.seqkd import SeqKD
 from bbopd.output_head import OutputHead
-from bbopd.types import DistillBatch, DistillLoss, SampledTeacher, SignalSpec
+from bbopd.types import DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec
+
+FACTS = Facts(
+    needs=("text",),
+    computes="policy gradient on the score of a discriminator that learns to tell the student's answers from the teacher's",
+    source="Ye et al. 2025, 2511.10643 (GAD)",
+    teacher_work="writes an answer to each prompt, once",
+    student_work="the head once more; a pass of the reference; two passes of the discriminator over both answers, and one back",
+    same_tokens=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +39,11 @@ class Gad(SeqKD):
     def name(self) -> str:
         return "gad"
 
+    @property
+    def needs(self) -> tuple[Level, ...]:
+        return FACTS.needs
+
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        self._require_text(teacher)
         return SignalSpec("text", temperature=self.config.temperature)
 
     def loss(

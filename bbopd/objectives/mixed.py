@@ -17,9 +17,19 @@ from torch import Tensor
 
 from bbopd.config import TeacherConfig
 from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
-from bbopd.objectives.token_level import NEEDS, TokenLevel
+from bbopd.objectives import token_level
+from bbopd.objectives.base import Facts
+from bbopd.objectives.token_level import TokenLevel
 from bbopd.output_head import OutputHead
-from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec, TeacherInfo
+from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec
+
+FACTS = Facts(
+    needs=("full", "candidates", "topk"),
+    computes="one divergence on labelled text, another on rollouts, with weights and skews that may change over the run",
+    source="Ko et al. 2025, 2503.07067 (DistiLLM-2)",
+    teacher_work="reads each sequence once",
+    student_work="with candidates: labelled text once more, without gradients",
+)
 
 _MEANS = ("teacher_tail_mass", "tail_share")  # over the tokens with a signal; what else the op tells are counts
 
@@ -38,19 +48,15 @@ class Mixed:
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return tuple(level for level in NEEDS[self.config.labelled.name] if level in NEEDS[self.config.rollouts.name])
+        labelled, rollouts = (token_level.FACTS[side.name].needs for side in (self.config.labelled, self.config.rollouts))
+        return tuple(level for level in labelled if level in rollouts)
 
     def at(self, progress: float) -> Mixed:
         """The same with the weights and skews of another time."""
         return replace(self, progress=progress)
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        want, _ = (self._token_level(side).signal(teacher) for side in (self.config.labelled, self.config.rollouts))
-        return want
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        for side in (self.config.labelled, self.config.rollouts):
-            self._token_level(side).check(info, want)
+        return self._token_level(self.config.labelled).signal(teacher)
 
     def loss(
         self,

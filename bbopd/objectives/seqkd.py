@@ -8,9 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bbopd.config import TeacherConfig
-from bbopd.errors import ConfigError, TeacherError
+from bbopd.objectives.base import Facts
 from bbopd.objectives.sft import Sft
-from bbopd.types import Level, SignalSpec, TeacherInfo
+from bbopd.types import Level, SignalSpec
+
+FACTS = Facts(
+    needs=("text",),
+    computes="cross-entropy on answers that the teacher writes",
+    source="Kim & Rush 2016, 1606.07947, section 3.2",
+    teacher_work="writes an answer to each prompt, once; with answers.samples several",
+    same_tokens=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +31,7 @@ class SeqKD(Sft):
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return ("text",)
+        return FACTS.needs
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        self._require_text(teacher)
         return SignalSpec("text")
-
-    def _require_text(self, teacher: TeacherConfig) -> None:
-        if teacher.signal != "text":
-            raise ConfigError(
-                f"objective.name {self.name} learns from what the teacher writes, not from {teacher.signal}: set teacher.signal=text"
-            )
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        if info.offer("text") is None:
-            offered = ", ".join(offer.level for offer in info.offers) or "nothing"
-            raise TeacherError(
-                f"{self.name} learns from what the teacher writes, but teacher {info.model} offers {offered}: take one that writes (text)"
-            )

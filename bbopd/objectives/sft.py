@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
-from bbopd.objectives.base import check_offer, check_student
+from bbopd.objectives.base import Facts, check_student
 from bbopd.ops import linear_distill
 from bbopd.output_head import OutputHead
-from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec, TeacherInfo
+from bbopd.types import DistillBatch, DistillLoss, Level, SignalSpec
+
+FACTS = Facts(
+    needs=(),
+    computes="cross-entropy on labelled text, and nothing else",
+    source="the baseline: maximum likelihood",
+    same_tokens=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +35,10 @@ class Sft:
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return ()
+        return FACTS.needs
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec | None:
         return None
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        """Every teacher fits: none is asked while training, and evaluation may ask whatever is offered."""
-        check_offer(self.name, info, want, {})
 
     def loss(
         self,

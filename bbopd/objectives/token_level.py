@@ -12,22 +12,35 @@ import torch
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
-from bbopd.errors import ConfigError
-from bbopd.objectives.base import OF_LEVEL, SIGNALS, check_offer, check_student
+from bbopd.objectives.base import Facts, check_student
 from bbopd.ops import linear_distill, linear_logprobs
 from bbopd.output_head import OutputHead
 from bbopd.reference_math import divergence_shares
-from bbopd.types import CandidateTeacher, DistillBatch, DistillLoss, Divergence, Level, SignalSpec, TeacherInfo, TopKTeacher
+from bbopd.types import CandidateTeacher, DistillBatch, DistillLoss, Divergence, Level, SignalSpec, TopKTeacher
 
-NEEDS: dict[str, tuple[Level, ...]] = {
-    "forward_kl": ("full", "topk"),
-    "reverse_kl": ("full", "candidates"),
-    "jsd": ("full", "candidates", "topk"),
-    "skew_forward_kl": ("full", "candidates", "topk"),
-    "skew_reverse_kl": ("full", "candidates", "topk"),
+
+def _divergence(needs: tuple[Level, ...], computes: str, source: str) -> Facts:
+    chooses = "with candidates: labelled text once more, without gradients" if "candidates" in needs else "nothing"
+    return Facts(needs, computes, source, "reads each sequence once", chooses)
+
+
+FACTS: dict[str, Facts] = {
+    "forward_kl": _divergence(("full", "topk"), "KL(p || q), token by token", "Hinton et al. 2015, 1503.02531"),
+    "reverse_kl": _divergence(("full", "candidates"), "KL(q || p), token by token", "Gu et al. 2023, 2306.08543 (MiniLLM)"),
+    "jsd": _divergence(
+        ("full", "candidates", "topk"),
+        "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q",
+        "Agarwal et al. 2023, 2306.13649 (GKD), section 2",
+    ),
+    "skew_forward_kl": _divergence(
+        ("full", "candidates", "topk"), "KL(p || skew p + (1 - skew) q)", "Ko et al. 2024, 2402.03898 (DistiLLM), section 3.1"
+    ),
+    "skew_reverse_kl": _divergence(
+        ("full", "candidates", "topk"), "KL(q || skew q + (1 - skew) p)", "Ko et al. 2024, 2402.03898 (DistiLLM), section 3.1"
+    ),
 }
-"""The levels on whose support each divergence means something: forward KL weighs by the teacher's mass, so it wants the teacher's ids;
-reverse KL by the student's, so it wants the student's. The others are bounded where one of the two is 0, and take either."""
+"""Needs are the levels on whose support each divergence means something: forward KL weighs by the teacher's mass, so it wants the teacher's
+ids; reverse KL by the student's, so it wants the student's. The others are bounded where one of the two is 0, and take either."""
 
 _TAIL_TOKENS = 256
 
@@ -44,26 +57,15 @@ class TokenLevel:
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return NEEDS[self.name]
+        return FACTS[self.name].needs
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
         level = teacher.signal
-        if level == "none" or level not in self.needs:
-            fitting = [name for name, needs in NEEDS.items() if level in needs] or [
-                "sft" if level == "none" else OF_LEVEL.get(level, "sft")
-            ]
-            usable = [need for need in self.needs if need in SIGNALS]
-            raise ConfigError(
-                f"objective.name {self.name} cannot use teacher.signal {level}: set teacher.signal to {' or '.join(usable)}, "
-                f"or objective.name to {' or '.join(fitting)}"
-            )
+        assert level != "none"
         if level == "full":
             return SignalSpec(level="full")  # raw logits: the loss applies the temperature
         top_k = teacher.topk if level == "topk" else 0  # candidates come with the rollouts
         return SignalSpec(level=level, temperature=self.config.temperature, top_k=top_k)
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        check_offer(self.name, info, want, NEEDS)
 
     def loss(
         self,

@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bbopd.config import ObjectiveConfig, TeacherConfig
-from bbopd.errors import ConfigError, TeacherError
+from bbopd.objectives.base import Facts
 from bbopd.objectives.policy_gradient import policy_gradient_loss
 from bbopd.output_head import OutputHead
-from bbopd.types import DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec, TeacherInfo
+from bbopd.types import DistillBatch, DistillLoss, Level, SampledTeacher, SignalSpec
+
+FACTS = Facts(
+    needs=("text",),
+    computes="policy gradient on grades by a rubric, each beside those of the same prompt",
+    source="ROPD, 2605.07396; GRPO, 2402.03300, eq. 3",
+    teacher_work="reads and grades each rollout",
+    student_work="the head once more, without gradients",
+    same_tokens=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +40,10 @@ class Verbal:
 
     @property
     def needs(self) -> tuple[Level, ...]:
-        return ("text",)
+        return FACTS.needs
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        if teacher.signal != "text":
-            raise ConfigError(f"objective.name verbal learns from grades in words, not from {teacher.signal}: set teacher.signal=text")
         return SignalSpec("text", temperature=self.config.temperature)
-
-    def check(self, info: TeacherInfo, want: SignalSpec) -> None:
-        if info.offer("text") is None:
-            offered = ", ".join(offer.level for offer in info.offers) or "nothing"
-            raise TeacherError(
-                f"verbal lets the teacher grade in words, but teacher {info.model} offers {offered}: take one that writes (text)"
-            )
 
     def loss(
         self,

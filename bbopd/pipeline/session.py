@@ -24,7 +24,7 @@ from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, TeacherError
 from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
 from bbopd.modeling.load import quiet
-from bbopd.objectives import make_objective
+from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
@@ -157,14 +157,14 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=beside)
 
         objective = make_objective(config.objective)
-        want = objective.signal(config.teacher) if teacher is not None else None
+        want = signal_for(objective, config.teacher) if teacher is not None else None
         vocab_size = used_vocabulary(tokenizer, rows)
         measured = asked = kept = choose = write_labels = aligning = None
         scores: Scores | None = None
         answer_counts: Mapping[str, int] = {}
         if teacher is not None:
             if want is not None:
-                objective.check(teacher.info, want)
+                check_offer(objective, teacher.info, want)
                 check_candidates(teacher.info, config.candidates)
             kept = remembering(teacher, budget, config.teacher, folder, stack)
             assert kept is not None, "there is a teacher"

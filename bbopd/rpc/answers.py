@@ -17,7 +17,7 @@ from bbopd.rpc.signals import signal_temperature
 from bbopd.rpc.tensors import decode_tensor, tensor_bytes
 from bbopd.types import Level, Rollout, SignalSpec, TeacherSignal
 
-__all__ = ["CHUNK_BYTES", "SignalAssembler", "SignalCutter", "answer_bytes", "payload_bytes"]
+__all__ = ["CHUNK_BYTES", "SignalAssembler", "SignalCutter", "answer_bytes", "payload_bytes", "token_bytes"]
 
 CHUNK_BYTES = 3 * 2**19
 """Payload of one chunk, about: messages of 1 to 2 MiB move fastest."""
@@ -34,15 +34,20 @@ _BELONGING: dict[Level, tuple[str, ...]] = {
 
 def answer_bytes(rollout: Rollout, want: SignalSpec, vocab_size: int) -> int:
     """Bytes that an answer takes on the wire (a full one as float16)."""
+    candidates = rollout.candidate_ids.shape[1] if rollout.candidate_ids is not None else 0
+    return len(rollout) * token_bytes(want, vocab_size, candidates)
+
+
+def token_bytes(want: SignalSpec, vocab_size: int, candidates: int) -> int:
+    """The same of one response token, at ``candidates`` ids that the student chose; of a written one its id and its text, about."""
     id_bytes = 2 if vocab_size <= 2**16 else 4
-    width = rollout.candidate_ids.shape[1] if rollout.candidate_ids is not None else 0
-    row_bytes = {
+    return {
         "full": 2 * vocab_size,
         "topk": min(want.top_k, vocab_size) * (id_bytes + 2) + 8,
-        "candidates": 2 * width + 8,
+        "candidates": 2 * candidates + 8,
         "sampled": 4,
+        "text": 8,
     }[want.level]
-    return len(rollout) * row_bytes
 
 
 def payload_bytes(message: pb.SignalChunk) -> int:
