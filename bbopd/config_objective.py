@@ -23,6 +23,15 @@ class SideConfig(Section):
     """Times kd_weight, which both sides have in common."""
     skew: Skew | tuple[Skew, Skew] = 0.1
     beta: Fraction = 0.5
+    gap: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """A skew for every sample (DistiLLM-2): at a lead of this much in probability a sample has ``skew``, nearer ones less, down to 0.01.
+    The mean lead, by which to choose it, is in the metrics. None: one skew for all."""
+
+    @model_validator(mode="after")
+    def _gap_has_a_skew(self) -> SideConfig:
+        if self.gap is not None and self.name not in ("skew_forward_kl", "skew_reverse_kl"):
+            raise ValueError(f"gap gives every sample a skew, which {self.name} does not have: leave it out, or take a skewed divergence")
+        return self
 
 
 def value_at(value: float | tuple[float, float], progress: float) -> float:

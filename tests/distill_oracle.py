@@ -93,7 +93,7 @@ def draw(N: int, V: int, D: int = 6, dtype=torch.float64, spread: float = 1.0, s
 
 
 def make_teacher(
-    kind: str, N: int, V: int, temperature: float, generator, dtype=torch.float64, K: int = 4, spread=2.0, valid=None
+    kind: str, N: int, V: int, temperature: float, generator, dtype=torch.float64, K: int = 4, spread=2.0, valid=None, logits=None
 ) -> OpTeacher:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -101,7 +101,7 @@ def make_teacher(
     if kind == "full_hidden":
         return FullTeacher(hidden=noise(N, 5).to(dtype), weight=(noise(V, 5) * spread).to(dtype), bias=noise(V).to(dtype), logit_scale=0.7,
                            logit_softcap=9.0, valid=valid)  # fmt: skip
-    t_NV = spread * noise(N, V)
+    t_NV = spread * noise(N, V) if logits is None else logits
     if kind == "full":
         return FullTeacher(logits=t_NV.to(dtype), valid=valid)
     log_p_NV = (t_NV / temperature).log_softmax(1)

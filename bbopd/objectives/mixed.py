@@ -8,7 +8,7 @@ Shape suffixes: ``N`` rows of a batch that predict a response token, ``n`` those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,8 +18,11 @@ from torch import Tensor
 from bbopd.config import TeacherConfig
 from bbopd.config_objective import ObjectiveConfig, SideConfig, value_at
 from bbopd.objectives import token_level
+from bbopd.objectives.adaptive_skew import sample_leads, sample_skews
 from bbopd.objectives.base import Facts
+from bbopd.objectives.sampled_kl import sequences_of, teacher_logprobs
 from bbopd.objectives.token_level import TokenLevel
+from bbopd.ops import linear_logprobs
 from bbopd.output_head import OutputHead
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss, Level, OpTeacher, SignalSpec
 
@@ -56,7 +59,7 @@ class Mixed:
         return replace(self, progress=progress)
 
     def signal(self, teacher: TeacherConfig) -> SignalSpec:
-        return self._token_level(self.config.labelled).signal(teacher)
+        return self._token_level(self.config.labelled, value_at(self.config.labelled.skew, 0.0)).signal(teacher)
 
     def loss(
         self,
@@ -75,27 +78,64 @@ class Mixed:
         loss = hidden_ND.sum() * 0.0  # differentiable where a batch has no row at all
         ce_N, kd_N = (torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         metrics: dict[str, Tensor] = {}
-        for name, side, chosen_N in (("labelled", self.config.labelled, is_labelled_N), ("rollouts", self.config.rollouts, ~is_labelled_N)):
-            rows_n = chosen_N.nonzero()[:, 0]
-            if not len(rows_n):
-                continue
-            weight = value_at(side.weight, self.progress)
-            out = self._token_level(side).loss(
-                hidden_ND[rows_n],
-                head,
-                _rows(batch, rows_n),
-                ce_weight=ce_weight,
-                kd_weight=kd_weight * weight,
-                normalizer=normalizer,
-            )
-            loss = loss + out.loss
-            ce_N, kd_N = ce_N.to(out.ce).index_copy(0, rows_n, out.ce), kd_N.to(out.kd).index_copy(0, rows_n, out.kd * weight)
-            _add(metrics, out.metrics, signals_N[rows_n].sum() / signals_N.sum().clamp(min=1))
-            metrics[f"kd_{name}"] = (out.kd * weight).sum() / signals_N.sum().clamp(min=1)
+        sides = (("labelled", self.config.labelled, is_labelled_N), ("rollouts", self.config.rollouts, ~is_labelled_N))
+        for name, side, chosen_N in sides:
+            weight, of_side = value_at(side.weight, self.progress), signals_N.new_zeros((), dtype=torch.float64)
+            for rows_n, skew in self._parts(hidden_ND, head, batch, name, side, chosen_N, metrics):
+                out = self._token_level(side, skew).loss(
+                    hidden_ND[rows_n],
+                    head,
+                    _rows(batch, rows_n),
+                    ce_weight=ce_weight,
+                    kd_weight=kd_weight * weight,
+                    normalizer=normalizer,
+                )
+                loss = loss + out.loss
+                ce_N, kd_N = ce_N.to(out.ce).index_copy(0, rows_n, out.ce), kd_N.to(out.kd).index_copy(0, rows_n, out.kd * weight)
+                _add(metrics, out.metrics, signals_N[rows_n].sum() / signals_N.sum().clamp(min=1))
+                of_side = of_side + (out.kd * weight).sum()
+            if chosen_N.any():
+                metrics[f"kd_{name}"] = of_side / signals_N.sum().clamp(min=1)
         return DistillLoss(loss=loss, ce=ce_N, kd=kd_N, metrics=metrics)
 
-    def _token_level(self, side: SideConfig) -> TokenLevel:
-        skew = value_at(side.skew, self.progress)
+    def _parts(
+        self,
+        hidden_ND: Tensor,
+        head: OutputHead,
+        batch: DistillBatch,
+        name: str,
+        side: SideConfig,
+        chosen_N: Tensor,
+        metrics: dict[str, Tensor],
+    ) -> Iterator[tuple[Tensor, float]]:
+        """The rows of a side, in as many parts as its samples have different skews; ``metrics`` hears how far these are apart."""
+        rows_n, skew = chosen_N.nonzero()[:, 0], value_at(side.skew, self.progress)
+        if not len(rows_n):
+            return
+        if side.gap is None or batch.teacher is None:
+            yield rows_n, skew
+            return
+        log_p_N = teacher_logprobs(batch, self.config.temperature, head.vocab_size)
+        log_q_n = linear_logprobs(
+            hidden_ND.detach()[rows_n],
+            head.weight_VD.detach(),
+            token_ids=batch.target_ids[rows_n],
+            temperature=self.config.temperature,
+            **head.options,
+        ).sampled
+        assert log_q_n is not None, "token_ids were given"
+        ahead_n, behind_n = (log_p_N[rows_n], log_q_n) if name == "labelled" else (log_q_n, log_p_N[rows_n])
+        valid_n, sequence_n = _signals(batch)[rows_n], sequences_of(batch)[rows_n]
+        leads_S = sample_leads(ahead_n, behind_n, valid_n, sequence_n)
+        skews_n = sample_skews(leads_S, skew, side.gap)[sequence_n]
+        tokens = _signals(batch).sum().clamp(min=1)
+        metrics[f"lead_{name}"] = torch.where(valid_n, leads_S[sequence_n], 0.0).sum() / tokens
+        metrics[f"skew_{name}"] = torch.where(valid_n, skews_n, 0.0).sum() / tokens
+        metrics[f"share_{name}"] = valid_n.sum() / tokens
+        for value in skews_n.unique():
+            yield rows_n[skews_n == value], float(value)
+
+    def _token_level(self, side: SideConfig, skew: float) -> TokenLevel:
         return TokenLevel(self.config.model_copy(update={"name": side.name, "beta": side.beta, "skew": skew}))
 
 

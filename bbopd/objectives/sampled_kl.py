@@ -106,11 +106,7 @@ def sampled_tokens(batch: DistillBatch, temperature: float, vocab_size: int | No
         everything_N = torch.ones_like(batch.labels, dtype=torch.bool)
         return batch.teacher if batch.teacher.valid is not None else replace(batch.teacher, valid=everything_N)
     assert batch.behavior_logprobs is not None, "assemble gives them"
-    logprobs_N = batch.sampled_logprobs
-    if isinstance(batch.teacher, FullTeacher):
-        assert batch.teacher.logits is not None, "assemble gives logits"
-        logprobs_N = _logprobs_at(batch.teacher.logits, batch.target_ids, temperature, vocab_size)
-    assert logprobs_N is not None, "assemble gives them"
+    logprobs_N = teacher_logprobs(batch, temperature, vocab_size)
     valid_N = batch.behavior_logprobs.isfinite()
     return SampledTeacher(
         token_ids=batch.target_ids,
@@ -119,6 +115,16 @@ def sampled_tokens(batch: DistillBatch, temperature: float, vocab_size: int | No
         temperature=temperature,
         valid=valid_N if batch.teacher.valid is None else valid_N & batch.teacher.valid,
     )
+
+
+def teacher_logprobs(batch: DistillBatch, temperature: float, vocab_size: int | None) -> Tensor:
+    """The teacher's logprobs [N] of the tokens that are there, from a signal that tells more; meaningless where that is not valid."""
+    logprobs_N = batch.sampled_logprobs
+    if isinstance(batch.teacher, FullTeacher):
+        assert batch.teacher.logits is not None, "assemble gives logits"
+        logprobs_N = _logprobs_at(batch.teacher.logits, batch.target_ids, temperature, vocab_size)
+    assert logprobs_N is not None, "assemble gives them"
+    return logprobs_N
 
 
 def _logprobs_at(logits_NV: Tensor, ids_N: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
