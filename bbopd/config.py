@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bbopd.config_base import Fraction, Positive, Section, StepsOrFraction
+from bbopd.config_base import Positive, Section
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
 from bbopd.config_gad import GadConfig, with_gad_defaults
 from bbopd.config_objective import ObjectiveConfig, value_at
@@ -27,6 +27,7 @@ from bbopd.config_teacher import (
     ServerTlsConfig,
     TeacherConfig,
 )
+from bbopd.config_train import TrainConfig, resolve_steps
 
 __all__ = [
     "AnswersConfig",
@@ -54,38 +55,6 @@ __all__ = [
     "TrainConfig",
     "resolve_steps",
 ]
-
-
-class TrainConfig(Section):
-    """How the student is updated, and for how long."""
-
-    batch_tokens: Positive = 2048
-    """Response tokens of one optimizer step, about."""
-    micro_batch_tokens: Positive = 4096
-    """Packed tokens, prompts included, of one forward and backward pass."""
-    max_seq_len: Positive = 1024
-    """Prompt and response together."""
-    lr: Annotated[float, Field(gt=0)] = 2e-5
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: StepsOrFraction = 0.02
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    decay_exempt: Literal["biases_and_norms", "biases"] = "biases_and_norms"
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    on_policy_tokens: Annotated[int, Field(ge=0)] = 1_000_000
-    """Trained response tokens of rollouts: the budget of the run."""
-    cold_start_tokens: Annotated[int, Field(ge=0)] = 0
-    """Labelled response tokens trained before the first rollout."""
-    labelled_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Budget of a run without rollouts (on_policy_fraction 0, or sft), after the cold start."""
-    total_steps: Positive | None = None
-    """A second limit: whichever is reached first ends the run."""
-    checkpoint_every: Positive = 100
-    """Optimizer steps."""
-    keep_checkpoints: Positive = 2
-    seed: int = 0
-    deterministic: bool = True
 
 
 class EvalConfig(Section):
@@ -154,8 +123,6 @@ class RunConfig(Section):
             if self.eval.judge is not None:
                 raise ValueError(f"eval.judge compares answers in a run of objective.name=gad, not of {objective.name}: leave it out")
             return self
-        if self.student.lora is not None:
-            raise ValueError("gad copies and trains whole students: leave student.lora out")
         if rollouts.max_staleness:
             raise ValueError("gad trains its discriminator between two cycles: set rollouts.max_staleness=0")
         if not self.train.cold_start_tokens:
@@ -352,8 +319,3 @@ class RunConfig(Section):
 
 def _cycles(budget: int, cycle_tokens: int) -> int:
     return math.ceil(budget / max(1, cycle_tokens))
-
-
-def resolve_steps(value: int | float, planned_steps: int) -> int:
-    """Steps meant by ``value``: an int as it is, a float as a share of ``planned_steps`` (1.0 is the whole run)."""
-    return value if isinstance(value, int) else round(value * planned_steps)

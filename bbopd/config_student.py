@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bbopd.config_base import Positive, Section
 
@@ -69,6 +69,9 @@ class StudentConfig(Section):
     init: InitConfig = InitConfig()
     lora: LoRAConfig | None = None
     """None trains all weights."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """How the linear layers of the body are held, which are frozen beside ``lora``: in 4.13 bits a weight (QLoRA) or in 8, where None is
+    32. Needs the extra ``bbopd[quantize]``."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights are always float32. ``auto``: bfloat16 where the hardware multiplies it, else float32."""
@@ -76,3 +79,9 @@ class StudentConfig(Section):
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> StudentConfig:
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(f"quantize {self.quantize} is for weights that are not trained: set lora too ({{}} will do), or leave it out")
+        return self

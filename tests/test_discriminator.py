@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from bbopd.config import TrainConfig
 from bbopd.errors import TrainingError
+from bbopd.modeling import merge_lora
 from bbopd.trainer.discriminator import Contest, Discriminator
+from tests.test_lora import adapted
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
 
 VOCABULARY = 320
@@ -164,3 +166,37 @@ def test_one_that_has_diverged_says_so_and_is_not_updated():
     with pytest.raises(TrainingError, match=r"gradient norm is nan"):
         discriminator.learn(contests, scores, seed=0)
     assert all(torch.equal(tensor, broken[name]) or "head" in name for name, tensor in discriminator.tensors().items())
+
+
+def test_beside_a_student_with_adapters_it_trains_adapters_of_its_own_on_the_same_body():
+    contests, student = random_contests(seed=8), adapted(tiny_llama())
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    discriminator = Discriminator(student, train=SHOWS_GRADIENT, learning_rate=1.0)
+    own = {name: tensor.clone() for name, tensor in discriminator.tensors().items()}
+    assert {name.removeprefix("weights/body.") for name in own} == {"weights/head.weight"} | {
+        name.removeprefix("model.") for name in before if "lora_" in name
+    }
+    head = own["weights/head.weight"][0].double()
+    dense = copy.deepcopy(student)
+    merge_lora(dense)
+    teacher, answers, prompt = plain_scores(dense.double(), head, contests)
+    scores = discriminator.score(contests, seed=5)
+    torch.testing.assert_close(scores.teacher.double(), teacher.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.student.double(), answers.detach(), rtol=1e-4, atol=1e-5)
+
+    exact = copy.deepcopy(student).double()  # plain forward passes through the adapters, for their gradients
+    teacher, answers, prompt = plain_scores(exact, head.requires_grad_(), contests)
+    (-F.logsigmoid(teacher[prompt] - answers).mean()).backward()
+    discriminator.learn(contests, scores, seed=5)
+    after = discriminator.tensors()
+    for name, parameter in exact.named_parameters():
+        if "lora_" in name:
+            g, key = parameter.grad, f"weights/body.{name.removeprefix('model.')}"
+            torch.testing.assert_close(after[key].double() - own[key].double(), -g / (g.abs() + 1.0), rtol=1e-2, atol=5e-6, msg=name)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())
+
+    changed = discriminator.score(contests, seed=5)
+    again = Discriminator(student, train=SHOWS_GRADIENT.model_copy(update={"seed": 3}), learning_rate=1.0)
+    again.load_tensors({name: tensor.clone() for name, tensor in after.items()})
+    assert torch.equal(again.score(contests, seed=5).student, changed.student)
+    assert float((changed.student - scores.student).abs().max()) > 0.01

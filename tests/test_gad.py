@@ -230,7 +230,6 @@ def test_what_a_run_leaves_open_is_as_in_the_paper():
         ({"objective": {"temperature": 1.0}}, r"objective.temperature 1.0 with rollouts.temperature 0.8"),
         ({"rollouts": {"max_staleness": 1}}, r"max_staleness=0"),
         ({"train": {"cold_start_tokens": 0}}, "begins with a warm-up"),
-        ({"student": {"lora": {}}}, "leave student.lora out"),
         ({"objective": {"ramp": 5}}, r"objective.ramp=0"),
         ({"teacher": {"signal": "full"}}, "seqkd, gad and verbal learn from what the teacher writes"),
     ],

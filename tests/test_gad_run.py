@@ -17,11 +17,13 @@ import torch
 import yaml
 
 from bbopd.cli.execute import execute
+from bbopd.cli.main import main
 from bbopd.config import RunConfig
 from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
 from bbopd.trainer import latest_checkpoint, load_beside
 from tests.openai_server import CHAT, OpenAIServer
+from tests.test_lora_run import as_in_a_process_of_its_own  # noqa: F401  (a fixture)
 from tests.test_openai_run import run_config, served
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
@@ -156,3 +158,19 @@ def test_a_frozen_discriminator_stays_as_the_warm_up_left_it(tmp_path, capsys):
     assert any(name.startswith("moments/") and bool(tensor.any()) for name, tensor in before.items()), "in the warm-up it learned"
     evals = lines_of(run, "evals.jsonl")
     assert all(line["kl_held_out"] is None and line["bits_per_byte"] > 0 and 0 <= line["discriminator_accuracy"] <= 1 for line in evals)
+
+
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_a_student_with_adapters_plays_for_the_memory_of_its_adapters(tmp_path):
+    with served(teacher()) as port:
+        lora = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+        train = {**GAD["train"], "cold_start_tokens": 40, "on_policy_tokens": 80}
+        assert main(["distill", str(configure(tmp_path, port, tmp_path / "run", student={"lora": lora}, train=train)), "--plain"]) == 0
+    game = [line for line in lines_of(tmp_path / "run") if line["phase"] == "on_policy"]
+    assert game[0]["reference_kl"] == pytest.approx(0.0, abs=1e-6), "it begins where the warm-up ended"
+    assert game[-1]["reference_kl"] > 1e-6
+    assert all(line["discriminator_grad_norm"] > 0 for line in game)
+    beside = load_beside(latest_checkpoint(tmp_path / "run" / "checkpoints"))
+    names = {name.removeprefix("weights/body.") for name in beside["discriminator"] if name.startswith("weights/")}
+    assert names == {"weights/head.weight"} | {name.removeprefix("model.") for name in beside["reference"]}
+    assert all("lora_" in name for name in beside["reference"])

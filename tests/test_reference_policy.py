@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from bbopd.modeling import output_head
+from bbopd.modeling.response_logprobs import response_logprobs
 from bbopd.trainer.reference_policy import ReferencePolicy
 from bbopd.types import Prompt, Rollout
+from tests.test_lora import adapted
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
 
 USED = 300  # of 320 ids
@@ -57,4 +60,30 @@ def test_it_comes_back_from_its_tensors_and_refuses_those_of_another_model():
         assert np.abs(found - old).max() > 0.01
     with pytest.raises(ValueError, match="another model"):
         other.load_tensors(ReferencePolicy(tiny_llama(hidden=64), compute_dtype=torch.float32).tensors())
-    assert not any(parameter.requires_grad for parameter in other._model.parameters())
+    assert not any(parameter.requires_grad for parameter in other._copy.model.parameters())
+
+
+def test_of_a_student_with_adapters_these_alone_are_copied():
+    student = adapted(tiny_llama(vocab_size=320))
+    rollouts = random_rollouts(5, temperature=1.0)
+    reference = ReferencePolicy(student, compute_dtype=torch.float32)
+    before = reference.logprobs(rollouts)
+    for found, rollout in zip(before, rollouts, strict=True):
+        expected = response_logprobs(student, output_head(student), [rollout], compute_dtype=torch.float32)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    theirs = dict(student.named_parameters())
+    for name, parameter in reference._copy.model.named_parameters():
+        assert (parameter is theirs[name]) != ("lora_" in name), name
+    assert set(reference.tensors()) == {name for name in theirs if "lora_" in name}
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in theirs.items()), "the student is still trained"
+    kept = {name: tensor.clone() for name, tensor in reference.tensors().items()}
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    for found, old in zip(reference.logprobs(rollouts), before, strict=True):
+        np.testing.assert_array_equal(found, old)
+    later = ReferencePolicy(student, compute_dtype=torch.float32)
+    later.load_tensors(kept)
+    for found, old in zip(later.logprobs(rollouts), before, strict=True):
+        np.testing.assert_array_equal(found, old)

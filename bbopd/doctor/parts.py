@@ -9,7 +9,7 @@ from bbopd.data.prompts import PromptSet
 from bbopd.data.text_checks import text_checks
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
-from bbopd.modeling import compute_dtype, load_tokenizer
+from bbopd.modeling import compute_dtype, load_tokenizer, plain_sizes
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.preflight import check_candidates
 from bbopd.pipeline.progress import Silent
@@ -100,7 +100,7 @@ async def check_student(setup: SetUp) -> Verdict:
     if is_beside and config.writes_rollouts and importlib.util.find_spec("vllm") is None:
         raise EngineError("rollouts.engine is vllm, which is not installed here: see docs/rollouts.md, or set rollouts.engine=hf")
     setup.model, setup.compute_dtype = model, dtype
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    millions = sum(plain_sizes(model)) / 1e6
     return passed(
         f"{type(model).__name__}, {millions:,.2f} M parameters on {model.device}, computing in {str(dtype).removeprefix('torch.')}; "
         f"rollouts by {config.rollouts.engine}"

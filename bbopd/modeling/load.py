@@ -18,6 +18,7 @@ from bbopd.errors import BbopdError, ModelError
 from bbopd.hardware import multiplies_bfloat16
 from bbopd.modeling.layers import keep_layers as prune_layers
 from bbopd.modeling.lora import adapter_base, merge_adapter
+from bbopd.modeling.quantized import Quantization, quantize_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ def load_model(
     trust_remote_code: bool = False,
     keep_layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
@@ -52,6 +54,8 @@ def load_model(
         Decoder layers to keep, in rising order; the others are dropped.
     dtype
         Of the weights in memory.
+    quantize
+        How linear layers of the body are held, frozen: on the device there is no more than one of them that is not.
 
     Raises
     ------
@@ -71,6 +75,8 @@ def load_model(
         )
         with _explained(source, "adapter"):
             merge_adapter(model, Path(source).expanduser())
+        if quantize is not None:
+            quantize_body(model, quantize, model.device)
         return model.eval()
     where = _locate(source, _WEIGHT_FILES, "weights")
     place = resolve_device(device)
@@ -94,6 +100,8 @@ def load_model(
         )
     if keep_layers is not None:
         prune_layers(model, keep_layers)
+    if quantize is not None:
+        quantize_body(model, quantize, place)
     return model.to(place).eval()
 
 

@@ -22,6 +22,7 @@ from bbopd.config import LoRAConfig
 from bbopd.errors import ModelError
 from bbopd.extras import need
 from bbopd.modeling.layers import decoder
+from bbopd.modeling.quantized import QuantizedLinear, muted, plain_linear, plain_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAConfig, *, base: str, adapter: Pa
     ModelError
         A target that is no linear layer of the body, or an ``adapter`` that does not fit.
     """
-    peft = need("peft", "student.lora", extra="lora")
+    with muted():
+        peft = need("peft", "student.lora", extra="lora")
     targets = _targets(model, lora.target_modules)
     config = peft.LoraConfig(
         r=lora.rank,
@@ -80,29 +82,43 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_weights(model: nn.Module, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the model's parameters as if it had no adapters: an adapted matrix is made when its turn comes, the others are
-    the model's own. A tied one comes once.
+    """Names and values of the model's parameters as if it had no adapters: an adapted or quantised matrix is made when its turn comes, the
+    others are the model's own. A tied one comes once.
 
     ``changed_only`` leaves out, of a model with adapters, what is frozen: all but adapted matrices and the parameters of their siblings,
     which come along since an engine may keep several as one (queries, keys and values).
     """
     adapted = dict(_adapted_layers(model))
+    quantized = dict(_quantized_layers(model))
     parents = {_parent(name) for name in adapted}
     for name, parameter in model.named_parameters():
         plain = name.replace(".base_layer.", ".")
         layer, _, kind = plain.rpartition(".")
         if adapted and (parameter.requires_grad or (changed_only and _parent(layer) not in parents)):
             continue
-        yield plain, _merged(adapted[layer]) if layer in adapted and kind == "weight" else parameter.detach()
+        if layer in quantized and kind not in ("weight", "bias"):
+            continue
+        if kind != "weight" or (layer not in adapted and layer not in quantized):
+            yield plain, parameter.detach()
+        else:
+            yield plain, _merged(adapted[layer]) if layer in adapted else quantized[layer].matrix()
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the frozen matrices, one at a time, and take them out: a model as it was before `add_lora`, but trained."""
+    """Add the adapters to the frozen matrices, one at a time, and take them out: a model as it was before `add_lora`, but trained.
+
+    Of a quantised model every matrix is made in float32 then, and lies on the CPU.
+    """
     for name, layer in list(_adapted_layers(model)):
         base = layer.get_base_layer()
-        base.weight.copy_(_merged(layer))
-        model.get_submodule(_parent(name)).register_module(name.rpartition(".")[2], base)
+        if isinstance(base, QuantizedLinear):
+            base = plain_linear(base, _merged(layer))
+        else:
+            base.weight.copy_(_merged(layer))
+        _replace(model, name, base)
+    for name, quantized in list(_quantized_layers(model)):
+        _replace(model, name, plain_linear(quantized, quantized.matrix()))
     vars(model).pop("peft_config")
 
 
@@ -140,7 +156,8 @@ def adapter_base(source: str | os.PathLike[str]) -> tuple[str, str | None] | Non
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Load any LoRA adapter in PEFT's format onto its base model and merge it in. Raises `ModelError`, and `ConfigError` without PEFT."""
-    peft = need("peft", f"the adapter in {folder}", extra="lora")
+    with muted():
+        peft = need("peft", f"the adapter in {folder}", extra="lora")
     kind = _read_config(folder).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{folder} holds an adapter of kind {kind}: only LORA can be merged here; merge it with PEFT, and give the result")
@@ -237,11 +254,22 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """By their names in a model without adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield name.removesuffix(".base_layer"), module
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    model.get_submodule(_parent(name)).register_module(name.rpartition(".")[2], layer)
+
+
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
     """The matrix that an adapted layer multiplies by, in the dtype of its frozen one."""
-    weight = layer.get_base_layer().weight
-    return weight.detach() + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+    weight = plain_matrix(layer.get_base_layer())
+    return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
 
 
 def _parent(name: str) -> str:

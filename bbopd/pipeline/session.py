@@ -22,7 +22,7 @@ from bbopd.data.prompts import PromptSet
 from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, TeacherError
-from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
+from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, trained_bytes, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
@@ -142,7 +142,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             await asyncio.gather(starting, return_exceptions=True)
             raise
         if is_adapted(model):
-            progress.note(trained_share(model))
+            progress.note(trained_share(model, config.train.optimizer))
         remote, process = await starting
         budget = open_budget(config.teacher, remote, folder, stack)
         teacher: RemoteTeacher | OpenAITeacher | None = remote
@@ -153,7 +153,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
         plays = config.objective.name == "gad"
-        beside = 4 * sum(parameter.nbytes for parameter in model.parameters()) if plays else 0  # discriminator, its moments, reference
+        beside = 4 * trained_bytes(model) if plays else 0  # discriminator, its moments, reference
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=beside)
 
         objective = make_objective(config.objective)

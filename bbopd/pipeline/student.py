@@ -13,8 +13,9 @@ import torch
 from bbopd.config import RunConfig, StudentConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError
-from bbopd.modeling import add_lora, load_model, max_positions, resolve_device
+from bbopd.modeling import add_lora, load_model, max_positions, plain_sizes, resolve_device
 from bbopd.modeling.lora import adapter_base
+from bbopd.trainer.optimizer import MOMENT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,21 +36,27 @@ def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTr
         revision=revision,
         trust_remote_code=config.trust_remote_code,
         keep_layers=config.init.keep_layers,
+        quantize=config.quantize,
     )
     if config.lora is not None:
         add_lora(model, config.lora, base=source, adapter=adapter)
     return model
 
 
-def trained_share(model: PreTrainedModel) -> str:
+def trained_share(model: PreTrainedModel, optimizer: str) -> str:
     """How much of a student with adapters is trained, and what that leaves to be held beside the weights, for a person to read."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    whole = sum(parameter.numel() for parameter in model.parameters()) - trained
-    beside = 3 * 4  # bytes of a parameter's gradient and two moments, float32
+    whole = sum(plain_sizes(model)) - trained
+    beside = 4 + MOMENT_BYTES[optimizer]  # bytes of a parameter's gradient and two moments
     return (
         f"LoRA: {trained:,} parameters are trained beside {whole:,} frozen ones ({trained / whole:.2%}); gradients and optimizer hold "
-        f"{trained * beside / 1e6:,.1f} MB, where full training holds {whole * beside / 1e6:,.1f} MB"
+        f"{trained * beside / 1e6:,.1f} MB, where full training holds {whole * beside / 1e6:,.1f} MB{_frozen_share(model, whole)}"
     )
+
+
+def _frozen_share(model: PreTrainedModel, whole: int) -> str:
+    held = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+    return f"; what is frozen takes {held / 1e6:,.1f} MB, {whole * 4 / 1e6:,.1f} MB in float32" if held < whole * 4 else ""
 
 
 def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bbopd.errors import DataError, EngineError, ModelError
+from bbopd.modeling import plain_sizes
 from bbopd.rollouts.vllm_client import EngineClient, Written
 from bbopd.rollouts.vllm_process import EngineProcess
 from bbopd.rollouts.vllm_remote import EngineConnection, EngineServer
@@ -95,7 +96,7 @@ class VLLMEngine:
             vLLM is not installed, does not know the architecture, or was not ready in time.
         """
         device = next(model.parameters()).device
-        sizes = [parameter.numel() for parameter in model.parameters()]
+        sizes = plain_sizes(model)
         place = Path(folder).absolute()
         link: EngineProcess | EngineConnection
         notes: tuple[str, ...] = ()

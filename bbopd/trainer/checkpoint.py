@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bbopd.errors import CheckpointError
 from bbopd.modeling.load import quiet
-from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors
+from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors, takes_moments
 from bbopd.trainer.stored import model_bytes, read_model, stored_bytes, stored_tensors, write_model
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def save_checkpoint(
 def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int = 0) -> None:
     """Refuse a run whose checkpoints will not fit on the disk, before anything is spent on it.
 
-    Asked for is room for ``keep`` checkpoints and the one being written beside them, each of the weights, two AdamW moments of what is
+    Asked for is room for ``keep`` checkpoints and the one being written beside them, each of the weights, two float32 moments of what is
     trained, ``beside`` bytes of other models, and some MiB for the rest; those already below ``root`` have their room. The model at the end
     has that of the checkpoint being written, and more where checkpoints hold adapters alone. Nothing is written, and ``root`` need not
     exist.
@@ -156,6 +156,8 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     recorded = {key.partition("/")[2] for key in moments}
     if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in target.items()} or not recorded <= names:
         raise CheckpointError(f"{folder} holds another model than the one to be trained: set output to a new folder, or student.model back")
+    if not takes_moments(optimizer, moments):
+        raise CheckpointError(f"{folder} holds the moments of another optimizer: set train.optimizer back, or output to a new folder")
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])

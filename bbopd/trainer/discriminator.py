@@ -8,7 +8,6 @@ Shape suffixes: ``P`` packed tokens, ``S`` answers, ``D`` hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from bbopd.config import TrainConfig
 from bbopd.errors import TrainingError
-from bbopd.modeling import can_share_prefixes, packed_attention, packed_hidden
+from bbopd.modeling import can_share_prefixes, copy_of_trained, packed_attention, packed_hidden, trained_weights
 from bbopd.modeling.layers import decoder
 from bbopd.objectives.bradley_terry import PairScores, bradley_terry, bradley_terry_gradient
 from bbopd.trainer.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -78,7 +77,8 @@ class Discriminator:
     Parameters
     ----------
     student
-        Its weights are copied, all but those of its output head.
+        Its weights are copied, all but those of its output head and what is frozen: of one with adapters these alone are the
+        discriminator's own, beside the same frozen body.
     learning_rate
         Of the discriminator's own AdamW, constant; betas, weight decay and clipping are those of ``train``.
     compute_dtype
@@ -89,7 +89,7 @@ class Discriminator:
         self, student: PreTrainedModel, *, train: TrainConfig, learning_rate: float, compute_dtype: torch.dtype = torch.float32
     ) -> None:
         output = student.get_output_embeddings()
-        self._model = copy.deepcopy(student, {id(output): output})  # its own body; the head, which is not used, is not copied
+        self._model = copy_of_trained(student, {id(output): output})  # its own body; the head, which is not used, is not copied
         width = student.get_input_embeddings().weight.shape[1]
         self._scorer = _Scorer(decoder(self._model), width, train.seed).to(student.device)
         self._optimizer = build_optimizer(self._scorer, train.model_copy(update={"lr": learning_rate}))
@@ -141,18 +141,19 @@ class Discriminator:
     # ------------------------------------------------------------ for a checkpoint
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer moments by name: all that `load_tensors` needs."""
+        """What is trained, and its optimizer moments, by name: all that `load_tensors` needs."""
         moments = optimizer_tensors(self._scorer, self._optimizer)
-        weights = {f"weights/{name}": tensor for name, tensor in self._scorer.state_dict().items()}
+        weights = {f"weights/{name}": tensor for name, tensor in trained_weights(self._scorer).items()}
         return weights | {f"moments/{name}": tensor for name, tensor in moments.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from where `tensors` were taken. Raises `ValueError` for those of another model; nothing has changed then."""
         weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
-        target = self._scorer.state_dict()
+        target = trained_weights(self._scorer)
         if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in target.items()}:
             raise ValueError("the discriminator is of another model")
-        self._scorer.load_state_dict(weights)
+        for name, tensor in target.items():
+            tensor.copy_(weights[name])
         moments = {name.removeprefix("moments/"): tensor for name, tensor in tensors.items() if name.startswith("moments/")}
         load_optimizer_tensors(self._scorer, self._optimizer, moments)
 

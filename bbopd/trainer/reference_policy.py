@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bbopd.modeling import output_head
+from bbopd.modeling import FrozenCopy, output_head
 from bbopd.modeling.response_logprobs import response_logprobs
 from bbopd.types import Rollout
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 class ReferencePolicy:
     """A frozen copy of ``student`` as it is now, which says how likely it would have written what the student writes later.
 
+    What the student does not train is not copied: of one with adapters these alone are.
+
     ``vocab_size`` and ``compute_dtype`` are as the trainer's, so that right after the copy both give the same logprobs; a pass takes about
     ``micro_batch_tokens``.
     """
@@ -28,9 +29,8 @@ class ReferencePolicy:
     def __init__(
         self, student: PreTrainedModel, *, compute_dtype: torch.dtype, vocab_size: int | None = None, micro_batch_tokens: int = 4096
     ) -> None:
-        self._model = copy.deepcopy(student).eval().requires_grad_(False)
-        self._model.gradient_checkpointing_disable()
-        self._head = output_head(self._model, vocab_size)
+        self._copy = FrozenCopy(student)
+        self._head = output_head(self._copy.model, vocab_size)
         self._compute_dtype = compute_dtype
         self._micro_batch_tokens = micro_batch_tokens
 
@@ -38,21 +38,17 @@ class ReferencePolicy:
         """For each of ``rollouts`` [L] float32: of its tokens, at its temperature of sampling."""
         found: list[np.ndarray] = []
         for batch in _in_batches(rollouts, self._micro_batch_tokens):
-            scored_N = response_logprobs(self._model, self._head, batch, compute_dtype=self._compute_dtype)
+            scored_N = response_logprobs(self._copy.model, self._head, batch, compute_dtype=self._compute_dtype)
             found += np.split(scored_N, np.cumsum([len(rollout) for rollout in batch])[:-1])
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights by name, tied ones once."""
-        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        """Those of its weights that the student trains, by name, tied ones once."""
+        return self._copy.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the weights that `tensors` gave. Raises `ValueError` for those of another model; nothing has changed then."""
-        own = self.tensors()
-        if {name: one.shape for name, one in tensors.items()} != {name: one.shape for name, one in own.items()}:
-            raise ValueError("the reference policy is of another model")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        self._copy.load_tensors(tensors)
 
 
 def _in_batches(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:

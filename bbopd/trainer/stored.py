@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bbopd.errors import CheckpointError
-from bbopd.modeling import adapter_parameters, is_adapted, save_adapter
+from bbopd.modeling import adapter_parameters, is_adapted, plain_sizes, save_adapter
 from bbopd.modeling.load import quiet
 from bbopd.modeling.lora import read_adapter
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FROZEN = "frozen.json"
+_FLOAT32_BYTES = 4
 _sums: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
@@ -30,8 +31,8 @@ def stored_bytes(model: PreTrainedModel) -> int:
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Of all weights and buffers, adapters merged: what a run leaves as its result. A tied weight counts once, as it is written."""
-    everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Of all weights and buffers, adapters merged, in float32: what a run leaves as its result. A tied weight counts once."""
+    everything = _FLOAT32_BYTES * sum(plain_sizes(model)) + sum(buffer.nbytes for buffer in model.buffers())
     return everything - _adapter_bytes(model) if is_adapted(model) else everything
 
 
@@ -67,7 +68,7 @@ def read_model(model: PreTrainedModel, folder: Path) -> Mapping[str, Tensor]:
     if json.loads((folder / _FROZEN).read_text())["sha256"] != _frozen_sha256(model):
         raise CheckpointError(
             f"the adapters in {folder} were trained beside other frozen weights than those of student.model: "
-            "set output to a new folder, or student.model, student.revision and student.init back"
+            "set output to a new folder, or student.model, student.revision, student.init and student.quantize back"
         )
     return read_adapter(model, folder)
 
@@ -78,7 +79,8 @@ def _frozen_sha256(model: PreTrainedModel) -> str:
         digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                bits = parameter.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)
+                bits = parameter.detach().contiguous()
+                bits = (bits if bits.itemsize == 1 else bits.view(torch.int16)).sum(dtype=torch.int64)
                 digest.update(f"{name} {tuple(parameter.shape)} {int(bits)}\n".encode())
         _sums[model] = digest.hexdigest()
     return _sums[model]
