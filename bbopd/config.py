@@ -23,6 +23,7 @@ from bbopd.config_teacher import (
     CacheConfig,
     ClientTlsConfig,
     PricesConfig,
+    SelfConfig,
     ServeConfig,
     ServerTlsConfig,
     TeacherConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "RolloutsConfig",
     "RunConfig",
     "SampleServerConfig",
+    "SelfConfig",
     "ServeConfig",
     "ServerTlsConfig",
     "StudentConfig",
@@ -138,7 +140,7 @@ class RunConfig(Section):
     def _pieces_fit(self) -> RunConfig:
         objective, train, rollouts = self.objective, self.train, self.rollouts
         if objective.name != "sft" and self.teacher.signal == "none":
-            raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target or teacher.serve")
+            raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target, teacher.serve or teacher.self")
         if (objective.learns_from_text or objective.name == "verbal") != (self.teacher.signal == "text") and objective.name != "sft":
             raise ValueError(
                 f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd, gad and verbal learn from what the "
@@ -163,6 +165,8 @@ class RunConfig(Section):
                     "objective.baseline kl with teacher.signal sampled: the baseline is a KL, which takes more than one logprob a token; "
                     "set teacher.signal=full or candidates, teacher.topk, or objective.baseline=none"
                 )
+        if self.teacher.self is not None:
+            self._student_takes_turns()
         if objective.name == "aligned":
             self._tokenizers_fit()
         elif self.teacher.tokenizer is not None and not self.teacher.is_api:
@@ -199,6 +203,16 @@ class RunConfig(Section):
                     "raise train.on_policy_tokens, or give it as a fraction of the run (0.1)"
                 )
         return self
+
+    def _student_takes_turns(self) -> None:
+        """One model writes, and is asked what it thinks of it."""
+        if self.rollouts.engine == "hf" and self.rollouts.max_staleness:
+            raise ValueError(
+                "teacher.self with rollouts.engine hf: the student cannot write and be asked about it at the same time; set "
+                "rollouts.max_staleness=0"
+            )
+        if self.objective.name == "aligned":
+            raise ValueError("teacher.self has the student's own tokens, so there is nothing to align: take another objective")
 
     def _answers_are_used(self) -> None:
         """A rubric has a use, as has the choice among several answers."""

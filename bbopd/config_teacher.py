@@ -160,6 +160,24 @@ class AnswersConfig(Section):
         return self
 
 
+class SelfConfig(Section):
+    """The student as its own teacher, which reads more than the student does (on-policy self-distillation)."""
+
+    context: str
+    """What it reads: a template with ``{prompt}``, in which ``{reference}`` is the known answer. Of messages it takes the place of the
+    last one of the user."""
+    weights: Literal["student", "ema"] = "student"
+    """``student``: as they are when it is asked. ``ema``: an exponential moving average of them, held in float32 beside them."""
+    ema_decay: Fraction = 0.999
+    """What stays of the average at each optimizer step; 1 keeps the weights that the run began with."""
+
+    @model_validator(mode="after")
+    def _holds_the_prompt(self) -> SelfConfig:
+        if self.context.count("{prompt}") != 1:
+            raise ValueError(f"context {self.context!r} needs one {{prompt}}, where it reads what the student does")
+        return self
+
+
 class TeacherConfig(Section):
     """The model that is asked."""
 
@@ -178,6 +196,8 @@ class TeacherConfig(Section):
     budget: BudgetConfig | None = None
     serve: ServeConfig | None = None
     """Start one beside the run, as a process of its own, on loopback."""
+    self: SelfConfig | None = None
+    """No other model: the student's own weights."""
     tls: ClientTlsConfig | None = None
     """Needed for every target but loopback."""
     token_file: str | None = None
@@ -215,8 +235,10 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_way_in(self) -> TeacherConfig:
-        if self.signal != "none" and (self.target is None) == (self.serve is None):
-            raise ValueError("give exactly one of target (a running teacher) and serve (start one beside the run)")
+        if self.signal != "none" and [self.target, self.serve, self.self].count(None) != 2:
+            raise ValueError(
+                "give exactly one of target (a running teacher), serve (start one beside the run) and self (the student's own weights)"
+            )
         if self.target is not None and (not self.targets or len(set(self.targets)) != len(self.targets)):
             raise ValueError(f"{list(self.targets)} must be one or more addresses, each once")
         for target in self.targets:
@@ -231,6 +253,21 @@ class TeacherConfig(Section):
             raise ValueError("model and api belong to an OpenAI-compatible target (openai://… or https://…)")
         if self.serve is not None and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: a teacher that is started beside the run answers on loopback alone")
+        return self
+
+    @model_validator(mode="after")
+    def _self_is_no_service(self) -> TeacherConfig:
+        if self.self is None:
+            return self
+        if self.signal == "text":
+            raise ValueError("signal text with self: a student's own texts teach it nothing; take full, candidates, topk or sampled")
+        if self.writes_labels:
+            raise ValueError("writes_labels with self: a student that writes its own labels learns nothing from them; leave it out")
+        if self.cache is not None:
+            raise ValueError("cache with self: its weights change at every step, and with them its answers; leave it out")
+        given = [name for name in ("tokenizer", "prices", "budget", "grading", "tls", "token_file", "token_env") if getattr(self, name)]
+        if given:
+            raise ValueError(f"{given[0]} is for a teacher elsewhere, and self is none: leave it out")
         return self
 
     @property

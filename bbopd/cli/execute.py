@@ -24,7 +24,7 @@ from bbopd.evaluate.agreement import signal_to_measure
 from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.held_out_game import HeldOutGame
 from bbopd.evaluate.samples import student_answers, teacher_answers
-from bbopd.evaluate.suite import EvalSuite
+from bbopd.evaluate.suite import KEPT_BYTES, EvalSuite
 from bbopd.pipeline.best import BestModel
 from bbopd.pipeline.cycle import sampling_of
 from bbopd.pipeline.folder import RunFolder
@@ -95,6 +95,7 @@ async def _turn(
         teacher=measured,
         compute_dtype=session.compute_dtype,
         vocab_size=session.vocab_size,
+        kept_bytes=KEPT_BYTES if config.teacher.self is None else 0,  # own weights change, and what they say of held-out text
     )
 
     game = _held_out_game(session)

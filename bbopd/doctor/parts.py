@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 
+from bbopd.config import SelfConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.data.text_checks import text_checks
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer, plain_sizes
 from bbopd.objectives import check_offer, make_objective, signal_for
+from bbopd.pipeline.parts import at_once
 from bbopd.pipeline.preflight import check_candidates
 from bbopd.pipeline.progress import Silent
 from bbopd.pipeline.student import check_positions, end_of_text, load_student
-from bbopd.pipeline.teacher import load_teacher_tokenizer, open_api, open_budget, start_teacher
+from bbopd.pipeline.teacher import load_teacher_tokenizer, open_api, open_budget, own_teacher, start_teacher
 from bbopd.pipeline.texts import check_labels, read_prompts
 from bbopd.types import Teacher
 
@@ -110,6 +112,8 @@ async def check_student(setup: SetUp) -> Verdict:
 async def check_teacher(setup: SetUp) -> Verdict:
     """Every replica answers, and says that it is the same teacher."""
     config = setup.config
+    if config.teacher.self is not None:
+        return _own_teacher(setup, config.teacher.self)
     teacher: Teacher | None
     teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, Silent())
     if config.teacher.is_api:
@@ -138,6 +142,22 @@ async def check_teacher(setup: SetUp) -> Verdict:
             "name one where it is served, or take a new teacher.cache.path"
         )
     return passed(who)
+
+
+def _own_teacher(setup: SetUp, own: SelfConfig) -> Verdict:
+    """The student's own weights need no asking who they are: what they read is looked at."""
+    if setup.model is None or setup.tokenizer is None or setup.prompts is None or setup.compute_dtype is None:
+        return Verdict("skip", "the student's own weights: needs the student and its prompts")
+    config, prompts = setup.config, setup.prompts.known
+    teacher = own_teacher(own, setup.model, setup.tokenizer, compute_dtype=setup.compute_dtype, run=at_once)
+    longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+    most = teacher.check_prompts(prompts, max_new_tokens=longest)
+    whose = "own weights" if own.weights == "student" else f"averaged weights (decay {own.ema_decay:g})"
+    objective = make_objective(config.objective)
+    want = signal_for(objective, config.teacher)
+    if want is not None:
+        check_offer(objective, teacher.info, want)
+    return passed(f"the student's {whose}, which read up to {most:,} tokens, the answer included; what that takes is not in the cost below")
 
 
 async def check_signal(setup: SetUp) -> Verdict:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SEED = 20_177  # apart from the seeds of training cycles, and the same at every stage
-_KEPT_BYTES = 512 * 2**20
+KEPT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class EvalSuite:
         teacher: Teacher | None,
         compute_dtype: torch.dtype | None = None,
         vocab_size: int | None = None,
-        kept_bytes: int = _KEPT_BYTES,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._held_out = [prompt for prompt in prompts if prompt.reference_ids][: config.sequences]
         count = config.rollouts if prompts else 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from bbopd.config import FiltersConfig, RunConfig
 from bbopd.data.filters import RolloutFilter
@@ -41,6 +42,7 @@ from bbopd.pipeline.teacher import (
     open_api,
     open_budget,
     open_judge,
+    own_teacher,
     remembering,
     start_teacher,
     text_teacher,
@@ -51,6 +53,7 @@ from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.written import WritingTeacher
+from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
 from bbopd.types import Teacher
@@ -59,6 +62,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.teachers.openai import OpenAITeacher
+
+
+_AVERAGE = "average"  # the file of a checkpoint that holds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +151,28 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             progress.note(trained_share(model, config.train.optimizer))
         remote, process = await starting
         budget = open_budget(config.teacher, remote, folder, stack)
-        teacher: RemoteTeacher | OpenAITeacher | None = remote
+        counted: RemoteTeacher | OpenAITeacher | None = remote
+        teacher: Teacher | None = remote
         rows = model.get_input_embeddings().weight.shape[0]
         if config.teacher.is_api:
             spoken, count = (tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
-            teacher = await open_api(config.teacher, spoken, count, budget, stack, progress)
+            teacher = counted = await open_api(config.teacher, spoken, count, budget, stack, progress)
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
-        plays = config.objective.name == "gad"
-        beside = 4 * trained_bytes(model) if plays else 0  # discriminator, its moments, reference
+        plays, own = config.objective.name == "gad", config.teacher.self
+        copies = 4 if plays else 1 if own is not None and own.weights == "ema" else 0  # discriminator, its moments, reference; the average
+        beside = copies * trained_bytes(model)
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=beside)
+        overlaps = config.rollouts.engine != "hf" and config.rollouts.max_staleness > 0  # hf writes with the trainer's own weights
+        executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bbopd-trainer")) if overlaps else None
+        run_blocking = at_once if executor is None else in_executor(executor)
+        average = None
+        if own is not None:
+            average = WeightAverage(model, own.ema_decay) if own.weights == "ema" else None
+            asked_model = model if average is None else average.model
+            teacher = privileged = own_teacher(own, asked_model, tokenizer, compute_dtype=dtype, run=run_blocking)
+            longest = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+            privileged.check_prompts(prompts.known, max_new_tokens=longest)
 
         objective = make_objective(config.objective)
         want = signal_for(objective, config.teacher) if teacher is not None else None
@@ -211,6 +229,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             compute_dtype=dtype,
             vocab_size=vocab_size,
             activation_checkpointing=student.activation_checkpointing,
+            average=average,
         )
         adversary = judge_of_answers = None
         if config.eval.judge is not None:
@@ -225,6 +244,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             state = RunState.from_json(await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer))
             if adversary is not None:
                 adversary.load_tensors(await asyncio.to_thread(load_beside, checkpoint))
+            if average is not None:
+                average.load_tensors(await asyncio.to_thread(load_beside, checkpoint), _AVERAGE)
             trainer.steps_done = state.step
             progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
 
@@ -237,15 +258,17 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         judge = RolloutFilter(filters, stop_token_ids, decode=tokenizer.decode, text_checks=checks, accepted=accepted)
         gate = RolloutGate(judge, log, state.rejected)
 
-        overlaps = config.rollouts.engine != "hf" and config.rollouts.max_staleness > 0  # hf writes with the trainer's own weights
-        executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bbopd-trainer")) if overlaps else None
         retries_before = state.teacher_retries
         stream = open_stream(config, prompts, end_of_text(tokenizer))
         stack.callback(stream.close)
 
+        def beside_the_student() -> Mapping[str, Mapping[str, Tensor]]:
+            held: Mapping[str, Mapping[str, Tensor]] = {} if adversary is None else adversary.tensors()
+            return held if average is None else {**held, _AVERAGE: average.tensors()}
+
         def save(now: RunState) -> None:
-            if teacher is not None:
-                now.teacher_retries = retries_before + teacher.counters["retries"]
+            if counted is not None:
+                now.teacher_retries = retries_before + counted.counters["retries"]
             save_checkpoint(
                 folder.checkpoints,
                 now.step,
@@ -254,7 +277,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 optimizer=trainer.optimizer,
                 state=now.to_json(),
                 keep=config.train.keep_checkpoints,
-                beside=None if adversary is None else adversary.tensors(),
+                beside=beside_the_student(),
             )
 
         session = Session(
@@ -279,7 +302,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 opponent=adversary,
                 overlaps=overlaps,
                 shares_weights=config.rollouts.engine == "hf",
-                run_blocking=at_once if executor is None else in_executor(executor),
+                run_blocking=run_blocking,
             ),
             state=state,
             model=model,

@@ -8,14 +8,14 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bbopd.config import CacheConfig, RunConfig, TeacherConfig
+from bbopd.config import CacheConfig, RunConfig, SelfConfig, TeacherConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_tokenizer, tokenizer_sha256
 from bbopd.modeling.spelling import Speller
 from bbopd.pipeline.answer_scores import grades, own_score, student_logprob
 from bbopd.pipeline.folder import RunFolder
-from bbopd.pipeline.parts import Scores
+from bbopd.pipeline.parts import Blocking, Scores
 from bbopd.pipeline.preflight import check_teacher_tokenizer
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.rewards import GroupRewards
@@ -28,18 +28,23 @@ from bbopd.teachers.budget import Budget, Prices
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.chosen import ChoosingTeacher, teacher_logprob
 from bbopd.teachers.fitted import fitted
+from bbopd.teachers.hf import HFBackend
+from bbopd.teachers.local import LocalTeacher
 from bbopd.teachers.paid import PaidTeacher
+from bbopd.teachers.privileged import Context, PrivilegedTeacher
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.verbal import VerbalJudge
 from bbopd.teachers.written import WritingTeacher
-from bbopd.types import Judge, Sampling, SignalSpec, Teacher
+from bbopd.types import Judge, Level, Sampling, SignalSpec, Teacher
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.teachers.openai import OpenAITeacher
+
+_SIGNALS: tuple[Level, ...] = ("full", "candidates", "topk", "sampled")
 
 
 async def start_teacher(
@@ -93,6 +98,19 @@ async def open_api(
     return teacher
 
 
+def own_teacher(
+    config: SelfConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    compute_dtype: torch.dtype,
+    run: Blocking,
+) -> PrivilegedTeacher:
+    """``model``, the student or its average, as a teacher that reads ``config.context``; ``run`` keeps its calls apart from training."""
+    backend = HFBackend(model, tokenizer, levels=_SIGNALS, name="the student", compute_dtype=compute_dtype)
+    return PrivilegedTeacher(LocalTeacher(backend, run=run), Context(config.context, tokenizer))
+
+
 async def open_judge(
     config: TeacherConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,7 +149,7 @@ def open_budget(config: TeacherConfig, teacher: RemoteTeacher | None, folder: Ru
 
 
 def remembering(
-    teacher: RemoteTeacher | OpenAITeacher | None, budget: Budget | None, config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack
+    teacher: Teacher | None, budget: Budget | None, config: TeacherConfig, folder: RunFolder, stack: AsyncExitStack
 ) -> Teacher | None:
     """The teacher; behind a budget, where it is paid and does not see to that itself; and behind the answers of it that are kept.
 
@@ -254,7 +272,7 @@ def aligning_teacher(
 
 
 async def compare_replicas(
-    teacher: RemoteTeacher | OpenAITeacher,
+    teacher: Teacher,
     config: RunConfig,
     prompts: PromptSet,
     want: SignalSpec,

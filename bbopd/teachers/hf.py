@@ -75,6 +75,7 @@ class HFBackend:
         token only pad the head: they have no probability.
     levels, max_top_k, max_sequence_tokens : what is offered; None takes the model's own limit.
     name, revision : what it calls itself.
+    compute_dtype : torch.bfloat16 multiplies a float32 model in it by autocast, as the trainer does; None is the model's own.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class HFBackend:
         max_sequence_tokens: int | None = None,
         name: str = "",
         revision: str = "",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
@@ -94,7 +96,8 @@ class HFBackend:
         self._rows = head.weight_VD.shape[0]
         vocab_size = used_vocabulary(tokenizer, self._rows) if tokenizer is not None else self._rows
         self._head = replace(head, vocab_size=vocab_size).without_padding()
-        self._end_ids = _end_of_sequence(model, tokenizer)
+        self._compute_dtype = compute_dtype or head.weight_VD.dtype
+        self._end_ids = _end_of_sequence(model, tokenizer) if "text" in levels else ()
         limits = [limit for limit in (max_sequence_tokens, max_positions(model)) if limit]
         self.info = TeacherInfo(
             model=name or type(model).__name__,
@@ -130,7 +133,7 @@ class HFBackend:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], want: SignalSpec) -> list[TeacherSignal]:
         """One packed forward of the body, then the head on the rows that predict response tokens, and on no others."""
-        hidden_ND = self._response_hidden(rollouts)
+        hidden_ND = self._response_hidden(rollouts).to(self._compute_dtype)
         bounds = np.cumsum([0, *(len(rollout) for rollout in rollouts)])
         rows = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         if want.level == "full":
@@ -138,7 +141,7 @@ class HFBackend:
             return [TeacherSignal("full", logits=logits_NV[part]) for part in rows]
         found = linear_logprobs(
             hidden_ND,
-            self._head.weight_VD,
+            self._head.weight_VD.to(self._compute_dtype),
             token_ids=self._tensor([token for rollout in rollouts for token in rollout.token_ids]),
             top_k=min(want.top_k, self.info.vocab_size) if want.level == "topk" else 0,
             candidate_ids=self._candidates(rollouts) if want.level == "candidates" else None,
@@ -224,22 +227,25 @@ class HFBackend:
             if len(rollout) > 1:
                 start = packing.add(rollout.token_ids[:-1], prefix=shared[prompt])
                 packing.wanted.extend(range(start, start + len(rollout) - 1))
-        hidden_PD = packed_hidden(
-            self._model,
-            self._tensor(packing.ids),
-            self._tensor(packing.positions),
-            torch.tensor(packing.boundaries, dtype=torch.int32),
-            packing.prefixes if shared else None,
-        )
+        is_rounded = self._compute_dtype != self._head.weight_VD.dtype
+        with torch.autocast(self._model.device.type, dtype=self._compute_dtype, enabled=is_rounded):
+            hidden_PD = packed_hidden(
+                self._model,
+                self._tensor(packing.ids),
+                self._tensor(packing.positions),
+                torch.tensor(packing.boundaries, dtype=torch.int32),
+                packing.prefixes if shared else None,
+            )
         return hidden_PD[self._tensor(packing.wanted)]
 
     def _shifted_logits(self, hidden_ND: Tensor) -> np.ndarray:
         """z − max(z) [N, V] as float16, from fp32 logits, a chunk of rows at a time."""
         head, count = self._head, hidden_ND.shape[0]
+        weight_VD = head.weight_VD.to(self._compute_dtype)
         shifted_NV = torch.empty((count, self.info.vocab_size), dtype=torch.float16)
         step = max(1, _CHUNK_ELEMENTS // self.info.vocab_size)
         for start in range(0, count, step):
-            z_nV = _product_in_fp32(hidden_ND[start : start + step], head.weight_VD)
+            z_nV = _product_in_fp32(hidden_ND[start : start + step], weight_VD)
             if head.bias is not None:
                 z_nV += head.bias
             z_nV *= head.logit_scale

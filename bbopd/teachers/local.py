@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -37,13 +37,17 @@ class LocalTeacher:
     Parameters
     ----------
     batch_tokens : packed tokens of one call of the backend, prompts included.
+    run : calls the backend and gives what it returns, in place of a thread of its own: for a model that others use too.
     """
 
-    def __init__(self, backend: TeacherBackend, *, batch_tokens: int = 2048) -> None:
+    def __init__(
+        self, backend: TeacherBackend, *, batch_tokens: int = 2048, run: Callable[..., Awaitable[list[Any]]] | None = None
+    ) -> None:
         self.info = backend.info
         self._backend = backend
         self._batch_tokens = batch_tokens
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bbopd-teacher")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bbopd-teacher")  # starts with its first call
+        self._call = run or self._in_thread
 
     async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]:
         """Raises `TeacherError` for what is not offered, `BadAnswerError` where the model gives no proper signal."""
@@ -90,11 +94,14 @@ class LocalTeacher:
 
     async def _run(self, call: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+            return await self._call(call, *arguments)
         except BbopdError:
             raise
         except Exception as error:
             raise TeacherError(f"teacher {self.info.model} failed: {type(error).__name__}: {error}") from error
+
+    async def _in_thread(self, call: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     async def _batches(self, items: AsyncIterator[Item], count_tokens: Callable[[Item], int]) -> AsyncGenerator[list[Item], None]:
         """What has come so far, up to a batch: a source that waits for answers before it goes on is not waited for in turn."""

@@ -19,6 +19,7 @@ from bbopd.errors import TrainingError
 from bbopd.modeling import merged_weights, output_head, packed_attention, packed_hidden, to_device
 from bbopd.objectives import Objective
 from bbopd.objectives.base import Scheduled
+from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
 from bbopd.types import IGNORE_INDEX, DistillBatch, DistillLoss
@@ -81,6 +82,8 @@ class Trainer:
         Logits from there on only pad the head: they have no probability and no gradient. None: all are of tokens.
     activation_checkpointing
         Keep only layer inputs and run each layer again in the backward pass.
+    average
+        Follows the weights after every update.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Trainer:
         compute_dtype: torch.dtype = torch.float32,
         vocab_size: int | None = None,
         activation_checkpointing: bool = False,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -102,6 +106,7 @@ class Trainer:
         self.planned_steps = planned_steps
         self.compute_dtype = compute_dtype
         self.optimizer = build_optimizer(model, train)
+        self.average = average
         self.head = output_head(model, vocab_size)
         self.steps_done = 0
         if activation_checkpointing:
@@ -159,6 +164,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
