@@ -5,7 +5,8 @@ Shape suffixes: ``P`` packed tokens, ``N`` response tokens, ``D`` hidden, ``S`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bbopd.modeling import output_head, packed_hidden
 from bbopd.modeling.head import undisturbed
+from bbopd.modeling.shared_prompts import response_hidden
 from bbopd.objectives.base import require_finite
 from bbopd.ops import linear_distill, linear_logprobs
 from bbopd.types import DistillBatch, Divergence, OpTeacher, Rollout, ScoredRollout, TokenLogprobs
@@ -43,12 +45,17 @@ class StudentView:
     def hidden(self, batch: DistillBatch) -> Tensor:
         """Hidden states [N, D] that predict the batch's response tokens. Raises `TrainingError` where they are not finite."""
         device = self.device
-        mixed = self._compute_dtype not in (None, self._head.weight_VD.dtype)
-        with undisturbed(self._model), torch.autocast(device.type, dtype=self._compute_dtype if mixed else None, enabled=mixed):
+        with self._computing():
             hidden_PD = packed_hidden(self._model, batch.input_ids.to(device), batch.position_ids.to(device), batch.boundaries)
-        hidden_ND = hidden_PD[batch.target_rows.to(device)].to(self._head.weight_VD.dtype)
-        require_finite(("hidden states", hidden_ND))
-        return hidden_ND
+        return self._for_head(hidden_PD[batch.target_rows.to(device)])
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout], *, top_k: int = 0) -> TokenLogprobs:
+        """`linear_logprobs` of the response tokens [N] of ``rollouts``, their own included. A prompt that several share is run once."""
+        with self._computing():
+            hidden_ND = response_hidden(self._model, rollouts)
+        ids_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=self.device)
+        return self.logprobs(self._for_head(hidden_ND), token_ids=ids_N, top_k=top_k)
 
     @torch.no_grad()
     def logprobs(self, hidden_ND: Tensor, **wanted: Any) -> TokenLogprobs:
@@ -62,6 +69,17 @@ class StudentView:
             hidden_ND, self._head.weight_VD, teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence=name, **self._head.options
         )
         return found.kd
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        mixed = self._compute_dtype not in (None, self._head.weight_VD.dtype)
+        with undisturbed(self._model), torch.autocast(self.device.type, dtype=self._compute_dtype if mixed else None, enabled=mixed):
+            yield
+
+    def _for_head(self, hidden_ND: Tensor) -> Tensor:
+        hidden_ND = hidden_ND.to(self._head.weight_VD.dtype)
+        require_finite(("hidden states", hidden_ND))
+        return hidden_ND
 
 
 def in_batches(items: Iterable[Item], packed_tokens: int = PACKED_TOKENS) -> Iterator[list[Item]]:

@@ -1,15 +1,14 @@
 """A teacher from any Hugging Face causal language model, scored without its logits ever existing (but at ``full``).
 
-Shape suffixes: ``N`` response tokens of a batch, ``D`` hidden, ``V`` vocabulary, ``P`` packed tokens, ``S`` sequences, ``M`` candidates.
+Shape suffixes: ``N`` response tokens of a batch, ``D`` hidden, ``V`` vocabulary, ``M`` candidates.
 """
 
 from __future__ import annotations
 
 import itertools
 import zlib
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,19 +17,18 @@ from torch import Tensor
 
 from bbopd.config import ServeConfig
 from bbopd.modeling import (
-    can_share_prefixes,
     chat_template_sha256,
     compute_dtype,
     load_model,
     load_tokenizer,
     max_positions,
     output_head,
-    packed_hidden,
     resolve_device,
     tokenizer_sha256,
     used_vocabulary,
     vocabulary_sha256,
 )
+from bbopd.modeling.shared_prompts import response_hidden
 from bbopd.ops import linear_logprobs
 from bbopd.teachers.prompt_ids import prompt_ids
 from bbopd.types import LEVELS, Completion, FinishReason, Level, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo, TeacherSignal
@@ -42,27 +40,6 @@ __all__ = ["HFBackend"]
 
 _TEMPERATURES = (0.01, 100.0)
 _CHUNK_ELEMENTS = 2**24  # logits in fp32 at a time, at level full
-
-
-@dataclass(slots=True)
-class _Packing:
-    """Sequences laid end to end, and the rows that are wanted of them."""
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    boundaries: list[int] = field(default_factory=lambda: [0])
-    prefixes: list[int | None] = field(default_factory=list)
-    wanted: list[int] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], prefix: int | None = None) -> int:
-        """Append one sequence, or what goes on from sequence ``prefix``. Returns its first row."""
-        start = len(self.ids)
-        first = 0 if prefix is None else self.boundaries[prefix + 1] - self.boundaries[prefix]
-        self.ids.extend(ids)
-        self.positions.extend(range(first, first + len(ids)))
-        self.boundaries.append(len(self.ids))
-        self.prefixes.append(prefix)
-        return start
 
 
 class HFBackend:
@@ -133,7 +110,9 @@ class HFBackend:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], want: SignalSpec) -> list[TeacherSignal]:
         """One packed forward of the body, then the head on the rows that predict response tokens, and on no others."""
-        hidden_ND = self._response_hidden(rollouts).to(self._compute_dtype)
+        is_rounded = self._compute_dtype != self._head.weight_VD.dtype
+        with torch.autocast(self._model.device.type, dtype=self._compute_dtype, enabled=is_rounded):
+            hidden_ND = response_hidden(self._model, rollouts).to(self._compute_dtype)
         bounds = np.cumsum([0, *(len(rollout) for rollout in rollouts)])
         rows = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         if want.level == "full":
@@ -205,38 +184,6 @@ class HFBackend:
         """The ids of a prompt that is text or messages (see `prompt_ids`)."""
         assert self._tokenizer is not None, "without a tokenizer, no text is taken"
         return prompt_ids(prompt, self._tokenizer, self.info.model)
-
-    def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Hidden states [N, D] of the rows that predict a response token; the last token of a sequence predicts none of them.
-
-        A prompt that several rollouts answer is run once, and their responses go on from it.
-        """
-        packing = _Packing()
-        times = Counter(rollout.prompt.token_ids for rollout in rollouts) if can_share_prefixes(self._model) else Counter[tuple[int, ...]]()
-        shared: dict[tuple[int, ...], int] = {}
-        for rollout in rollouts:
-            prompt = rollout.prompt.token_ids
-            if times[prompt] < 2:
-                start = packing.add(rollout.all_ids[:-1])
-                packing.wanted.extend(range(start + len(prompt) - 1, start + len(rollout.all_ids) - 1))
-                continue
-            if prompt not in shared:
-                shared[prompt] = len(packing.prefixes)
-                packing.add(prompt)
-            packing.wanted.append(packing.boundaries[shared[prompt] + 1] - 1)
-            if len(rollout) > 1:
-                start = packing.add(rollout.token_ids[:-1], prefix=shared[prompt])
-                packing.wanted.extend(range(start, start + len(rollout) - 1))
-        is_rounded = self._compute_dtype != self._head.weight_VD.dtype
-        with torch.autocast(self._model.device.type, dtype=self._compute_dtype, enabled=is_rounded):
-            hidden_PD = packed_hidden(
-                self._model,
-                self._tensor(packing.ids),
-                self._tensor(packing.positions),
-                torch.tensor(packing.boundaries, dtype=torch.int32),
-                packing.prefixes if shared else None,
-            )
-        return hidden_PD[self._tensor(packing.wanted)]
 
     def _shifted_logits(self, hidden_ND: Tensor) -> np.ndarray:
         """z − max(z) [N, V] as float16, from fp32 logits, a chunk of rows at a time."""
