@@ -15,7 +15,7 @@ from torch import Tensor
 from bbopd.config import EvalConfig
 from bbopd.errors import DataError, TeacherError, TrainingError
 from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
-from bbopd.evaluate.bits_per_byte import NO_TEXT, bits_per_byte, document_windows, token_byte_counts
+from bbopd.evaluate.bits_per_byte import NO_TEXT, document_windows, score_text, token_byte_counts
 from bbopd.evaluate.samples import student_answers, teacher_answers
 from bbopd.evaluate.statistics import ratio
 from bbopd.evaluate.student import StudentView, in_batches
@@ -154,7 +154,7 @@ def test_bits_per_byte_is_that_of_the_dense_logits(make: Any) -> None:
     sizes = [byte_length(reference) for _, reference in pieces]
     expected = ratio(bits, sizes)
 
-    found = bits_per_byte(StudentView(model), [*prompts, Prompt("question", (4, 5, 6))], token_byte_counts(tokenizer))
+    found = score_text(StudentView(model), [*prompts, Prompt("question", (4, 5, 6))], token_byte_counts(tokenizer)).result()
     assert found.bits_per_byte == pytest.approx(sum(bits) / sum(sizes), rel=2e-6)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
     assert (found.bytes, found.tokens) == (sum(sizes), sum(map(len, nats)))
@@ -192,7 +192,7 @@ def test_windows_of_a_document_give_its_sliding_likelihood() -> None:
         context = whole[shifts * stride : target]
         nats += float(nats_of(model, context, [whole[target]])[0])
     windows = list(document_windows("doc", ids, window=window, stride=stride, start_token_id=0))
-    found = bits_per_byte(StudentView(model), windows, token_byte_counts(tokenizer))
+    found = score_text(StudentView(model), windows, token_byte_counts(tokenizer)).result()
     assert found.nats == pytest.approx(nats, rel=2e-6)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=2e-6)
     assert found.standard_error is None, "the windows of one document are one cluster"
@@ -206,7 +206,9 @@ def test_windows_without_context_are_refused(window: int, stride: int) -> None:
 
 def test_no_text_to_score() -> None:
     with pytest.raises(DataError, match="no text"):
-        bits_per_byte(StudentView(tiny_llama(VOCAB)), [Prompt("a", (4, 5)), Prompt("b", (4,), (2,))], token_byte_counts(tiny_tokenizer()))
+        score_text(
+            StudentView(tiny_llama(VOCAB)), [Prompt("a", (4, 5)), Prompt("b", (4,), (2,))], token_byte_counts(tiny_tokenizer())
+        ).result()
 
 
 def test_batches_keep_order_and_size() -> None:
@@ -320,7 +322,7 @@ def test_a_student_that_diverges_is_a_training_error() -> None:
     with pytest.raises(TrainingError, match="the student's hidden states are not finite"):
         measure_agreement(view, scored, SignalSpec("full"))
     with pytest.raises(TrainingError, match="hidden states are not finite"):
-        bits_per_byte(view, random_prompts(3), token_byte_counts(tiny_tokenizer()))
+        score_text(view, random_prompts(3), token_byte_counts(tiny_tokenizer())).result()
     with pytest.raises(TrainingError, match=r"the student's weights model\.norm\.weight are not finite"):
         StudentView(student)
 
@@ -359,7 +361,7 @@ async def test_suite_measures_held_out_text_and_the_students_own() -> None:
     want, view = SignalSpec("full"), StudentView(student)
     held_out = [Rollout(p.prompt_id, p, p.reference_ids or ()) for p in prompts[:5]]
     expected = measure_agreement(view, [ScoredRollout(r, teacher.signal(r, want)) for r in held_out], want)
-    text = bits_per_byte(view, prompts[:5], token_byte_counts(tiny_tokenizer()))
+    text = score_text(view, prompts[:5], token_byte_counts(tiny_tokenizer())).result()
     assert result.bits_per_byte == pytest.approx(text.bits_per_byte, rel=1e-6)
     assert result.kl_held_out == pytest.approx(expected.forward_kl.value, rel=1e-5)
     assert expected.reverse_kl is not None

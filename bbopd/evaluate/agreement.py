@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bbopd.data.assemble import assemble
 from bbopd.errors import DataError
 from bbopd.evaluate.bits_per_byte import ByteMeter
-from bbopd.evaluate.statistics import Estimate, ratio
+from bbopd.evaluate.scores import Scores
+from bbopd.evaluate.statistics import Estimate
 from bbopd.evaluate.student import PACKED_TOKENS, StudentView, sum_by_sequence, token_count
 from bbopd.modeling import to_device
 from bbopd.types import FullTeacher, OpTeacher, ScoredRollout, SignalSpec, TeacherInfo, TopKTeacher
@@ -62,6 +64,7 @@ class AgreementMeter:
         self._packed_tokens = packed_tokens
         self._waiting: list[ScoredRollout] = []
         self._waiting_tokens = 0
+        self._items: list[str] = []
         self._sums: dict[str, list[float]] = {"tokens": [], "forward_kl": [], "reverse_kl": [], "top1": []}
 
     def add(self, scored: ScoredRollout) -> None:
@@ -74,19 +77,28 @@ class AgreementMeter:
 
     def result(self) -> Agreement:
         """Raises `DataError` where no token was scored."""
+        scores = self.scores()
+        tokens = self._sums["tokens"]
+        return Agreement(
+            forward_kl=scores["kl"].estimate(),
+            reverse_kl=scores["reverse_kl"].estimate() if "reverse_kl" in scores else None,
+            top1=scores["top1"].estimate(),
+            tokens=int(sum(tokens)),
+            sequences=len(tokens),
+            is_bucketed=self._want.level != "full",
+        )
+
+    def scores(self) -> dict[str, Scores]:
+        """``kl``, ``top1`` and, from a ``full`` signal, ``reverse_kl``, by prompt. Raises `DataError` where no token was scored."""
         self._measure_waiting()
         tokens = self._sums["tokens"]
         if not sum(tokens):
             raise DataError("no token was scored by the teacher: agreement with it cannot be measured")
-        is_full = self._want.level == "full"
-        return Agreement(
-            forward_kl=ratio(self._sums["forward_kl"], tokens),
-            reverse_kl=ratio(self._sums["reverse_kl"], tokens) if is_full else None,
-            top1=ratio(self._sums["top1"], tokens),
-            tokens=int(sum(tokens)),
-            sequences=len(tokens),
-            is_bucketed=not is_full,
-        )
+        names = {"kl": "forward_kl", "top1": "top1"} | ({"reverse_kl": "reverse_kl"} if self._want.level == "full" else {})
+        return {
+            name: Scores(tuple(self._items), np.array([self._sums[key], tokens]).T, higher_is_better=name == "top1")
+            for name, key in names.items()
+        }
 
     def _measure_waiting(self) -> None:
         if not self._waiting:
@@ -94,6 +106,7 @@ class AgreementMeter:
         rollouts = [scored.rollout for scored in self._waiting]
         batch = assemble(self._waiting, self._want)
         self._waiting, self._waiting_tokens = [], 0
+        self._items.extend(rollout.prompt.prompt_id for rollout in rollouts)
         assert batch.teacher is not None, "scored rollouts make a batch with a teacher"
         teacher = to_device(batch.teacher, self._student.device)
         hidden_ND = self._student.hidden(batch)

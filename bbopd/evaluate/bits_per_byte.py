@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bbopd.data.assemble import assemble
 from bbopd.errors import DataError
-from bbopd.evaluate.statistics import ratio
+from bbopd.evaluate.scores import Scores
 from bbopd.evaluate.student import StudentView, in_batches, sum_by_sequence
 from bbopd.modeling import token_bytes
 from bbopd.pipeline.cycle import as_labelled
@@ -78,15 +79,19 @@ class ByteMeter:
 
     def result(self) -> BitsPerByte:
         """Raises `DataError` where no text was scored."""
-        total = int(sum(self._bytes.values()))
-        if not total:
+        found = self.scores().estimate()
+        return BitsPerByte(found.value, found.standard_error, math.fsum(self._nats.values()), int(sum(self._bytes.values())), self._tokens)
+
+    def scores(self) -> Scores:
+        """Bits and bytes by document. Raises `DataError` where no text was scored."""
+        if not sum(self._bytes.values()):
             raise DataError("there is no text to score: give prompts with a reference answer, or documents of at least two tokens")
-        found = ratio([nats / math.log(2) for nats in self._nats.values()], list(self._bytes.values()))
-        return BitsPerByte(found.value, found.standard_error, math.fsum(self._nats.values()), total, self._tokens)
+        bits = [nats / math.log(2) for nats in self._nats.values()]
+        return Scores(tuple(self._nats), np.array([bits, list(self._bytes.values())]).T, higher_is_better=False)
 
 
-def bits_per_byte(student: StudentView, prompts: Sequence[Prompt], byte_counts_V: Tensor) -> BitsPerByte:
-    """Score each prompt's reference given the prompt; prompts without a reference are passed over.
+def score_text(student: StudentView, prompts: Sequence[Prompt], byte_counts_V: Tensor) -> ByteMeter:
+    """A meter that has scored each prompt's reference given the prompt; prompts without a reference are passed over.
 
     Parameters
     ----------
@@ -96,11 +101,6 @@ def bits_per_byte(student: StudentView, prompts: Sequence[Prompt], byte_counts_V
         Held-out text. `document_windows` makes prompts of whole documents.
     byte_counts_V
         From `token_byte_counts`.
-
-    Raises
-    ------
-    DataError
-        No reference holds any text.
     """
     meter = ByteMeter(byte_counts_V)
     for rollouts in in_batches(as_labelled(prompt, draw=index) for index, prompt in enumerate(prompts) if prompt.reference_ids):
@@ -108,7 +108,7 @@ def bits_per_byte(student: StudentView, prompts: Sequence[Prompt], byte_counts_V
         logprobs_N = student.logprobs(student.hidden(batch), token_ids=batch.target_ids.to(student.device)).sampled
         assert logprobs_N is not None, "token_ids were given"
         meter.add(rollouts, batch, logprobs_N)
-    return meter.result()
+    return meter
 
 
 def document_windows(

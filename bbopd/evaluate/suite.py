@@ -14,9 +14,9 @@ from torch import Tensor
 from bbopd.config import EvalConfig
 from bbopd.data.streams import each
 from bbopd.errors import TeacherError
-from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
-from bbopd.evaluate.bits_per_byte import BitsPerByte, ByteMeter, bits_per_byte
-from bbopd.evaluate.statistics import Estimate
+from bbopd.evaluate.agreement import AgreementMeter, signal_to_measure
+from bbopd.evaluate.bits_per_byte import ByteMeter, score_text
+from bbopd.evaluate.scores import Scores
 from bbopd.evaluate.student import StudentView
 from bbopd.pipeline.cycle import as_labelled
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout, SignalSpec, Teacher
@@ -55,6 +55,17 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measures:
+    """What an `EvalResult` is made of: its measures by name, item by item."""
+
+    scores: Mapping[str, Scores]
+    tokens: Mapping[str, int]
+    sequences: Mapping[str, int]
+    seconds: float
+    seconds_by_part: Mapping[str, float]
 
 
 class EvalSuite:
@@ -105,44 +116,56 @@ class EvalSuite:
 
     async def run(self, stage: str, model: PreTrainedModel, step: int) -> EvalResult:
         """Measure ``model``; ``stage`` and ``step`` are copied into the result. Raises what the teacher or the engine raises."""
+        found = await self.measure(model)
+        values = {name: scores.estimate() for name, scores in found.scores.items()}
+        return EvalResult(
+            stage=stage,
+            step=step,
+            **{name: estimate.value for name, estimate in values.items()},
+            kl_is_bucketed=self.is_bucketed,
+            standard_errors={name: estimate.standard_error for name, estimate in values.items() if estimate.standard_error is not None},
+            tokens=found.tokens,
+            sequences=found.sequences,
+            seconds=round(found.seconds, 3),
+            seconds_by_part={name: round(seconds, 3) for name, seconds in found.seconds_by_part.items()},
+        )
+
+    @property
+    def is_bucketed(self) -> bool:
+        """Whether the KL is over the teacher's best ids and one bucket for the rest."""
+        return self._want is not None and self._want.level == "topk"
+
+    async def measure(self, model: PreTrainedModel) -> Measures:
+        """Every measure of ``model``, item by item. Raises what the teacher or the engine raises."""
         clock = _Clock()
         student = StudentView(model, compute_dtype=self._compute_dtype, vocab_size=self._vocab_size)
-        values: dict[str, Estimate] = {}
+        scores: dict[str, Scores] = {}
         tokens: dict[str, int] = {}
         sequences: dict[str, int] = {}
 
         if self._held_out:
             with clock.part("held_out"):
                 text, agreement = await self._measure_held_out(student)
-            values["bits_per_byte"] = Estimate(text.bits_per_byte, text.standard_error)
-            values |= _named(agreement, "held_out")
-            tokens["held_out"], sequences["held_out"] = text.tokens, len(self._held_out)
+            scores["bits_per_byte"] = text.scores()
+            scores |= {f"{name}_held_out": found for name, found in agreement.items()}
+            tokens["held_out"], sequences["held_out"] = text.result().tokens, len(self._held_out)
         if self._engine is not None and self._teacher is not None and self._rollout_prompts:
             with clock.part("sampling"):
                 rollouts = await self._sample(self._engine)
             tokens["rollouts"], sequences["rollouts"] = sum(map(len, rollouts)), len(rollouts)
             with clock.part("rollouts"):
-                values |= _named(await self._agreement(student, self._teacher, rollouts), "rollouts")
-        return EvalResult(
-            stage=stage,
-            step=step,
-            **{name: estimate.value for name, estimate in values.items()},
-            kl_is_bucketed=self._want is not None and self._want.level == "topk",
-            standard_errors={name: estimate.standard_error for name, estimate in values.items() if estimate.standard_error is not None},
-            tokens=tokens,
-            sequences=sequences,
-            seconds=round(clock.elapsed, 3),
-            seconds_by_part={name: round(seconds, 3) for name, seconds in clock.parts.items()},
-        )
+                agreement = await self._agreement(student, self._teacher, rollouts)
+            scores |= {f"{name}_rollouts": found for name, found in agreement.items()}
+        return Measures(scores, tokens, sequences, clock.elapsed, clock.parts)
 
     async def _sample(self, engine: RolloutEngine) -> list[Rollout]:
         sampling = Sampling(max_new_tokens=self._max_new_tokens, temperature=1.0, seed=_SEED)
         rollouts = [rollout async for rollout in engine.generate(each(self._rollout_prompts), sampling)]
         return sorted((rollout for rollout in rollouts if len(rollout)), key=lambda rollout: rollout.draw)
 
-    async def _measure_held_out(self, student: StudentView) -> tuple[BitsPerByte, Agreement | None]:
+    async def _measure_held_out(self, student: StudentView) -> tuple[ByteMeter, dict[str, Scores]]:
         if self._teacher is None:
-            return bits_per_byte(student, self._held_out, self._byte_counts_V), None
+            return score_text(student, self._held_out, self._byte_counts_V), {}
         assert self._want is not None, "a teacher always comes with what it is asked"
         text = ByteMeter(self._byte_counts_V)
         meter = AgreementMeter(student, self._want, text=text)
@@ -155,15 +178,15 @@ class EvalSuite:
             async for scored in self._teacher.score(each(unknown), self._want):
                 self._keep(scored)
                 meter.add(scored)
-        agreement = meter.result()
-        return text.result(), agreement
+        agreement = meter.scores()
+        return text, agreement
 
-    async def _agreement(self, student: StudentView, teacher: Teacher, rollouts: Iterable[Rollout]) -> Agreement:
+    async def _agreement(self, student: StudentView, teacher: Teacher, rollouts: Iterable[Rollout]) -> dict[str, Scores]:
         assert self._want is not None, "a teacher always comes with what it is asked"
         meter = AgreementMeter(student, self._want)
         async for scored in teacher.score(each(rollouts), self._want):
             meter.add(scored)
-        return meter.result()
+        return meter.scores()
 
     def _keep(self, scored: ScoredRollout) -> None:
         signal = scored.signal
@@ -184,13 +207,6 @@ def _signal(teacher: Teacher | None) -> SignalSpec | None:
             f"agreement with {teacher.info.model} cannot be measured: it offers {offered}, and full or topk at temperature 1 is needed"
         )
     return want
-
-
-def _named(agreement: Agreement | None, where: str) -> dict[str, Estimate]:
-    if agreement is None:
-        return {}
-    found = {f"kl_{where}": agreement.forward_kl, f"top1_{where}": agreement.top1}
-    return found if agreement.reverse_kl is None else found | {f"reverse_kl_{where}": agreement.reverse_kl}
 
 
 class _Clock:

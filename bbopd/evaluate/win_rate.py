@@ -14,7 +14,7 @@ from bbopd.types import Prompt, Sampling, Teacher
 
 _REPLY_TOKENS = 8
 _VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}  # of the answer that stands first
-_QUESTION = """Two assistants answered the same request. Judge which answer is better: correct, helpful, and of the right length.
+QUESTION = """Two assistants answered the same request. Judge which answer is better: correct, helpful, and of the right length.
 
 <request>
 {request}
@@ -55,8 +55,19 @@ class WinRate:
 
 
 async def win_rate(judge: Teacher, pairs: Sequence[Pair]) -> WinRate:
-    """Ask ``judge``, a teacher that takes messages, about every pair twice. A reply that is none of the three words leaves its pair out.
+    """The mean of `judged` over those pairs that it holds. Raises as that does."""
+    found = await judged(judge, pairs)
+    wins = list(found.values())
+    mean = sum(wins) / len(wins)
+    spread = sum((win - mean) ** 2 for win in wins)
+    error = math.sqrt(spread / (len(wins) - 1) / len(wins)) if len(wins) > 1 else None
+    return WinRate(mean, error, len(wins), len(pairs) - len(wins))
 
+
+async def judged(judge: Teacher, pairs: Sequence[Pair]) -> dict[str, float]:
+    """By a pair's name, how good the student's answer is beside the teacher's: 1 better, 0.5 as good, 0 worse, the mean over both orders.
+
+    ``judge``, a teacher that takes messages, is asked about every pair twice. A reply that is none of the three words leaves its pair out.
     Raises `TeacherError` where no pair at all could be judged, or as the judge does.
     """
     questions = {f"{order} {pair.name}": _question(pair, order) for pair in pairs for order in ("student first", "teacher first")}
@@ -75,22 +86,19 @@ async def win_rate(judge: Teacher, pairs: Sequence[Pair]) -> WinRate:
                 last = reply.text
             else:
                 found[reply.prompt.prompt_id] = verdict
-    wins = []
+    wins = {}
     for pair in pairs:
         first, second = found.get(f"student first {pair.name}"), found.get(f"teacher first {pair.name}")
         if first is not None and second is not None:
-            wins.append((first + 1.0 - second) / 2)
+            wins[pair.name] = (first + 1.0 - second) / 2
     if not wins:
         raise TeacherError(
             f"judge {judge.info.model} gave a verdict on none of {len(pairs)} pairs, but such as {last[:200]!r}: take another eval.judge"
         )
-    mean = sum(wins) / len(wins)
-    spread = sum((win - mean) ** 2 for win in wins)
-    error = math.sqrt(spread / (len(wins) - 1) / len(wins)) if len(wins) > 1 else None
-    return WinRate(mean, error, len(wins), len(pairs) - len(wins))
+    return wins
 
 
 def _question(pair: Pair, order: str) -> Prompt:
     first, second = (pair.student, pair.teacher) if order == "student first" else (pair.teacher, pair.student)
-    text = _QUESTION.format(request=pair.request, first=first, second=second)
+    text = QUESTION.format(request=pair.request, first=first, second=second)
     return Prompt(f"{order} {pair.name}", (), messages=(("user", text),))
