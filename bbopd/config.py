@@ -59,6 +59,12 @@ __all__ = [
 ]
 
 
+MEASURES = (
+    *("bits_per_byte", "kl_held_out", "kl_rollouts", "reverse_kl_held_out", "reverse_kl_rollouts"),
+    *("top1_held_out", "top1_rollouts", "win_rate"),
+)
+
+
 class EvalConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations; 0 evaluates at the start, after the cold start and at the end."""
@@ -67,20 +73,10 @@ class EvalConfig(Section):
     rollouts: Positive = 16
     """Rollouts written to measure the KL on the student's own text."""
     max_new_tokens: Positive = 128
-    keep_best: (
-        Literal[
-            "bits_per_byte",
-            "kl_held_out",
-            "kl_rollouts",
-            "reverse_kl_held_out",
-            "reverse_kl_rollouts",
-            "top1_held_out",
-            "top1_rollouts",
-            "win_rate",
-        ]
-        | None
-    ) = None
-    """Keep the student of the best evaluation by this measure in ``best/`` of the run's folder."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to ask the student at every evaluation: paths of task files, JSONL files or texts, or names of lm-evaluation-harness."""
+    keep_best: str | None = None
+    """Keep the student of the best evaluation by this measure in ``best/`` of the run's folder: one of `MEASURES`, or ``TASK.METRIC``."""
     judge: TeacherConfig | None = None
     """Of a gad run: who compares the student's answers with the teacher's. ``target`` and how it is reached; its cost is not counted."""
 
@@ -94,6 +90,8 @@ class EvalConfig(Section):
         judge = self.judge
         if judge is not None and (judge.target is None or judge.signal != "text" or judge.prices or judge.budget):
             raise ValueError("judge is a running teacher that replies in words: give its target, with no signal, prices or budget")
+        if self.keep_best is not None and self.keep_best not in MEASURES and not (self.tasks and "." in self.keep_best):
+            raise ValueError(f"keep_best {self.keep_best} is no measure: take one of {', '.join(MEASURES)}, or TASK.METRIC of eval.tasks")
         if self.keep_best == "win_rate" and judge is None:
             raise ValueError("keep_best win_rate needs a judge: give judge.target")
         return self

@@ -49,6 +49,19 @@ def test_a_measure_that_is_not_told_and_a_disk_that_refuses(tmp_path):
         BestModel(tmp_path, "bits_per_byte", fail).offer(line(1, bits_per_byte=1.0))
 
 
+def test_a_tasks_metric_has_its_own_direction(tmp_path):
+    def offer(measure: str, value: float, step: int) -> bool:
+        best = BestModel(tmp_path / measure, measure, lambda folder: folder.mkdir(parents=True))
+        return best.offer(line(step, **{measure: value}, lower_is_better=["prose.bits_per_byte"]))
+
+    assert [offer("qa.f1", value, step) for step, value in enumerate((0.2, 0.1, 0.3))] == [True, False, True]
+    assert [offer("prose.bits_per_byte", value, step) for step, value in enumerate((2.0, 2.5, 1.5))] == [True, False, True]
+    assert EvalConfig(tasks=("qa.yaml",), keep_best="qa.f1").keep_best == "qa.f1"
+    for known in ({}, {"tasks": ("qa.yaml",)}):
+        with pytest.raises(ValidationError, match="keep_best f1 is no measure: take one of bits_per_byte"):
+            EvalConfig(keep_best="f1", **known)
+
+
 def test_a_judge_is_a_running_teacher_that_replies():
     assert EvalConfig(judge={"target": "openai://localhost:1/v1"}, keep_best="win_rate").judge.signal == "text"
     with pytest.raises(ValidationError, match=r"needs a judge: give judge.target"):

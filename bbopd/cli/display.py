@@ -157,7 +157,8 @@ def describe_evaluation(result: Mapping[str, Any]) -> str:
         ("KL rollouts", "kl_rollouts"),
         ("top-1 held-out", "top1_held_out"),
     )
-    return ", ".join(f"{title} {result[key]:.3f}" for title, key in known if result.get(key) is not None)
+    of_tasks = [(key, key) for key in result if "." in key]
+    return ", ".join(f"{title} {result[key]:.3f}" for title, key in (*known, *of_tasks) if result.get(key) is not None)
 
 
 def clock(seconds: float) -> str:

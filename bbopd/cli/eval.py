@@ -1,4 +1,4 @@
-"""``bbopd eval MODEL``: bits per byte of held-out text and, where a teacher is named, agreement with it."""
+"""``bbopd eval MODEL``: bits per byte of held-out text and, where a teacher is named, agreement with it; or tasks (`eval_tasks`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="hub id, folder, or GGUF file of the model to measure")
+    parser.add_argument("model", nargs="+", help="hub id, folder, or GGUF file of the model to measure; with --tasks several")
     source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--tasks",
+        metavar="TASK",
+        nargs="+",
+        help="task files (.yaml, .jsonl, .txt) and names of lm-evaluation-harness, by spaces or commas; given after the models",
+    )
     source.add_argument("--text", metavar="SOURCE", help="all of this text: demo, a .jsonl file, a text file, or a folder of them")
     source.add_argument("--config", metavar="RUN.YAML", help="the held-out part of this run's data")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="lay one value over the run's file")
@@ -44,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    tasks = parser.add_argument_group("tasks", "with --tasks")
+    tasks.add_argument("--output", metavar="FILE.JSON", help="keep the results, after every task")
+    tasks.add_argument("--engine", default="hf", choices=("hf", "vllm"), help="what writes answers (default: hf)")
+    tasks.add_argument("--limit", type=_positive, help="the first items of each task alone")
+    tasks.add_argument("--fewshot", type=int, help="solved examples before a question of the harness (default: as its task says)")
+    tasks.add_argument("--chat", action="store_true", help="ask the harness's tasks through the chat template; a task file says so itself")
+    tasks.add_argument("--task-path", metavar="FOLDER", help="more task files of the harness, known by their names")
     add_access_arguments(parser)
 
 
@@ -52,12 +65,38 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    if args.tasks:
+        from bbopd.cli import eval_tasks
+
+        _refuse_with_tasks(args)
+        return eval_tasks.run(args)
+    if len(args.model) > 1:
+        raise ConfigError(f"several models ({', '.join(args.model)}) are compared on --tasks; without it, give one")
+    args.model = args.model[0]
     result = asyncio.run(_evaluate(args))
     if args.json:
         print(json.dumps(result))
     else:
         Console().print(_table(result))
     return 0
+
+
+def _refuse_with_tasks(args: argparse.Namespace) -> None:
+    """What tasks say for themselves. Raises `ConfigError`."""
+    for name, place in (
+        ("teacher", "teacher: {target: ...}"),
+        ("teacher_model", "teacher: {serve: {model: ...}}"),
+        ("sequences", "limit"),
+        ("rollouts", "rollouts"),
+        ("max_new_tokens", "max_new_tokens"),
+        ("window", "window"),
+        ("set", None),
+    ):
+        if getattr(args, name):
+            where = (
+                "belongs to --config: leave it out" if place is None else f"has no meaning beside --tasks: write {place} into the task file"
+            )
+            raise ConfigError(f"--{name.replace('_', '-')} {where}")
 
 
 async def _evaluate(args: argparse.Namespace) -> dict[str, Any]:

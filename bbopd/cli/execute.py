@@ -25,6 +25,7 @@ from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.held_out_game import HeldOutGame
 from bbopd.evaluate.samples import student_answers, teacher_answers
 from bbopd.evaluate.suite import KEPT_BYTES, EvalSuite
+from bbopd.evaluate.training_tasks import TrainingTasks, load_run_tasks
 from bbopd.pipeline.best import BestModel
 from bbopd.pipeline.cycle import sampling_of
 from bbopd.pipeline.folder import RunFolder
@@ -67,6 +68,7 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
 async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str]) -> str:
     stop = asyncio.Event()
     timeline = Timeline()
+    tasks = load_run_tasks(config.eval.tasks, config.eval.keep_best)
     with _stop_on_signals(stop, display):
         async with AsyncExitStack() as stack:
             with timeline.activity("loading"):
@@ -74,11 +76,17 @@ async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_pr
                 session = await _or_stop(opening, stop)
             if session is None:
                 return "stopped"
-            return await _turn(session, display, timeline, stop, sample_prompts)
+            asked = TrainingTasks(tasks, session, stack, display)
+            return await _turn(session, display, timeline, stop, sample_prompts, asked)
 
 
 async def _turn(
-    session: Session, display: LiveDisplay | PlainDisplay, timeline: Timeline, stop: asyncio.Event, sample_prompts: Sequence[str]
+    session: Session,
+    display: LiveDisplay | PlainDisplay,
+    timeline: Timeline,
+    stop: asyncio.Event,
+    sample_prompts: Sequence[str],
+    tasks: TrainingTasks,
 ) -> str:
     config, folder, state = session.config, session.folder, session.state
     timeline.carry_on(state.seconds, state.busy_seconds)
@@ -105,8 +113,7 @@ async def _turn(
         if stage == "start":
             await _write_samples(session, "before", sample_prompts)
         result = (await suite.run(stage, session.model, step)).to_json()
-        if game is not None:
-            figures = await game.measure()
+        for figures in (await tasks.measure(), {} if game is None else await game.measure()):
             errors = figures.pop("standard_errors", {})
             result |= {**figures, "standard_errors": {**result["standard_errors"], **errors}}
         if best is not None:

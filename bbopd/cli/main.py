@@ -18,7 +18,7 @@ _COMMANDS = {
     "serve": (serve, "host a teacher over gRPC"),
     "sample-server": (sample_server, "host vLLM for runs on other machines, which push their weights into it"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
-    "eval": (eval, "measure a model: bits per byte, and agreement with a teacher"),
+    "eval": (eval, "measure models: bits per byte, agreement with a teacher, and tasks"),
     "cache": (cache, "look after the answers of teachers that were kept"),
 }
 

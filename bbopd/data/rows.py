@@ -21,7 +21,7 @@ Row = tuple[str, str, Any]  # a name, where it is, and what is there
 
 
 def jsonl(source: PromptSource, path: Path, skipped: Counter[str]) -> Iterator[Document]:
-    return _documents(_jsonl_rows(path), source, skipped, text_column=None)
+    return _documents(jsonl_rows(path), source, skipped, text_column=None)
 
 
 def parquet(source: PromptSource, path: Path, skipped: Counter[str]) -> Iterator[Document]:
@@ -37,7 +37,7 @@ def dataset(source: PromptSource, found: Iterable[Row], skipped: Counter[str]) -
 # ---------------------------------------------------------------- where rows come from
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):

@@ -44,7 +44,8 @@ class BestModel:
                 f"{', '.join(sorted(name for name in result if isinstance(result[name], float) and name != 'seconds')) or 'nothing'}"
             )
         known = self._known()
-        sign = 1.0 if self._measure in _HIGHER_IS_BETTER else -1.0
+        is_higher_better = self._measure in _HIGHER_IS_BETTER or "." in self._measure  # of a task's metric
+        sign = 1.0 if is_higher_better and self._measure not in result.get("lower_is_better", ()) else -1.0
         if known is not None and sign * value <= sign * known:
             return False
         unfinished, old = self._folder.with_suffix(".tmp"), self._folder.with_suffix(".old")

@@ -23,7 +23,10 @@ from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError, ConfigError
 from bbopd.trainer.checkpoint import latest_checkpoint
 
-_PACKAGES = ("bbopd", "torch", "transformers", "numpy", "grpcio", "protobuf", "safetensors", "pydantic")
+_PACKAGES = (
+    *("bbopd", "torch", "transformers", "tokenizers", "numpy", "grpcio", "protobuf", "safetensors", "pydantic"),
+    *("lm_eval", "rouge_score", "sacrebleu"),
+)
 
 # What may differ when a run goes on from a checkpoint: where the teacher is, how often to save, and the remedies for a run that failed.
 _MAY_CHANGE = (

@@ -73,10 +73,11 @@ def stage_titles(data: RunData) -> list[str]:
 
 
 def result_rows(data: RunData) -> list[Row]:
-    """The measures that any stage has, in the order of `MEASURES`."""
+    """The measures that any stage has, in the order of `MEASURES`, then those of the run's tasks."""
     stages = data.stages
+    of_tasks = dict.fromkeys(key for line in stages for key in line if "." in key)
     rows = []
-    for measure in MEASURES:
+    for measure in (*MEASURES, *(Measure(key, key.replace(".", ": ", 1), "") for key in of_tasks)):
         numbers = [line.get(measure.key) for line in stages]
         if any(number is not None for number in numbers):
             values = tuple(_text(number, measure) for number in numbers)
