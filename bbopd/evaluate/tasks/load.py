@@ -77,7 +77,7 @@ def task_from_file(path: Path, limit: int | None = None) -> Task:
         rows = _rows(path)
         return _task(path, _plain(path, rows), rows, path, limit)
     if path.suffix == ".txt":
-        documents = [document for document in read_documents(PromptSource(text=str(path)), 0) if document.text]
+        documents = [document for document in read_documents(PromptSource(text=str(path))) if document.text]
         if not documents:
             raise DataError(f"{path} holds no text")
         texts = [Row(document.name, document.where, {"text": document.text}) for document in documents]
