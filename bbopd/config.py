@@ -6,7 +6,7 @@ What a run needs is checked here, all of it, before anything is loaded or spent;
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
