@@ -21,7 +21,7 @@ from bbopd.data.prompts import load_prompts
 from bbopd.data.streams import each
 from bbopd.evaluate.bits_per_byte import NO_TEXT, token_byte_counts
 from bbopd.evaluate.student import StudentView, in_batches, sequence_of_rows
-from bbopd.modeling import compute_dtype, load_model, load_tokenizer, used_vocabulary
+from bbopd.modeling import compute_dtype, load_model, load_tokenizer, output_head, used_vocabulary
 from bbopd.modeling.spelling import Speller
 from bbopd.objectives import make_objective
 from bbopd.pipeline.cycle import as_labelled
@@ -207,11 +207,12 @@ class Yardstick:
     async def _aligned(self, student: StudentView, model: Any, rollouts: Sequence[Rollout]) -> dict[str, float]:
         want, meter = SignalSpec("topk", top_k=TOP_K), _Meter()
         objective = make_objective(ObjectiveConfig(name="aligned", temperature=1.0, span_weight=0.0, rank_weight=0.0))
+        head = output_head(model)
         scored = [one async for one in self._aligning.score(each(rollouts), want)]
         for items in in_batches(sorted(scored, key=lambda one: one.rollout.draw)):
             batch = assemble(items, want)
             with torch.no_grad():
-                found = objective.loss(student.hidden(batch), model.lm_head.weight, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
+                found = objective.loss(student.hidden(batch), head, batch, ce_weight=0.0, kd_weight=1.0, normalizer=None)
             assert batch.teacher is not None, "the teacher was asked"
             meter.add([item.rollout for item in items], batch, found.kd, batch.teacher.valid)
         return meter.means()
