@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bbopd.data.streams import each
 from bbopd.errors import DataError, TeacherError
 from bbopd.modeling import output_head
 from bbopd.modeling.response_logprobs import response_logprobs
-from bbopd.pipeline.parts import at_once
+from bbopd.pipeline.parts import at_once, in_executor
 from bbopd.pipeline.teacher import own_teacher
 from bbopd.teachers.privileged import Context
 from bbopd.types import Prompt, Rollout, SignalSpec
@@ -152,6 +153,43 @@ def test_without_a_hint_the_student_agrees_with_itself_whatever_it_has_learned(d
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         np.testing.assert_allclose(found[rollout.rollout_id].signal.sampled, own, atol=tolerance)
         assert np.abs(found[rollout.rollout_id].signal.sampled - first[rollout.rollout_id].signal.sampled).max() > 0.1
+
+
+def test_asked_while_it_trains_every_answer_is_of_the_weights_between_two_steps():
+    rollouts = random_rollouts(seed=4, count=12)
+    want, train, steps = SignalSpec("sampled"), TrainConfig(lr=1e-2, warmup=0), 4
+    student, twin = tiny_llama(), tiny_llama()
+    versions = [score(teacher_of(twin), rollouts, want)]
+    trainer = make_trainer(twin, train)
+    for step in range(steps):
+        trainer.train_step([sequences_and_batch(seed=step)[2]])
+        versions.append(score(teacher_of(twin), rollouts, want))
+
+    async def both() -> list[tuple[str, np.ndarray]]:
+        with ThreadPoolExecutor(1) as executor:
+            run = in_executor(executor)
+            learner = make_trainer(student, train)
+            teacher = own_teacher(HINT, student, TOKENIZER, compute_dtype=torch.float32, run=run)
+            found = []
+
+            async def learn() -> None:
+                for step in range(steps):
+                    await run(learner.train_step, [sequences_and_batch(seed=step)[2]])
+
+            learning = asyncio.create_task(learn())
+            for rollout in rollouts:
+                async for scored in teacher.score(each([rollout]), want):
+                    found.append((scored.rollout.rollout_id, scored.signal.sampled))
+            await learning
+            return found
+
+    heard = []
+    for name, signal in asyncio.run(both()):
+        fits = [number for number, told in enumerate(versions) if np.allclose(told[name].signal.sampled, signal, atol=1e-4)]
+        assert len(fits) == 1, name
+        heard += fits
+    assert heard == sorted(heard)
+    assert len(set(heard)) > 1, "it was asked while it learned"
 
 
 # ---------------------------------------------------------------- what is refused
