@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from bbopd.config import RunConfig, SelfConfig, TrainConfig
+from bbopd.config_file import load_config
 from bbopd.data.streams import each
 from bbopd.errors import DataError, TeacherError
 from bbopd.modeling import output_head
@@ -227,3 +229,9 @@ def test_settings_that_cannot_work_are_refused(teacher, sections, said):
     data = {"student": {"model": "x"}, "rollouts": {"max_staleness": 0}, **sections}
     with pytest.raises(ValidationError, match=said):
         RunConfig.model_validate({**data, "teacher": {**own, **sections.get("teacher", {})}})
+
+
+def test_the_ready_file_of_settings_is_valid():
+    config = load_config(Path(__file__).parents[1] / "configs" / "self.yaml")
+    assert (config.teacher.self.weights, config.student.quantize, config.train.optimizer) == ("ema", "nf4", "adamw_8bit")
+    assert config.student.lora is not None
