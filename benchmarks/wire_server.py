@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 
 from bbopd.rpc.channel import channel_options
+from bbopd.rpc.freed_memory import keep_freed_memory
 from bbopd.rpc.server import start_server
 from benchmarks.contest import ROOT
 from benchmarks.wire_load import InstantBackend, Load
@@ -38,6 +39,7 @@ def server_process(name: str) -> Iterator[int]:
 
 
 async def serve(name: str) -> None:
+    keep_freed_memory()  # all alike
     load = Load()
     if name == BBOPD:
         running = await start_server(InstantBackend(load), batch_tokens=BATCH_TOKENS)

@@ -14,6 +14,7 @@ from bbopd.config import ServeConfig
 from bbopd.errors import ConfigError
 from bbopd.rpc.backend import TeacherBackend
 from bbopd.rpc.clients import ClientLimits
+from bbopd.rpc.freed_memory import keep_freed_memory
 from bbopd.rpc.observe import JsonFormatter, TextFormatter, shown_in_text
 from bbopd.rpc.renewal import AccessRenewal
 from bbopd.rpc.security import ServerAccess
@@ -48,6 +49,7 @@ def serve(backend: TeacherBackend, config: ServeConfig, access: ServerAccess | N
     ------
     ConfigError : an address, a port or a file that cannot be used.
     """
+    keep_freed_memory()
     asyncio.run(_serve(backend, config, access or ServerAccess.from_config(config), ready_file))
 
 
