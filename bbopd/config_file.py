@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -62,13 +62,18 @@ def _with_override(data: dict[str, Any], text: str) -> dict[str, Any]:
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)
-    first, *rest = key.split(".")
+    return with_value(data, key, value, f"--set {text!r}")
+
+
+def with_value(data: Mapping[str, Any], key: str, value: Any, where: str) -> dict[str, Any]:
+    """A copy of ``data`` in which ``key``, ``section.key`` say, is ``value``. Raises `ConfigError` for a key of what is no section."""
+    first, _, rest = key.partition(".")
     if not rest:
         return {**data, first: value}
     child = data.get(first) or {}
-    if not isinstance(child, dict):
-        raise ConfigError(f"--set {text!r}: {first} is {child!r}, not a section")
-    return {**data, first: _with_override(child, ".".join(rest) + "=" + raw)}
+    if not isinstance(child, Mapping):
+        raise ConfigError(f"{where}: {first} is {child!r}, not a section")
+    return {**data, first: with_value(child, rest, value, where)}
 
 
 def _check_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
@@ -82,7 +87,11 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) ->
             hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(sorted(names))}"
             raise ConfigError(f"unknown key {path}{shown}: {hint}")
         child = _section_of(model, str(key))
-        if child is not None and isinstance(value, Mapping):
+        if child is not None and isinstance(value, Mapping) and get_origin(model.model_fields[key].annotation) is Mapping:
+            for name, item in value.items():
+                if isinstance(item, Mapping):
+                    _check_keys(item, child, f"{path}.{name}.")
+        elif child is not None and isinstance(value, Mapping):
             _check_keys(value, child, f"{path}.")
         elif child is not None and isinstance(value, list):
             for item in value:
@@ -91,7 +100,7 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) ->
 
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section model behind a field, looking through ``X | None`` and ``tuple[X, ...]``."""
+    """The section model behind a field, looking through ``X | None``, ``tuple[X, ...]`` and ``Mapping[str, X]``."""
     annotation = model.model_fields[name].annotation
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)

@@ -94,7 +94,7 @@ class RunFolder:
         if known is None:
             folder._begin(record)
             return folder, []
-        changes = list(_differences(known["config"], record["config"]))
+        changes = list(differences(known["config"], record["config"]))
         if latest_checkpoint(folder.checkpoints) is None:
             if changes or known["data_sha256"] != data_fingerprint:
                 folder._begin(record)
@@ -259,13 +259,14 @@ def _processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) for every key of two configurations, as JSON, that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*before, *(name for name in now if name not in before)]:
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif _are_tables(before) and _are_tables(now) and len(before) == len(now):
         for old, new in zip(before, now, strict=True):
-            yield from _differences(old, new, key)
+            yield from differences(old, new, key)
     elif before != now:
         yield key, before, now
 
