@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError
 from bbopd.modeling import trained_bytes
+from bbopd.pipeline.student import bytes_beside
 from bbopd.trainer import Trainer, load_beside, load_checkpoint, save_checkpoint
 from bbopd.trainer.average import WeightAverage
 from tests.test_lora import adapted
@@ -91,3 +93,17 @@ def test_a_checkpoint_of_another_run_is_refused():
         average.load_tensors({}, "average")
     with pytest.raises(CheckpointError, match=r"does not fit \(they are of another model than LlamaForCausalLM"):
         average.load_tensors({"average": WeightAverage(tiny_llama(hidden=64), 0.9).tensors()}, "average")
+
+
+def test_room_on_the_disk_is_asked_for_what_lies_beside_the_student():
+    model = adapted(tiny_llama())
+    own = {"teacher": {"self": {"context": "{prompt}", "weights": "ema"}}, "rollouts": {"max_staleness": 0}}
+    game = {
+        "teacher": {"target": "grpc://localhost:1", "signal": "text"},
+        "objective": {"name": "gad"},
+        "train": {"cold_start_tokens": 1},
+        "rollouts": {"per_update": 8},
+    }
+    for sections, copies in ((own, 1), (game, 4), ({"teacher": {"target": "grpc://localhost:1"}}, 0)):
+        config = RunConfig.model_validate({"student": {"model": "x"}, **sections})
+        assert bytes_beside(config, model) == copies * trained_bytes(model)

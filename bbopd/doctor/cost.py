@@ -22,7 +22,7 @@ from bbopd.pipeline.cycle import as_labelled
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.parts import Scores
 from bbopd.pipeline.prompt_groups import PromptGroups
-from bbopd.pipeline.student import end_of_answer_ids
+from bbopd.pipeline.student import bytes_beside, end_of_answer_ids
 from bbopd.pipeline.teacher import text_teacher, writing_teacher
 from bbopd.pipeline.texts import place_for_label
 from bbopd.rollouts.hf import HFEngine
@@ -48,7 +48,8 @@ async def check_disk(setup: SetUp) -> Verdict:
     config = setup.config
     folder = RunFolder(Path(config.output))
     folder.refuse_finished()
-    require_space(folder.checkpoints, model=setup.model, keep=config.train.keep_checkpoints)
+    beside = bytes_beside(config, setup.model)
+    require_space(folder.checkpoints, model=setup.model, keep=config.train.keep_checkpoints, beside=beside)
     free = _free_bytes(folder.checkpoints)
     found = f"{free / _GIB:,.1f} GiB free at {folder.root}, enough for {config.train.keep_checkpoints + 1} checkpoints"
     cache = config.teacher.cache

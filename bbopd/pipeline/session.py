@@ -23,7 +23,7 @@ from bbopd.data.prompts import PromptSet
 from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, TeacherError
-from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, trained_bytes, used_vocabulary
+from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
 from bbopd.modeling.load import quiet
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
@@ -34,7 +34,7 @@ from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.state import RunState
-from bbopd.pipeline.student import check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
+from bbopd.pipeline.student import bytes_beside, check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
 from bbopd.pipeline.teacher import (
     aligning_teacher,
     compare_replicas,
@@ -160,9 +160,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         dtype = compute_dtype(student.dtype, model.device)
         check_positions(config, model, prompts)
         plays, own = config.objective.name == "gad", config.teacher.self
-        copies = 4 if plays else 1 if own is not None and own.weights == "ema" else 0  # discriminator, its moments, reference; the average
-        beside = copies * trained_bytes(model)
-        require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=beside)
+        require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=bytes_beside(config, model))
         overlaps = config.rollouts.engine != "hf" and config.rollouts.max_staleness > 0  # hf writes with the trainer's own weights
         executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bbopd-trainer")) if overlaps else None
         run_blocking = at_once if executor is None else in_executor(executor)

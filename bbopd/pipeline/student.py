@@ -13,7 +13,7 @@ import torch
 from bbopd.config import RunConfig, StudentConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError
-from bbopd.modeling import add_lora, load_model, max_positions, plain_sizes, resolve_device
+from bbopd.modeling import add_lora, load_model, max_positions, plain_sizes, resolve_device, trained_bytes
 from bbopd.modeling.lora import adapter_base
 from bbopd.trainer.optimizer import MOMENT_BYTES
 
@@ -57,6 +57,14 @@ def trained_share(model: PreTrainedModel, optimizer: str) -> str:
 def _frozen_share(model: PreTrainedModel, whole: int) -> str:
     held = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     return f"; what is frozen takes {held / 1e6:,.1f} MB, {whole * 4 / 1e6:,.1f} MB in float32" if held < whole * 4 else ""
+
+
+def bytes_beside(config: RunConfig, model: PreTrainedModel) -> int:
+    """Of what each checkpoint holds beside the student: a discriminator with two moments and a reference, or an average; 0 without them."""
+    copies = 4 if config.objective.name == "gad" else 0
+    if config.teacher.self is not None and config.teacher.self.weights == "ema":
+        copies = 1
+    return copies * trained_bytes(model)
 
 
 def end_of_answer_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
