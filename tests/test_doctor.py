@@ -221,14 +221,32 @@ def test_the_forecast_counts_tokens_as_a_run_would():
         "rollouts": {"per_update": 8, "on_policy_fraction": 0.25, "max_new_tokens": 100},
         "train": {"on_policy_tokens": 5000, "cold_start_tokens": 600},
     }
-    total = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
+    config = RunConfig.model_validate(sections)
+    total = forecast(config, PromptSet(prompts, prompts[:1]), 50.0)
     answers, references = 5000 / 50, 600 / 30 + 5000 / 50 * 6 / 2
     assert total.written_tokens == pytest.approx(5000)
     assert total.response_tokens == pytest.approx(5000 + 30 * references)
     assert total.sequence_tokens == pytest.approx(5000 + 40 * references + 10 * answers)
-    assert total.asked(SignalSpec("full")) == total
-    asked = total.asked(SignalSpec("sampled", rollouts_only=True))
+    assert total.asked(SignalSpec("full"), config) == total
+    asked = total.asked(SignalSpec("sampled", rollouts_only=True), config)
     assert (asked.response_tokens, asked.sequence_tokens) == pytest.approx((5000, 5000 + 10 * answers))
     sections["train"] = {**sections["train"], "total_steps": 2, "batch_tokens": 1460, "on_policy_tokens": 5000}
     half = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
     assert half.response_tokens == pytest.approx(2 * 1460)
+
+
+def test_a_game_asks_for_one_answer_beside_each_group():
+    sections = {
+        "student": {"model": "x"},
+        "teacher": {"target": "grpc://localhost:1", "signal": "text"},
+        "objective": {"name": "gad"},
+        "rollouts": {"per_update": 8, "samples_per_prompt": 8},
+        "train": {"cold_start_tokens": 1000, "on_policy_tokens": 4000},
+    }
+    config = RunConfig.model_validate(sections)
+    prompts = [Prompt(f"p{n}", (1, 2, 3, 4), (5, 6)) for n in range(4)]
+    total = forecast(config, PromptSet(prompts, prompts[:1]), 50.0)
+    assert (total.answers, total.written_tokens, total.response_tokens) == (80, 4000, 5000)
+    asked = total.asked(SignalSpec("text"), config)
+    assert asked.response_tokens == pytest.approx(1000 + 4000 / 8)
+    assert asked.sequence_tokens == pytest.approx(1000 + 20 * 4 + (4000 + 80 * 4) / 8)

@@ -55,7 +55,7 @@ async def check_disk(setup: SetUp) -> Verdict:
     cache = config.teacher.cache
     if cache is None or setup.want is None or setup.prompts is None or setup.teacher is None:
         return passed(found)
-    asked = forecast(config, setup.prompts, config.rollouts.max_new_tokens).asked(setup.want)
+    asked = forecast(config, setup.prompts, config.rollouts.max_new_tokens).asked(setup.want, config)
     expected = asked.response_tokens * _bytes_per_token(setup)
     allowed = min(_free_bytes(Path(cache.path)), cache.max_bytes or math.inf)
     if expected <= allowed:
@@ -91,11 +91,18 @@ class Forecast:
     response_tokens: float
     sequence_tokens: float
 
-    def asked(self, want: SignalSpec) -> Forecast:
-        """What of it the teacher is asked about."""
-        if not want.rollouts_only:
+    def asked(self, want: SignalSpec, config: RunConfig) -> Forecast:
+        """What of it the teacher is asked about: of a game, one answer of its own beside each group of the student's."""
+        if want.rollouts_only:
+            return replace(self, response_tokens=self.written_tokens, sequence_tokens=self.written_sequence_tokens)
+        if config.objective.name != "gad":
             return self
-        return replace(self, response_tokens=self.written_tokens, sequence_tokens=self.written_sequence_tokens)
+        spared = 1 - 1 / config.rollouts.samples_per_prompt
+        return replace(
+            self,
+            response_tokens=self.response_tokens - spared * self.written_tokens,
+            sequence_tokens=self.sequence_tokens - spared * self.written_sequence_tokens,
+        )
 
 
 def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> Forecast:
@@ -163,7 +170,7 @@ async def check_cost(setup: SetUp) -> Verdict:
     measured = await _cycle(setup, trainer)
     rates = measured.rates()
     total = forecast(config, setup.prompts, measured.answer_tokens or config.rollouts.max_new_tokens)
-    asked = total if setup.want is None else total.asked(setup.want)
+    asked = total if setup.want is None else total.asked(setup.want, config)
     seconds = {
         "sampling": total.written_tokens / rates["sampling"] if "sampling" in rates else 0.0,
         "scoring": asked.response_tokens / rates["scoring"] if "scoring" in rates else 0.0,
