@@ -12,7 +12,13 @@ from bbopd.config_base import Positive, Section
 
 KnownArm = Literal["none", "sft", "seqkd", "off_policy", "on_policy", "mixed"]
 KNOWN_ARMS: tuple[KnownArm, ...] = ("none", "sft", "seqkd", "off_policy", "on_policy", "mixed")
+LOWER_IS_BETTER = ("bits_per_byte", "kl", "reverse_kl")  # measures that begin so; all others are shares
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def is_share(measure: str) -> bool:
+    """Whether ``measure`` lies in [0, 1] and is better the higher it is; others are amounts, better the lower."""
+    return not measure.startswith(LOWER_IS_BETTER)
 
 
 class EqualBudget(Section):
@@ -45,11 +51,12 @@ class MeasuresConfig(Section):
     """What decides, and on which questions."""
 
     test: str
-    """JSONL lines with ``prompt`` or ``messages``; with ``answer`` for exact_match, with ``response`` for bits_per_byte."""
+    """JSONL lines with ``prompt`` or ``messages``; with ``answer`` for exact_match, with ``response`` for bits_per_byte. Or a task file of
+    ``bbopd eval`` (YAML), whose metrics are then those to decide by."""
     development: str | None = None
     """The same, for choosing the learning rate; needed where there are several."""
-    decide_by: Literal["exact_match", "bits_per_byte"] = "exact_match"
-    """``exact_match``: the share of questions that greedy writing answers right. ``bits_per_byte``: of the responses."""
+    decide_by: str = "exact_match"
+    """``exact_match``: the share of questions answered right, greedily; ``bits_per_byte``: of the responses; or a task's metric."""
     pattern: str | None = None
     """A regular expression; what its first group (or all of it) finds last in the text that was written is compared with ``answer``.
     None: all of the text, without white space around it."""
@@ -69,9 +76,24 @@ class MeasuresConfig(Section):
                 raise ValueError(f"is not a regular expression: {error}") from None
         return value
 
+    @model_validator(mode="after")
+    def _can_decide(self) -> MeasuresConfig:
+        files = [self.test] if self.development is None else [self.test, self.development]
+        are_tasks = {name.endswith((".yaml", ".yml")) for name in files}
+        if len(are_tasks) > 1:
+            raise ValueError(f"test {self.test} and development {self.development}: give two files of lines, or two task files")
+        if are_tasks == {True} and self.pattern is not None:
+            raise ValueError("pattern is for lines of questions: a task file says itself what an answer is")
+        if are_tasks == {False} and self.decide_by not in ("exact_match", "bits_per_byte"):
+            raise ValueError(
+                f"decide_by {self.decide_by!r}: lines of questions tell exact_match and bits_per_byte; give a task file for more"
+            )
+        return self
+
     @property
-    def higher_is_better(self) -> bool:
-        return self.decide_by == "exact_match"
+    def is_task(self) -> bool:
+        """Whether questions are task files."""
+        return self.test.endswith((".yaml", ".yml"))
 
 
 class CompareConfig(Section):

@@ -171,6 +171,27 @@ def test_other_questions_are_measured_anew(done: Done, capsys: pytest.CaptureFix
     assert "untouched" not in capsys.readouterr().out  # what was measured on other questions is not in this table
 
 
+def test_any_metric_of_a_task_decides(folder: Path, tmp_path: Path) -> None:
+    """A task file of `bbopd eval`; of a metric that is no sum over questions nothing can be told."""
+    (tmp_path / "questions.jsonl").write_text((folder / "test.jsonl").read_text())
+    task = {"data": "questions.jsonl", "prompt": "prompt", "choices": ["y", "n"], "answer": "answer"}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    data = configuration(folder, tmp_path / "out", arms=["none"], learning_rates=[], references={"itself": str(folder / "student")})
+    data["measures"] = {"test": str(tmp_path / "task.yaml"), "decide_by": "acc"}
+    asked = InProcess(data)
+    outcome = asked.run()
+    values = {row.name: row.tested["acc"].value for row in outcome.rows}
+    assert values["none"] == values["itself"]
+    assert outcome.pairs[0].better is None
+    with pytest.raises(ConfigError, match=r"decide_by is perplexity, which .*task.yaml does not tell .*\(acc, acc_bytes, acc_norm\)"):
+        InProcess({**data, "measures": {**data["measures"], "decide_by": "perplexity", "test_limit": 3}}).run()
+    with pytest.raises(ConfigError, match="pattern is for lines of questions"):
+        InProcess({**data, "measures": {**data["measures"], "pattern": "x"}})
+    with (tmp_path / "questions.jsonl").open("a") as file:
+        file.write('{"prompt": "one more", "answer": "n"}\n')
+    assert [work.measurements for work in work_left(InProcess(data).comparison)] == [1]  # the task's data is not what it was
+
+
 def test_a_failed_run_costs_no_other(folder: Path, tmp_path: Path) -> None:
     data = configuration(folder, tmp_path / "out", arms=["sft", "none"], learning_rates=[], references={}, budget={"updates": 2})
     failing = InProcess(data, fail="sft-seed0")

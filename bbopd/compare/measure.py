@@ -10,13 +10,23 @@ import asyncio
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bbopd.config_compare import is_share
+from bbopd.config_file import parse_config, read_yaml
+from bbopd.config_task import TaskConfig
 from bbopd.errors import BbopdError, DataError
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.progress import Silent
+
+if TYPE_CHECKING:
+    from bbopd.evaluate.subject import Subject
 
 MARK = "measured: "
 _SHOWN = 3  # answers kept to be looked at
@@ -27,6 +37,7 @@ class MeasureRequest:
     model: str
     questions: str
     limit: int | None
+    is_task: bool
     exact_match: bool
     pattern: str | None
     max_new_tokens: int
@@ -37,27 +48,31 @@ class MeasureRequest:
         return asdict(self)
 
     def settings(self) -> dict[str, Any]:
-        """All but the model: what figures that are compared must have in common. Raises `DataError` for a file that cannot be read."""
+        """All but the model: what figures that are compared must have in common. Raises `BbopdError` for a file that cannot be read."""
+        files = [Path(self.questions)]
+        if self.is_task:
+            files.append(files[0].parent / parse_config(read_yaml(files[0]), (), TaskConfig, f"task {files[0]}").data)
         try:
-            content = Path(self.questions).read_bytes()
+            content = b"".join(file.read_bytes() for file in files)
         except OSError as error:
-            raise DataError(f"cannot read {self.questions}: {error.strerror or error}") from error
+            raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
         settings = {**self.to_json(), "sha256": hashlib.sha256(content).hexdigest()}
         return {name: value for name, value in settings.items() if name not in ("model", "questions", "device")}
 
 
 async def measure(request: MeasureRequest) -> dict[str, Any]:
-    """Both measures as far as the file has what they need, each with its items, numerators and denominators. Raises `BbopdError`."""
+    """What the file has what it takes for: every measure with its items, numerators and denominators. Raises `BbopdError`."""
     from bbopd.evaluate.bits_per_byte import score_text, token_byte_counts
     from bbopd.evaluate.exact_match import exact_match, read_answers
     from bbopd.evaluate.student import StudentView
+    from bbopd.evaluate.subject import Subject
     from bbopd.modeling import compute_dtype, load_model, load_tokenizer, resolve_device, used_vocabulary
     from bbopd.pipeline.student import end_of_answer_ids
     from bbopd.rollouts.hf import HFEngine
 
-    answers = read_answers(request.questions) if request.exact_match else {}
+    answers = read_answers(request.questions) if request.exact_match and not request.is_task else {}
     tokenizer = load_tokenizer(request.model)
-    prompts = _prompts(request, tokenizer)
+    prompts = [] if request.is_task else _prompts(request, tokenizer)
     model = load_model(request.model, device=request.device, dtype=compute_dtype(request.dtype, resolve_device(request.device)))
     end_ids = end_of_answer_ids(model, tokenizer)
     vocab_size = used_vocabulary(tokenizer, model.get_output_embeddings().weight.shape[0])
@@ -66,9 +81,11 @@ async def measure(request: MeasureRequest) -> dict[str, Any]:
     if any(prompt.reference_ids for prompt in prompts):
         scores = score_text(StudentView(model, vocab_size=vocab_size), prompts, token_byte_counts(tokenizer)).scores()
         measures["bits_per_byte"] = _items(scores.items, scores.table[:, 0].tolist(), scores.table[:, 1].tolist())
-    shown: list[dict[str, str]] = []
-    if request.exact_match:
-        engine = HFEngine(model, eos_token_ids=end_ids, pad_token_id=end_ids[0], vocab_size=vocab_size)
+    shown: list[dict[str, Any]] = []
+    engine = HFEngine(model, eos_token_ids=end_ids, pad_token_id=end_ids[0], vocab_size=vocab_size)
+    if request.is_task:
+        measures, shown = await _task(request, Subject(request.model, model, tokenizer, engine=engine, vocab_size=vocab_size))
+    elif request.exact_match:
         answered = await exact_match(
             engine,
             prompts,
@@ -88,6 +105,25 @@ async def measure(request: MeasureRequest) -> dict[str, Any]:
         "shown": shown,
         "seconds": round(time.monotonic() - start, 2),
     }
+
+
+async def _task(request: MeasureRequest, subject: Subject) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of a task that are a sum over a sum, item by item, and a few of its answers."""
+    from bbopd.evaluate.scores import weighted_ratio
+    from bbopd.evaluate.services import Services
+    from bbopd.evaluate.tasks.load import task_from_file
+
+    task = task_from_file(Path(request.questions), request.limit)
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bbopd-compare-"))
+        subject.begin()
+        found = await task.measure(subject, Services(RunFolder(Path(folder)), stack, Silent()))
+    measures = {
+        name: _items(scores.items, scores.table[:, 0].tolist(), scores.table[:, 1].tolist())
+        for name, scores in found.scores.items()
+        if scores.aggregate is weighted_ratio and scores.is_comparable and scores.higher_is_better == is_share(name)
+    }
+    return measures, list(found.notes.get("samples", ()))
 
 
 def _prompts(request: MeasureRequest, tokenizer: Any) -> list[Any]:

@@ -15,7 +15,8 @@ from bbopd.compare.plan import Entrant, PlannedRun, make_plan
 from bbopd.compare.results import Result, ResultFolder, reference_name
 from bbopd.compare.table import markdown
 from bbopd.compare.verdict import Pair, Row, make_pairs, make_row, to_json
-from bbopd.config_compare import CompareConfig
+from bbopd.config_compare import CompareConfig, is_share
+from bbopd.errors import ConfigError
 from bbopd.pipeline.folder import RunFolder
 
 Say = Callable[[str], None]
@@ -102,7 +103,7 @@ class Comparison:
             self.results.write(result)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         say(f"{run.name}: measuring on {split} questions")
-        result.measured[split] = self._measure(self._request(str(model), split), self.results.root / f"{run.name}.log")
+        result.measured[split] = self._take(str(model), split, run.name)
         self.results.write(result)
         say(f"{run.name}: {self.config.measures.decide_by} {result.value(split, self.config.measures.decide_by):.4g} on {split}")
 
@@ -112,8 +113,18 @@ class Comparison:
         if self._is_measured(result, "test"):
             return
         say(f"{name}: measuring {model}")
-        result.measured["test"] = self._measure(self._request(model, "test"), self.results.root / f"{file}.log")
+        result.measured["test"] = self._take(model, "test", file)
         self.results.write(result)
+
+    def _take(self, model: str, split: str, name: str) -> dict[str, Any]:
+        found = self._measure(self._request(model, split), self.results.root / f"{name}.log")
+        if self.config.measures.decide_by not in found["measures"]:
+            known = ", ".join(sorted(found["measures"])) or "none"
+            raise ConfigError(
+                f"measures.decide_by is {self.config.measures.decide_by}, which {self._questions(split)} does not tell for each question: "
+                f"take one of its measures ({known})"
+            )
+        return found
 
     # ------------------------------------------------------------ what is there
 
@@ -136,7 +147,7 @@ class Comparison:
         pairs = make_pairs(
             tested,
             self.config.measures.decide_by,
-            higher_is_better=self.config.measures.higher_is_better,
+            higher_is_better=is_share(self.config.measures.decide_by),
             confidence=confidence,
             pairs=self.config.pairs,
         )
@@ -146,7 +157,7 @@ class Comparison:
         """The only learning rate, or the best of those tried, of equal ones the lowest; None where none has been tried yet."""
         if len(entrant.learning_rates) == 1:
             return entrant.learning_rates[0]
-        sign = -1.0 if self.config.measures.higher_is_better else 1.0
+        sign = -1.0 if is_share(self.config.measures.decide_by) else 1.0
         tried = self._tried(entrant)
         return min(tried, key=lambda rate: (sign * tried[rate], rate), default=None)
 
@@ -191,6 +202,7 @@ class Comparison:
             model=model,
             questions=questions,
             limit=measures.test_limit if split == "test" else measures.development_limit,
+            is_task=measures.is_task,
             exact_match=measures.decide_by == "exact_match",
             pattern=measures.pattern,
             max_new_tokens=measures.max_new_tokens,

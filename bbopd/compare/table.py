@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bbopd.compare.verdict import Pair, Row, words
+from bbopd.compare.verdict import Pair, Row, title, words
+from bbopd.config_compare import is_share
 from bbopd.evaluate.crossed import Interval
 
-_TITLES = {"exact_match": "exact match", "bits_per_byte": "bits per byte"}
 SPENT_NOTE = (
     "tokens: response tokens trained on; seconds: of sampling, scoring and training; asked: sequences that the teacher scored or wrote for "
     "training; KL: from the teacher, on the student's own text, nats a token. All are means over the seeds, a cold start included"
@@ -23,7 +23,7 @@ def heads(rows: Sequence[Row], measure: str, confidence: float) -> list[str]:
         "arm",
         "learning rate",
         "seeds",
-        *(f"{_TITLES[name]} ({confidence:.0%} interval)" for name in (measure, *others)),
+        *(f"{title(name)} ({confidence:.0%} interval)" for name in (measure, *others)),
         "KL",
         "tokens",
         "updates",
@@ -47,8 +47,8 @@ def cells(row: Row, rows: Sequence[Row], measure: str) -> list[str]:
 
 def rich_table(rows: Sequence[Row], measure: str, confidence: float) -> Table:
     table = Table(caption=SPENT_NOTE, caption_justify="left", box=SIMPLE_HEAD)
-    for number, title in enumerate(heads(rows, measure, confidence)):
-        table.add_column(title, justify="right" if number else "left")
+    for number, head in enumerate(heads(rows, measure, confidence)):
+        table.add_column(head, justify="right" if number else "left")
     for row in rows:
         table.add_row(*cells(row, rows, measure))
     return table
@@ -70,10 +70,10 @@ def markdown(rows: Sequence[Row], pairs: Sequence[Pair], measure: str, confidenc
         f"{row.name}: " + ", ".join(f"{rate} {_value(measure, value)}" for rate, value in row.tried.items()) for row in rows if row.tried
     ]
     if tried:
-        lines += [f"Learning rates tried, with {_TITLES[measure]} on the development questions:", "", *(f"* {line}" for line in tried), ""]
+        lines += [f"Learning rates tried, with {title(measure)} on the development questions:", "", *(f"* {line}" for line in tried), ""]
     if pairs:
         several = f", adjusted for all {len(pairs)} pairs (Holm)" if len(pairs) > 1 else ""
-        lines += [f"Verdicts, by {_TITLES[measure]}; intervals are over seeds and questions, p is two-sided{several}:", ""]
+        lines += [f"Verdicts, by {title(measure)}; intervals are over seeds and questions, p is two-sided{several}:", ""]
         lines += [f"* {sentence}" for sentence in sentences(pairs, measure, confidence)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -81,9 +81,9 @@ def markdown(rows: Sequence[Row], pairs: Sequence[Pair], measure: str, confidenc
 def _estimate(measure: str, found: Interval | None) -> str:
     if found is None:
         return ""
-    low, high = (max(0.0, found.low), min(1.0, found.high)) if measure == "exact_match" else (found.low, found.high)
+    low, high = (max(0.0, found.low), min(1.0, found.high)) if is_share(measure) else (found.low, found.high)
     return f"{_value(measure, found.value)} ({_value(measure, low)} to {_value(measure, high)})"
 
 
 def _value(measure: str, value: float) -> str:
-    return f"{value:.1%}" if measure == "exact_match" else f"{value:.4f}"
+    return f"{value:.1%}" if is_share(measure) else f"{value:.4f}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from bbopd.compare.results import Result, Spent, matrices
+from bbopd.config_compare import is_share
 from bbopd.errors import ConfigError
 from bbopd.evaluate.crossed import Interval, Matrix, holm, interval, ratios
 
@@ -120,6 +121,10 @@ def words(pair: Pair, measure: str, confidence: float) -> str:
     return f"{first} is better than {second}: {shown.text(difference.value)} {shown.unit} ({sure})"
 
 
+def title(measure: str) -> str:
+    return measure.replace("_", " ")
+
+
 @dataclass(frozen=True, slots=True)
 class _Scale:
     unit: str
@@ -128,7 +133,7 @@ class _Scale:
 
     @classmethod
     def of(cls, measure: str) -> _Scale:
-        return cls("points", 100.0, 1) if measure == "exact_match" else cls("bits per byte", 1.0, 4)
+        return cls("points", 100.0, 1) if is_share(measure) else cls(title(measure), 1.0, 4)
 
     def text(self, value: float) -> str:
         return f"{self.factor * value:+.{self.digits}f}"
