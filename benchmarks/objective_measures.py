@@ -133,7 +133,7 @@ class Yardstick:
 
     def _held_out(self, data: dict[str, Any]) -> list[Prompt]:
         config = DataConfig.model_validate(data)
-        return load_prompts(config, self._tokenizer, seed=0, max_seq_len=512, eos_token_id=self._tokenizer.eos_token_id).held_out
+        return load_prompts(config, self._tokenizer, max_seq_len=512, eos_token_id=self._tokenizer.eos_token_id).held_out
 
     def measure(self, student: Path, kinds: Collection[Kind] = ("text", "aligned", "questions")) -> Values:
         """Measures of the student in a folder, of some kinds.
