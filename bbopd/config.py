@@ -6,7 +6,7 @@ What a run needs is checked here, all of it, before anything is loaded or spent;
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -73,6 +73,8 @@ class EvalConfig(Section):
     rollouts: Positive = 16
     """Rollouts written to measure the KL on the student's own text."""
     max_new_tokens: Positive = 128
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Held-out prompts whose answers the report shows: the student's before and after, beside its teacher, and the teacher's own."""
     tasks: tuple[str, ...] = ()
     """Tasks to ask the student at every evaluation: paths of task files, JSONL files or texts, or names of lm-evaluation-harness."""
     keep_best: str | None = None
@@ -108,6 +110,15 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     output: str = "runs/latest"
+    track: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
+    """Experiment trackers that hear the figures too, beside TensorBoard; each is set up by its own environment variables."""
+
+    @field_validator("track")
+    @classmethod
+    def _tracks_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"each tracker hears a run once: name {', '.join(dict.fromkeys(value))}, and none of them twice")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -27,7 +27,6 @@ def test_they_are_those_of_the_judged_rollouts() -> None:
         "reward_std": pytest.approx(values.std()),
         "reward_style": pytest.approx(2 * values.mean()),
         "zero_spread_share": pytest.approx(4 / 12),
-        "rollout_length_mean": pytest.approx(lengths.mean()),
         "reward_length_correlation": pytest.approx(np.corrcoef(values, lengths)[0, 1]),
     }
 

@@ -31,6 +31,7 @@ _PACKAGES = (
 # What may differ when a run goes on from a checkpoint: where the teacher is, how often to save, and the remedies for a run that failed.
 _MAY_CHANGE = (
     "output",
+    "track",
     "teacher.target",
     "teacher.serve",
     "teacher.timeout",

@@ -1,32 +1,52 @@
-"""Figures of a run, as they come: JSONL for programs, TensorBoard for people."""
+"""Figures of a run, as they come: JSONL for programs, TensorBoard and other trackers for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from bbopd.errors import CheckpointError
+from bbopd.pipeline.energy import Counter, EnergyMeter, energy_counters
 from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.trackers import TensorBoard, Tracker
 
 
 class RunMetrics:
-    """Writes metrics.jsonl, evals.jsonl, trace.json and TensorBoard events. Opening it at a step drops what came after that step."""
+    """Writes metrics.jsonl, evals.jsonl, trace.json and TensorBoard events, and tells ``trackers``, by name, which it closes in the end.
 
-    def __init__(self, folder: RunFolder, *, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Opening it at a step drops what came after that step. A tracker that fails is left out from then on, and ``note`` hears of it: the JSONL
+    files say what happened. ``energy`` is what the machine has drawn since the run began, as far as its steps' lines know;
+    ``counters`` None: those of this machine.
+    """
 
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        from_step: int,
+        trackers: Sequence[tuple[str, Tracker]] = (),
+        note: Callable[[str], None] = lambda text: None,
+        counters: Sequence[Counter] | None = None,
+    ) -> None:
         self._folder = folder
         folder.rewind("metrics.jsonl", from_step)
         folder.rewind("evals.jsonl", from_step)
         self._evaluated = {_name(line["stage"], line["step"]) for line in folder.read_lines("evals.jsonl")}
         self._steps = folder.append_to("metrics.jsonl")
         self._evals = folder.append_to("evals.jsonl")
-        self._board: SummaryWriter | None = None
+        before = [line["energy_joules"] for line in folder.read_lines("metrics.jsonl") if "energy_joules" in line]
+        self.energy = EnergyMeter(energy_counters() if counters is None else counters, joules=before[-1] if before else 0.0)
+        self._trackers: dict[str, Tracker] = dict(trackers)
+        self._note = note
         with suppress(OSError):
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=from_step + 1)
+            self._trackers["tensorboard"] = TensorBoard(folder.tensorboard, from_step=from_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
+        joules = self.energy.joules()
+        if joules is not None:
+            line = {**line, "energy_joules": round(joules, 3)}
         self._steps.write(line)
         self._draw("train", line)
 
@@ -46,20 +66,24 @@ class RunMetrics:
     def close(self) -> None:
         self._steps.close()
         self._evals.close()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+        for name, tracker in list(self._trackers.items()):
+            self._tell(name, tracker.close)
 
     def _draw(self, group: str, line: Mapping[str, Any]) -> None:
-        if self._board is None:
-            return
+        figures = {f"{group}/{name}": float(value) for name, value in line.items() if name != "step" and _is_figure(value)}
+        for name, tracker in list(self._trackers.items()):
+            self._tell(name, tracker.log, figures, line["step"])
+
+    def _tell(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
         try:
-            for name, value in line.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{group}/{name}", value, line["step"])
-            self._board.flush()
-        except OSError:
-            self._board = None  # a full disk ends the drawing, not the run: the JSONL files say what happened
+            call(*arguments)
+        except Exception as error:  # whatever its library raises: a full disk or a server that is gone ends the drawing, not the run
+            del self._trackers[name]
+            self._note(f"{name} hears no more of this run ({type(error).__name__}: {error})")
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _name(stage: str, step: int) -> tuple[str, int]:

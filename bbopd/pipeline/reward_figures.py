@@ -15,8 +15,7 @@ def reward_figures(items: Iterable[Item]) -> dict[str, float]:
     """Of the judged rollouts among ``items``; empty where there is none.
 
     ``reward_mean``, ``reward_std``, and the mean of every part as ``reward_<name>``; ``zero_spread_share``: rollouts whose group had the
-    same reward throughout, from which nothing is learned; ``rollout_length_mean`` in tokens; ``reward_length_correlation`` (Pearson), left
-    out where either does not vary.
+    same reward throughout, from which nothing is learned; ``reward_length_correlation`` (Pearson), left out where either does not vary.
     """
     judged = [item for item in items if isinstance(item, ScoredRollout) and item.reward is not None]
     if not judged:
@@ -33,7 +32,6 @@ def reward_figures(items: Iterable[Item]) -> dict[str, float]:
         "reward_std": float(values.std()),
         **{f"reward_{name}": float(np.mean(known)) for name, known in parts.items()},
         "zero_spread_share": float(np.mean([item.group_std == 0 for item in judged])),
-        "rollout_length_mean": float(lengths.mean()),
     }
     if np.ptp(values) > 0 and np.ptp(lengths) > 0:
         figures["reward_length_correlation"] = float(np.corrcoef(values, lengths)[0, 1])

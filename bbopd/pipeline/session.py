@@ -49,6 +49,7 @@ from bbopd.pipeline.teacher import (
     writing_teacher,
 )
 from bbopd.pipeline.texts import check_labels, open_stream, read_prompts
+from bbopd.pipeline.trackers import require_trackers
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.remote import RemoteTeacher
@@ -56,7 +57,7 @@ from bbopd.teachers.written import WritingTeacher
 from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
 from bbopd.trainer.step import Trainer
-from bbopd.types import Teacher
+from bbopd.types import Teacher, TeacherInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,8 @@ class Session:
     compute_dtype: torch.dtype
     vocab_size: int
     """Ids that are tokens; what the student's head has beyond them is padding."""
+    teacher_info: TeacherInfo | None = None
+    """Who teaches, by its own account."""
     adversary: Adversary | None = None
     judge: Teacher | None = None
     """Who compares the student's answers with the teacher's."""
@@ -129,6 +132,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
     async with AsyncExitStack() as stack:
         student = config.student
         checks = text_checks(config.data.filters)
+        require_trackers(config.track)
         progress.activity("loading", "tokenizer and text")
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
         prompts = await asyncio.to_thread(read_prompts, config, tokenizer)
@@ -309,6 +313,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             prompts=prompts,
             compute_dtype=dtype,
             vocab_size=vocab_size,
+            teacher_info=None if teacher is None else teacher.info,
             adversary=adversary,
             judge=judge_of_answers,
         )

@@ -17,6 +17,7 @@ from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.parts import Parts, to_the_end
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.reward_figures import reward_figures
+from bbopd.pipeline.rollout_figures import rollout_figures
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.timing import Timeline
 from bbopd.trainer.step import StepMetrics
@@ -81,6 +82,7 @@ class Updates:
             "trained_tokens": state.trained_tokens,
             "elapsed": round(self._timeline.elapsed, 3),
             **figures,
+            **rollout_figures(items, self._parts.gate.counts),
             **reward_figures(items),
             **self._cost(),
         }
