@@ -16,7 +16,7 @@ from bbopd.config import EvalConfig
 from bbopd.errors import DataError, TeacherError, TrainingError
 from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
 from bbopd.evaluate.bits_per_byte import NO_TEXT, document_windows, score_text, token_byte_counts
-from bbopd.evaluate.samples import student_answers, teacher_answers
+from bbopd.evaluate.samples import student_rollouts, teacher_answers
 from bbopd.evaluate.statistics import ratio
 from bbopd.evaluate.student import StudentView, in_batches
 from bbopd.evaluate.suite import EvalSuite
@@ -471,17 +471,18 @@ def test_teacher_that_cannot_be_measured_against() -> None:
 
 
 async def test_answers_come_in_the_order_of_the_prompts() -> None:
-    student, tokenizer = tiny_llama(VOCAB, seed=2), tiny_tokenizer()
+    student = tiny_llama(VOCAB, seed=2)
     engine = HFEngine(student, eos_token_ids=(2,), pad_token_id=0)
     prompts = [Prompt("long", tuple(range(10, 30))), Prompt("short", (8, 9))]
     greedy = Sampling(max_new_tokens=6, top_k=1)
-    answers = await student_answers(engine, prompts, greedy, tokenizer.decode)
-    for prompt, answer in zip(prompts, answers, strict=True):
+    rollouts = await student_rollouts(engine, prompts, greedy)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
         ids = list(prompt.token_ids)
         for _ in range(6):
             with torch.no_grad():
                 ids.append(int(student(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == 2:
                 break
-        assert answer == tokenizer.decode(ids[len(prompt.token_ids) :])
+        assert rollout is not None
+        assert list(rollout.token_ids) == ids[len(prompt.token_ids) :]
     assert await teacher_answers(DenseTeacher(student), prompts, greedy) == ["answer to long", "answer to short"]

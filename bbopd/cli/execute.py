@@ -23,22 +23,24 @@ from bbopd.errors import BbopdError, BudgetSpentError
 from bbopd.evaluate.agreement import signal_to_measure
 from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.held_out_game import HeldOutGame
-from bbopd.evaluate.samples import student_answers, teacher_answers
+from bbopd.evaluate.samples import RunSamples, read_samples
 from bbopd.evaluate.suite import KEPT_BYTES, EvalSuite
 from bbopd.evaluate.training_tasks import TrainingTasks, load_run_tasks
 from bbopd.pipeline.best import BestModel
 from bbopd.pipeline.cycle import sampling_of
+from bbopd.pipeline.energy import EnergyMeter
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.loop import Loop
 from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.session import Session, open_session
 from bbopd.pipeline.timing import Timeline
+from bbopd.pipeline.trackers import open_trackers, tracked_run
 from bbopd.report.html import write_report
+from bbopd.report.model_card import write_model_cards
 from bbopd.report.table import plain_lines, result_table, speed_table
-from bbopd.types import Prompt, Sampling
+from bbopd.types import TeacherInfo
 
 INTERRUPTED = 130
-_SAMPLE_TOKENS = 64
 
 
 def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = ()) -> int:
@@ -56,6 +58,7 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
         raise
     folder = RunFolder(Path(config.output))
     report = write_report(folder.root)
+    write_model_cards(folder.root)
     if status == "stopped":
         console.print(
             f"stopped, with everything kept in {folder.root}; the same command goes on from there", highlight=False, soft_wrap=True
@@ -90,7 +93,9 @@ async def _turn(
 ) -> str:
     config, folder, state = session.config, session.folder, session.state
     timeline.carry_on(state.seconds, state.busy_seconds)
-    metrics = RunMetrics(folder, from_step=state.step)
+    known = folder.read_json("run.json")
+    trackers = open_trackers(config.track, tracked_run(folder.root, known["started"], known["config"]))
+    metrics = RunMetrics(folder, from_step=state.step, trackers=trackers, note=display.note)
     measured = session.teacher
     if measured is not None and signal_to_measure(measured.info) is None:
         display.note(f"teacher {measured.info.model} gives neither full nor topk: how far they agree is not measured")
@@ -106,12 +111,13 @@ async def _turn(
         kept_bytes=KEPT_BYTES if config.teacher.self is None else 0,  # own weights change, and what they say of held-out text
     )
 
+    samples = RunSamples(session, sample_prompts, display.note)
     game = _held_out_game(session)
     best = None if config.eval.keep_best is None else BestModel(folder.root, config.eval.keep_best, session.write_model)
 
     async def evaluate(stage: str, step: int) -> Mapping[str, Any]:
         if stage == "start":
-            await _write_samples(session, "before", sample_prompts)
+            await samples.write("before")
         result = (await suite.run(stage, session.model, step)).to_json()
         for figures in (await tasks.measure(), {} if game is None else await game.measure()):
             errors = figures.pop("standard_errors", {})
@@ -119,7 +125,7 @@ async def _turn(
         if best is not None:
             best.offer(result)
         if stage == "end":
-            await _write_samples(session, "after", sample_prompts)
+            await samples.write("after")
         return result
 
     loop = Loop(config, session.parts, state, metrics=metrics, timeline=timeline, progress=display, evaluate=evaluate, stop=stop)
@@ -135,11 +141,13 @@ async def _turn(
     finally:
         metrics.trace(timeline.to_json())
         metrics.close()
-        folder.write_json("summary.json", _summary(session, loop, timeline, status, error, model_path))
+        folder.write_json("summary.json", _summary(session, loop, metrics, timeline, status, error, model_path))
     return status
 
 
-def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, error: str, model_path: Path | None) -> dict[str, Any]:
+def _summary(
+    session: Session, loop: Loop, metrics: RunMetrics, timeline: Timeline, status: str, error: str, model_path: Path | None
+) -> dict[str, Any]:
     state, folder = loop.state, session.folder
     seconds = {name: round(value, 2) for name, value in timeline.seconds().items()}
     busy = {name: round(value, 2) for name, value in timeline.busy_seconds().items()}
@@ -159,9 +167,20 @@ def _summary(session: Session, loop: Loop, timeline: Timeline, status: str, erro
         "teacher_retries": state.teacher_retries,
         "teacher_cache": None if session.parts.cache_counts is None else dict(session.parts.cache_counts),
         "teacher_cost": None if session.parts.spending is None else asdict(session.parts.spending()),
-        "samples": _samples(folder),
+        "energy": _energy(metrics.energy),
+        "teacher": None if session.teacher_info is None else _teacher(session.teacher_info),
+        "samples": read_samples(folder),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }
+
+
+def _energy(meter: EnergyMeter) -> dict[str, Any] | None:
+    joules = meter.joules()
+    return None if joules is None else {"joules": round(joules, 1), "covers": meter.covers}
+
+
+def _teacher(info: TeacherInfo) -> dict[str, Any]:
+    return {"model": info.model, "revision": info.revision, "vocab_size": info.vocab_size, "vocab_sha256": info.vocab_sha256}
 
 
 def _held_out_game(session: Session) -> HeldOutGame | None:
@@ -178,45 +197,6 @@ def _held_out_game(session: Session) -> HeldOutGame | None:
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         judge=session.judge,
     )
-
-
-# ------------------------------------------------------------ samples
-
-
-async def _write_samples(session: Session, when: str, texts: Sequence[str]) -> None:
-    """Keep the student's answers of this moment, and at the end the teacher's, in samples.json."""
-    if not texts:
-        return
-    prompts = [Prompt(prompt_id=f"sample-{index}", token_ids=tuple(_chat_ids(session, text))) for index, text in enumerate(texts)]
-    greedy = Sampling(max_new_tokens=_SAMPLE_TOKENS, top_k=1)
-    known = session.folder.read_json("samples.json") or {"prompts": list(texts)}
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(session.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    known[when] = await student_answers(session.parts.engine, prompts, greedy, decode)
-    if when == "after" and session.teacher is not None and session.teacher.info.offer("text") is not None:
-        known["teacher"] = await teacher_answers(session.teacher, prompts, greedy)
-    session.folder.write_json("samples.json", known)
-
-
-def _chat_ids(session: Session, text: str) -> list[int]:
-    tokenizer = session.tokenizer
-    if tokenizer.chat_template is None:
-        return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _samples(folder: RunFolder) -> list[dict[str, Any]]:
-    known = folder.read_json("samples.json")
-    if known is None:
-        return []
-    columns = ("before", "after", "teacher")
-    return [
-        {"prompt": prompt, **{column: known[column][index] if column in known else None for column in columns}}
-        for index, prompt in enumerate(known["prompts"])
-    ]
 
 
 # ------------------------------------------------------------ stopping
@@ -269,7 +249,7 @@ def _print_result(console: Console, folder: RunFolder, report: Path, *, plain: b
     else:
         for table in (result_table(folder.root), speed_table(folder.root)):
             console.print(table)
-    for sample in _samples(folder)[:1]:
+    for sample in read_samples(folder)[:1]:
         console.print(f"\nprompt           {sample['prompt']}", highlight=False, markup=False)
         for title, key in (("student, before", "before"), ("student, after", "after"), ("teacher", "teacher")):
             if sample[key] is not None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, compare, demo, distill, doctor, eval, objectives, sample_server, serve
+from bbopd.cli import cache, check_teacher, compare, demo, distill, doctor, eval, eval_human, objectives, report, sample_server, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
@@ -20,6 +20,8 @@ _COMMANDS = {
     "sample-server": (sample_server, "host vLLM for runs on other machines, which push their weights into it"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure models: bits per byte, agreement with a teacher, and tasks"),
+    "eval human": (eval_human, "have people rate answers, on a page that does not tell whose they are"),
+    "report": (report, "write one page about a run, or several beside each other"),
     "cache": (cache, "look after the answers of teachers that were kept"),
 }
 
@@ -35,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1-5 an error (`bbopd.errors`), 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["eval", "human"]:  # a command of its own, beside models to measure
+        words[:2] = ["eval human"]
+    args = build_parser().parse_args(words)
     try:
         return int(_COMMANDS[args.command][0].run(args))
     except BbopdError as error:

@@ -118,13 +118,13 @@ class AgreementMeter:
         found = {"forward_kl": self._student.divergence(hidden_ND, teacher, "forward_kl")}
         if self._want.level == "full":
             found["reverse_kl"] = self._student.divergence(hidden_ND, teacher, "reverse_kl")
-        found["top1"] = own.topk_ids[:, 0] == _teacher_best(teacher)
+        found["top1"] = own.topk_ids[:, 0] == teacher_best(teacher)
         valid_N = torch.ones(len(hidden_ND), dtype=torch.bool) if teacher.valid is None else teacher.valid.cpu()
         for name, values_N in (found | {"tokens": valid_N}).items():
             self._sums[name].extend(sum_by_sequence(torch.where(valid_N, values_N.double().cpu(), 0.0), batch))
 
 
-def _teacher_best(teacher: OpTeacher) -> Tensor:
+def teacher_best(teacher: OpTeacher) -> Tensor:
     """The id [N] that the teacher holds most likely."""
     if isinstance(teacher, TopKTeacher):
         best_N1 = torch.where(teacher.ids < 0, -torch.inf, teacher.logprobs.float()).argmax(dim=-1, keepdim=True)

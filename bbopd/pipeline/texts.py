@@ -74,3 +74,11 @@ def texts_to_compare(prompts: PromptSet, info: TeacherInfo, choose: CandidateCho
         if len(ids) > 1:
             rollouts.append(Rollout(prompt.prompt_id, Prompt(prompt.prompt_id, ids[: len(ids) // 2]), ids[len(ids) // 2 :]))
     return rollouts if choose is None else choose(rollouts)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """``text`` as what a user says, ready to be answered; as it is where the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text)["input_ids"])
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
