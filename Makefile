@@ -21,7 +21,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-vllm demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
+.PHONY: vllm test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
@@ -30,6 +30,7 @@ help:
 	@echo "make soak    ten minutes of faults between a client and three replicas (SOAK_SECONDS=...); every rollout accounted for at the end"
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
 	@echo "make test-vllm the tests that need the real vLLM"
+	@echo "make test-browser the pages that people read and rate on, driven in a headless Chromium (installed from Debian's packages where missing)"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
@@ -75,6 +76,13 @@ vllm: $(VLLM_READY)
 test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout rensa py3langid peft
 	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py tests/test_vllm_remote.py
+
+# As root on Debian or Ubuntu the browser installs itself; elsewhere chromium and chromedriver have to be there.
+test-browser: $(DEVELOPED)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null
+	$(BIN)/pip install -q -c constraints.txt 'bbopd[browser]'
+	$(BIN)/python -m pytest -q -m browser tests/test_browser_human.py tests/test_browser_report.py
 
 # Two files at a time, by name: by their number of tests the longest would come last, and alone. Threads that have nothing to do leave their core to the other one's.
 test: lint

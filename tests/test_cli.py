@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bbopd.cli.demo import token_budgets
 from bbopd.cli.main import main
-from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.tiny_models import SPECIAL_TOKENS, save_folder, tiny_llama, tiny_tokenizer
 
 WORDS = [
     "the",
@@ -155,6 +155,27 @@ def test_a_run_trains_evaluates_and_leaves_everything(finished):
     assert str(run / "model") in result.stdout
     assert json.loads((run / "run.json").read_text())["config"]["student"]["model"]
     assert any((run / "tensorboard").iterdir())
+
+
+def test_a_run_leaves_a_card_and_answers_token_by_token(finished):
+    run, _ = finished
+    card = (run / "model" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert f"{measures(run)[-1][1]:.3f} (" in card
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["samples"]) == 3
+    for sample in summary["samples"]:
+        assert sample["teacher"]
+        for when in ("before", "after"):
+            pieces = sample[f"{when}_pieces"]
+            assert sum(kl for _, kl, _ in pieces) > 0
+            spelled = "".join(text for text, *_ in pieces)
+            for special in SPECIAL_TOKENS:  # among the pieces alone
+                spelled = spelled.replace(special, "")
+            assert spelled == sample[when]
+    assert (run / "report.html").read_text().count("nats a token</h3>") == 6
+    assert summary["teacher"]["vocab_size"] == 262
+    assert all(line["rollout_length_mean"] <= 16 for line in steps(run) if line["rollout_tokens"])
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, text, tmp_path):

@@ -20,6 +20,8 @@ def main() -> None:
     assert teacher_pb2.ScoreRequest.DESCRIPTOR.full_name == "bbopd.v1.ScoreRequest"
     assert teacher_pb2_grpc.TeacherServiceStub is not None
     assert files("bbopd.kernels").joinpath("logprobs.py").is_file()
+    assert files("bbopd.report").joinpath("style.css").is_file()
+    assert files("bbopd.evaluate.human").joinpath("page.html").is_file()
 
     hidden = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(11, 8)

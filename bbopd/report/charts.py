@@ -1,20 +1,23 @@
-"""Curves of a run over the tokens it trained on, and where its time went."""
+"""Curves over the tokens that were trained on, of one run or of several laid over each other, and where the time went."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bbopd.report.drawing import FAINT, SERIES, STYLE, to_svg
+from bbopd.report.drawing import FAINT, INK, SERIES, STYLE, to_svg
 from bbopd.report.load import RunData
 from bbopd.report.table import MEASURES
+
+MOST_CURVES = len(SERIES)
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,34 +29,55 @@ class Curve:
     is_sparse: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What one drawing shows: figures of optimizer steps by key, with their labels, and measures of evaluations by key."""
+
+    title: str
+    unit: str
+    steps: Mapping[str, str] = field(default_factory=dict)
+    stages: tuple[str, ...] = ()
+    more: Callable[[RunData], list[Curve]] = lambda data: []
+
+    def curves(self, data: RunData) -> list[Curve]:
+        return [*_step_curves(data, self.steps), *_stage_curves(data, self.stages), *self.more(data)][:MOST_CURVES]
+
+
 def charts(data: RunData) -> list[tuple[str, str]]:
     """Every drawing this run has data for, as (title, SVG element)."""
-    drawings = [
-        ("Loss over training", "nats per token", _step_curves(data, {"loss": "loss", "ce": "cross-entropy", "kd": "distillation"})),
-        ("KL to the teacher", "nats per token", _stage_curves(data, "kl_rollouts", "kl_held_out")),
-        ("Held-out text", "bits per byte", _stage_curves(data, "bits_per_byte")),
-        ("Top-1 agreement with the teacher", "share of tokens", _stage_curves(data, "top1_rollouts", "top1_held_out")),
-        ("Discriminator: accuracy", "share of pairs", _both_curves(data, "discriminator_accuracy")),
-        ("Discriminator: lead of the teacher's answers", "score", _both_curves(data, "discriminator_margin")),
-        ("Lengths", "tokens", _step_curves(data, {"student_length_mean": "student", "teacher_length_mean": "teacher"})),
-        ("Reward", "", _step_curves(data, {"reward_mean": "mean", "reward_std": "standard deviation"})),
-        ("Reward by length", "correlation", _step_curves(data, {"reward_length_correlation": "of a step"})),
-        ("Win rate against the teacher's answers", "share of pairs", _stage_curves(data, "win_rate")),
-        ("Learning rate", "", _step_curves(data, {"lr": "learning rate"})),
-        ("Loss weights", "", _step_curves(data, {"ce_weight": "cross-entropy", "kd_weight": "distillation"})),
-        ("Gradient norm, before clipping", "L2 norm", _step_curves(data, {"grad_norm": "gradient norm"})),
-    ]
     cold_start = max(
         (tokens for line, tokens in zip(data.metrics, data.trained_tokens, strict=True) if line.get("phase") == "cold_start"), default=0
     )
-    found = [(title, _draw_curves(title, unit, curves, cold_start)) for title, unit, curves in drawings if curves]
+    found = []
+    for chart in CHARTS:
+        curves = chart.curves(data)
+        if curves:
+            styled = [(curve, colour, "-") for curve, colour in zip(curves, SERIES, strict=False)]
+            found.append((chart.title, _draw_curves(chart, styled, legend="curves", cold_start=cold_start)))
     seconds = {str(name): float(value) for name, value in (data.summary.get("seconds") or {}).items() if value}
     if seconds:
         found.append(("Where the time went", _draw_bars("Where the time went", seconds)))
     return found
 
 
-def _step_curves(data: RunData, labels: dict[str, str]) -> list[Curve]:
+def overlaid_charts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """The drawings that two runs or more have data for: a colour a run, and, where a drawing has several curves of each, a dash a curve."""
+    found = []
+    for chart in CHARTS:
+        by_run = [chart.curves(run) for run in runs]
+        if sum(bool(curves) for curves in by_run) < 2:
+            continue
+        labels = list(dict.fromkeys(curve.label for curves in by_run for curve in curves))
+        styled = [
+            (curve, SERIES[index], _DASHES[labels.index(curve.label) % len(_DASHES)])
+            for index, curves in enumerate(by_run)
+            for curve in curves
+        ]
+        found.append((chart.title, _draw_curves(chart, styled, legend="dashes" if len(labels) > 1 else "none")))
+    return found
+
+
+def _step_curves(data: RunData, labels: Mapping[str, str]) -> list[Curve]:
     tokens = data.trained_tokens
     curves = []
     for key, label in labels.items():
@@ -63,7 +87,7 @@ def _step_curves(data: RunData, labels: dict[str, str]) -> list[Curve]:
     return curves
 
 
-def _stage_curves(data: RunData, *keys: str) -> list[Curve]:
+def _stage_curves(data: RunData, keys: Sequence[str]) -> list[Curve]:
     titles = {measure.key: measure.title.rpartition(", ")[2] for measure in MEASURES}
     curves = []
     for key in keys:
@@ -73,29 +97,67 @@ def _stage_curves(data: RunData, *keys: str) -> list[Curve]:
     return curves
 
 
-def _both_curves(data: RunData, key: str) -> list[Curve]:
-    return [*_step_curves(data, {key: "in training"}), *_stage_curves(data, key)]
+def _rejected_curves(data: RunData) -> list[Curve]:
+    """By reason, those with the most rejected sequences."""
+    last: Mapping[str, int] = next((line["rejected"] for line in reversed(data.metrics) if line.get("rejected")), {})
+    reasons = sorted(last, key=last.__getitem__, reverse=True)[:MOST_CURVES]
+    counts = [(float(tokens), line.get("rejected") or {}) for line, tokens in zip(data.metrics, data.trained_tokens, strict=True)]
+    return [Curve(reason.replace("_", " "), [(x, float(known.get(reason, 0))) for x, known in counts]) for reason in reasons]
 
 
-def _draw_curves(title: str, unit: str, curves: Sequence[Curve], cold_start: int) -> str:
+CHARTS = (
+    Chart("Loss over training", "nats per token", {"loss": "loss", "ce": "cross-entropy", "kd": "distillation"}),
+    Chart("KL to the teacher", "nats per token", stages=("kl_rollouts", "kl_held_out")),
+    Chart("Held-out text", "bits per byte", stages=("bits_per_byte",)),
+    Chart("Top-1 agreement with the teacher", "share of tokens", stages=("top1_rollouts", "top1_held_out")),
+    Chart("Discriminator: accuracy", "share of pairs", {"discriminator_accuracy": "in training"}, ("discriminator_accuracy",)),
+    Chart("Discriminator: lead of the teacher's answers", "score", {"discriminator_margin": "in training"}, ("discriminator_margin",)),
+    Chart(
+        "Lengths",
+        "tokens",
+        {"rollout_length_mean": "rollouts", "student_length_mean": "student, beside the teacher", "teacher_length_mean": "teacher"},
+    ),
+    Chart("Rollouts cut off at the limit of length", "share of rollouts", {"truncated_share": "of a step"}),
+    Chart("Reward", "", {"reward_mean": "mean", "reward_std": "standard deviation"}),
+    Chart("Reward by length", "correlation", {"reward_length_correlation": "of a step"}),
+    Chart("Win rate against the teacher's answers", "share of pairs", stages=("win_rate",)),
+    Chart("Staleness of rollouts", "cycles", {"staleness_mean": "mean", "staleness_max": "largest"}),
+    Chart("Rejected so far", "sequences", more=_rejected_curves),
+    Chart("Mass outside the teacher's ids", "share", {"teacher_tail_mass": "tail"}),
+    Chart("Cost of the teacher", "so far", {"teacher_cost": "paid or reserved"}),
+    Chart("Energy", "joules so far", {"energy_joules": "counted by the machine"}),
+    Chart("Learning rate", "", {"lr": "learning rate"}),
+    Chart("Loss weights", "", {"ce_weight": "cross-entropy", "kd_weight": "distillation"}),
+    Chart("Gradient norm, before clipping", "L2 norm", {"grad_norm": "gradient norm"}),
+)
+
+
+def _draw_curves(
+    chart: Chart, curves: Sequence[tuple[Curve, str, str]], *, legend: Literal["curves", "dashes", "none"], cold_start: int = 0
+) -> str:
+    """``curves`` with their colours and dashes; a legend of curves, or of dashes where colours are runs and the page names these."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes: Axes = figure.subplots()
-        for colour, curve in zip(SERIES, curves, strict=False):
+        for curve, colour, dash in curves:
             x, y = zip(*sorted(curve.points), strict=True)
             marker = "o" if curve.is_sparse or len(x) == 1 else ""
-            axes.plot(x, y, color=colour, label=curve.label, marker=marker, markersize=3.5)
+            axes.plot(x, y, color=colour, linestyle=dash, label=curve.label, marker=marker, markersize=3.5)
         if cold_start:
             axes.axvspan(0, cold_start, color=FAINT, alpha=0.18, linewidth=0, label="cold start")
-        axes.set_title(title)
+        axes.set_title(chart.title)
         axes.set_xlabel("response tokens trained")
-        axes.set_ylabel(unit)
+        axes.set_ylabel(chart.unit)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        if len(curves) > 1 or cold_start:
-            axes.legend()
-        return to_svg(figure, title)
+        handles, labels = axes.get_legend_handles_labels()
+        if legend == "dashes":
+            by_label = {curve.label: axes.plot([], [], color=INK, linestyle=dash)[0] for curve, _, dash in curves}
+            handles, labels = list(by_label.values()), list(by_label)
+        if legend == "dashes" or (legend == "curves" and len(handles) > 1):
+            figure.legend(handles, labels, loc="outside lower left", ncols=3 if max(map(len, labels)) < 15 else 2)
+        return to_svg(figure, chart.title)
 
 
 def _draw_bars(title: str, seconds: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 # Stand-ins that occur nowhere else in a drawing, and the page's CSS variables that take their places.
 INK, FAINT = "#010203", "#040506"
-SERIES = ("#0a0b0c", "#0d0e0f", "#101112", "#131415")
+SERIES = ("#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e", "#1f2021")
 _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {colour: f"var(--series-{index + 1})" for index, colour in enumerate(SERIES)}
 
 STYLE: Any = {

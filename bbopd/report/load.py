@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from bbopd.errors import DataError
 from bbopd.pipeline.folder import RunFolder
 
 Line = Mapping[str, Any]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ("metrics.jsonl", "evals.jsonl", "summary.json", "run.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,45 @@ def load_run(run_dir: str | Path) -> RunData:
         started=folder.read_json("run.json") or {},
     )
     if not (data.metrics or data.evals or data.summary or data.started):
-        names = "metrics.jsonl, evals.jsonl, summary.json, run.json"
-        raise DataError(f"{root} holds no run: none of {names} is there; give the folder of a run (its output=)")
+        raise DataError(f"{root} holds no run: none of {', '.join(_FILES)} is there; give the folder of a run (its output=)")
     return data
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The folders of runs that are meant: each that is one, and of any other the runs that lie in it, by name.
+
+    Raises `DataError` where there is neither.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [] if _is_run(path) or not path.is_dir() else [child for child in sorted(path.iterdir()) if _is_run(child)]
+        if not inside:
+            load_run(path)  # says what is missing
+        found += inside or [path]
+    return list(dict.fromkeys(found))
+
+
+def load_runs(folders: Sequence[Path]) -> list[RunData]:
+    """As `load_run`; runs of one name get that of the folder above theirs too."""
+    names = Counter(folder.resolve().name for folder in folders)
+    runs = []
+    for folder in folders:
+        data, whole = load_run(folder), folder.resolve()
+        runs.append(replace(data, name=f"{whole.parent.name}/{whole.name}") if names[whole.name] > 1 else data)
+    return runs
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether ``name`` reads like a hub's id, and is no path of this machine."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def short_name(value: Any) -> Any:
+    """``value``, or, of a path of this machine, its last name; addresses and a hub's ids stay whole."""
+    if isinstance(value, str) and "/" in value and "://" not in value and not is_on_hub(value):
+        return Path(value).name
+    return value
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in _FILES)

@@ -88,6 +88,13 @@ def result_rows(data: RunData) -> list[Row]:
     return rows
 
 
+def end_row(data: RunData, measure: Measure) -> str:
+    """A measure as the run's last evaluation has it, with its standard error."""
+    line = data.stages[-1] if data.stages else {}
+    value, error = _text(line.get(measure.key), measure), _text((line.get("standard_errors") or {}).get(measure.key), measure)
+    return f"{value} ± {error}" if error else value
+
+
 def speed_rows(data: RunData) -> list[SpeedRow]:
     """Where the time went, longest first."""
     seconds = _numbers(data.summary.get("seconds"))
@@ -119,6 +126,15 @@ def cost_line(data: RunData) -> str:
     line = f"{cost['paid'] + cost['reserved']:.6g} {cost['currency']}" + (f" of {cost['limit']:.6g}" if cost["limit"] else "")
     line += f", {cost['requests']:,} requests, {cost['prompt_tokens'] + cost['answer_tokens']:,} tokens"
     return line + (f"; {cost['reserved']:.3g} of it for requests whose outcome is not known" if cost["reserved"] else "")
+
+
+def energy_line(data: RunData) -> str:
+    """What the machine has drawn, by its own counters, all sessions together; says so where nothing counts."""
+    energy = data.summary.get("energy")
+    if energy is None:
+        return "" if "energy" not in data.summary else "unknown: neither RAPL nor NVML could be read here"
+    joules = float(energy["joules"])
+    return f"{joules / 3.6e6:.3g} kWh ({joules:,.0f} J) by {', '.join(energy['covers'])}; whatever else ran there is in it"
 
 
 def cache_line(data: RunData) -> str:
