@@ -36,7 +36,7 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_bytes, aggregation: mean, higher_is_better: true}}
-  - {{metric: f1, aggregation: f1, higher_is_better: true}}
+  - {{metric: mcc, aggregation: matthews_corrcoef, higher_is_better: true}}
 """
 WRITTEN = """\
 task: tiny_written
