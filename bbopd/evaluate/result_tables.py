@@ -12,14 +12,17 @@ Line = Mapping[str, Any]
 
 
 def tables(document: Line) -> list[Table]:
-    """Of what `results.document` gives. There is no table of differences for one model."""
-    found = [_figures(document), _cost(document)]
-    return [*found, _differences(document)] if document["comparisons"] else found
-
-
-def _figures(document: Line) -> Table:
+    """Of what `results.document` gives. There is no table of differences for one model; several are called by letters."""
     names = [model["name"] for model in document["models"]]
-    table = _table("Results", "value ± standard error; ↓: lower is better", ("Task", "metric", "items"), names)
+    labels = {name: name if len(names) == 1 else f"{chr(ord('A') + place % 26)}{place // 26 or ''}" for place, name in enumerate(names)}
+    found = [_figures(document, labels), _cost(document, labels)]
+    return [*found, _differences(document, labels)] if document["comparisons"] else found
+
+
+def _figures(document: Line, labels: Mapping[str, str]) -> Table:
+    names = list(labels)
+    legend = "".join(f"\n{label}  {name}" for name, label in labels.items() if label != name)
+    table = _table(f"Results{legend}", "value ± standard error; ↓: lower is better", ("Task", "metric", "items"), tuple(labels.values()))
     rows = {(row["task"], row["model"]): row for row in document["rows"]}
     for task in (task["name"] for task in document["tasks"]):
         metrics = dict.fromkeys(metric for name in names for metric in rows.get((task, name), {"metrics": {}})["metrics"])
@@ -32,7 +35,7 @@ def _figures(document: Line) -> Table:
     return table
 
 
-def _cost(document: Line) -> Table:
+def _cost(document: Line, labels: Mapping[str, str]) -> Table:
     note = (
         "tokens read and written, over seconds in the model; latency: one request alone, the median of a few; memory: peak of the process"
     )
@@ -42,7 +45,7 @@ def _cost(document: Line) -> Table:
         latency, peak = row["latency_seconds"], row["peak_memory_bytes"]
         table.add_row(
             row["task"],
-            row["model"],
+            labels[row["model"]],
             f"{parameters[row['model']] / 1e6:,.1f} M",
             f"{row['tokens']:,}",
             f"{row['tokens_per_second']:,.0f}",
@@ -52,31 +55,30 @@ def _cost(document: Line) -> Table:
     return table
 
 
-def _differences(document: Line) -> Table:
+def _differences(document: Line, labels: Mapping[str, str]) -> Table:
     note = (
-        "second less first on the items of both, with the interval and p-value of a paired bootstrap; McNemar's exact p where an item is "
-        "right or wrong. No correction for the number of rows"
+        "on the items of both, with the interval and p-value of a paired bootstrap, and McNemar's exact p where an item is right or wrong; "
+        "not corrected for the number of rows"
     )
     table = _table(
-        "Differences", note, ("Task", "metric", "first", "second"), ("difference", f"{document['confidence']:.0%} interval", "p", "McNemar")
+        "Differences", note, ("Task", "metric", "models"), ("difference", f"{document['confidence']:.0%} interval", "p", "McNemar")
     )
     for line in document["comparisons"]:
         test = line["mcnemar"]
         table.add_row(
             line["task"],
             line["metric"],
-            line["first"],
-            line["second"],
-            f"{line['difference']:+.4g}",
-            f"{line['low']:+.4g} to {line['high']:+.4g}",
+            f"{labels[line['second']]} − {labels[line['first']]}",
+            f"{line['difference']:+.3g}",
+            f"{line['low']:+.3g}, {line['high']:+.3g}",
             f"{line['p_value']:.3f}",
-            "" if test is None else f"{test['p_value']:.3f} ({test['first_only']} : {test['second_only']})",
+            "" if test is None else f"{test['p_value']:.3f}",
             style="bold" if line["is_clear"] else "",
         )
     return table
 
 
-def _table(title: str, note: str, left: tuple[str, ...], right: tuple[str, ...] | list[str]) -> Table:
+def _table(title: str, note: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left", box=SIMPLE_HEAD)
     for name in left:
         table.add_column(name, overflow="fold")
