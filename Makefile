@@ -75,7 +75,7 @@ vllm: $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/pip install -q -c $(VLLM_VENV)/constraints.txt pytest pytest-asyncio pytest-timeout rensa py3langid peft
-	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py tests/test_vllm_remote.py
+	$(VLLM_BIN)/python -m pytest -q -m vllm tests/test_vllm.py tests/test_vllm_lora.py tests/test_vllm_distill.py tests/test_vllm_teacher.py tests/test_vllm_openai.py tests/test_vllm_sampler.py tests/test_vllm_remote.py tests/test_vllm_sleep.py
 
 # As root on Debian or Ubuntu the browser installs itself; elsewhere chromium and chromedriver have to be there.
 test-browser: $(DEVELOPED)
