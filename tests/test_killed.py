@@ -38,7 +38,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     config = run_config(
         Path(asked["folder"]),
-        train={"on_policy_tokens": 500, "checkpoint_every": 3},
+        train={"on_policy_tokens": 800, "checkpoint_every": 3},
         rollouts={"max_staleness": asked["staleness"], "samples_per_prompt": 3},
     )
     engine = FakeEngine(VOCAB, eos_token_id=2, delay=0.002) if asked["engine"] == "fake" else None
@@ -68,7 +68,7 @@ def runs() -> Iterator[subprocess.Popen[str]]:
 def test_nothing_is_lost_when_the_process_is_killed(runs, tmp_path, engine: str, staleness: int, overlaps: bool) -> None:
     run = tmp_path / "run"
     asked = {"folder": str(run), "engine": engine, "staleness": staleness, "overlaps": overlaps}
-    for lines in (5, 10):  # soon after the cold start, and later on, from what the first kill has left
+    for lines in (6, 12):  # soon after the cold start, and later on, from what the first kill has left
         child = _begin(runs, asked)
         deadline = time.monotonic() + 120
         while _count(run / "metrics.jsonl") < lines and time.monotonic() < deadline:

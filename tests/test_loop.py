@@ -86,7 +86,7 @@ class Watcher:
 class Rig:
     """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
 
-    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1, stream=None) -> None:
+    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1) -> None:
         self.config = config
         self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
@@ -117,7 +117,7 @@ class Rig:
         self.parts = Parts(
             trainer=trainer,
             engine=self.engine,
-            prompts=stream or PromptStream(prompts(), config.train.seed),
+            prompts=PromptStream(prompts(), config.train.seed),
             gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
             want=signal_for(objective, config.teacher),
