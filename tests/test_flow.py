@@ -21,6 +21,7 @@ from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.data.shards import BEGINNING, RowPlace, ShardedRows
 from bbopd.errors import DataError
 from bbopd.types import Prompt
+from tests.test_loop import Rig, run_config
 from tests.tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -241,6 +242,29 @@ def test_a_limit_is_an_epoch(tmp_path: Path, streams: Any) -> None:
     stream = streams(load({"dataset": folder, "limit": 60, "buffer": 25}))
     for _ in range(3):
         assert ids(stream.next_prompts(len(expected))) == expected
+
+
+# ---------------------------------------------------------------- a run
+
+
+async def test_a_run_that_stops_in_the_middle_of_a_flow_reaches_the_same_losses(tmp_path: Path, streams: Any) -> None:
+    def row(shard: int, number: int) -> dict[str, Any]:
+        return {"prompt": f"question {number} of {shard}", "response": f"the answer to {number}"}
+
+    folder = write_shards(tmp_path / "data", row=row)
+
+    def rig(name: str, **options: Any) -> Rig:
+        return Rig(run_config(tmp_path / name), stream=streams(load({"dataset": folder, "buffer": 9})), **options)
+
+    whole = rig("whole")
+    assert await whole.run() == "finished"
+    for step in (3, 8):  # in the cold start, and after it
+        assert await rig("parts", at_step=(step, lambda rig: rig.stop.set())).run() == "stopped"
+    last = rig("parts")
+    assert last.resumed_from >= 8
+    assert await last.run() == "finished"
+    assert last.losses() == whole.losses()
+    assert last.loop.state.position["bookmarks"]["prompts"]["0"]["block"] > 0
 
 
 # ---------------------------------------------------------------- memory

@@ -13,7 +13,7 @@ from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.rejected import RejectedLog
 from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
-from bbopd.objectives import make_objective, signal_for
+from bbopd.objectives import make_objective
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.loop import Loop
@@ -86,7 +86,7 @@ class Watcher:
 class Rig:
     """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
 
-    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1) -> None:
+    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1, stream=None) -> None:
         self.config = config
         self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
@@ -117,10 +117,10 @@ class Rig:
         self.parts = Parts(
             trainer=trainer,
             engine=self.engine,
-            prompts=PromptStream(prompts(), config.train.seed),
+            prompts=stream or PromptStream(prompts(), config.train.seed),
             gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
-            want=signal_for(objective, config.teacher),
+            want=objective.signal(config.teacher),
             save=save,
             sleep=getattr(self.engine, "sleep", None),
             overlaps=executor is not None,
