@@ -83,14 +83,14 @@ def test_a_sweep_multiplies_the_arms_that_it_matters_to() -> None:
     found = by_name(compare(arms=arms, sweep={"objective.temperature": [1.0, 2.0], "objective.name": ["forward_kl", "reverse_kl"]}))
     assert list(found) == [
         "sft",
-        *(f"on_policy temperature={t} name={name}" for t in ("1.0", "2.0") for name in ("forward_kl", "reverse_kl")),
-        "cold name=forward_kl",
-        "cold name=reverse_kl",
+        *(f"on_policy temperature={t} objective={name}" for t in ("1.0", "2.0") for name in ("forward_kl", "reverse_kl")),
+        "cold objective=forward_kl",
+        "cold objective=reverse_kl",
     ]
-    run = next(iter(found["on_policy temperature=2.0 name=forward_kl"].runs.values()))
+    run = next(iter(found["on_policy temperature=2.0 objective=forward_kl"].runs.values()))
     assert (run.config.objective.temperature, run.config.objective.name) == (2.0, "forward_kl")
-    assert run.name == "on_policy-temperature2.0-nameforward_kl-seed0"
-    assert next(iter(found["cold name=reverse_kl"].runs.values())).config.objective.temperature == 0.5
+    assert run.name == "on_policy-temperature2.0-objectiveforward_kl-seed0"
+    assert next(iter(found["cold objective=reverse_kl"].runs.values())).config.objective.temperature == 0.5
 
 
 def test_learning_rates_are_tried_with_one_seed() -> None:

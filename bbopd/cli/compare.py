@@ -50,7 +50,7 @@ def _print_plan(console: Console, comparison: Comparison) -> None:
     work = work_left(comparison)
     table = Table(box=SIMPLE_HEAD)
     for number, title in enumerate(("arm", "learning rates", "seeds", "runs", "to train", "to measure", "time")):
-        table.add_column(title, justify="right" if number > 2 else "left")
+        table.add_column(title, justify="right" if number > 2 else "left", overflow="fold")
     for item in work:
         table.add_row(
             item.entrant,

@@ -63,7 +63,7 @@ def _entrants(compare: CompareConfig, base: Mapping[str, Any]) -> Iterator[Entra
         keys = [key for key in compare.sweep if matters(key, known, arm)]
         for combination in itertools.product(*(compare.sweep[key] for key in keys)):
             swept = dict(zip(keys, combination, strict=True))
-            name = " ".join([arm_name, *(f"{key.rpartition('.')[2]}={value}" for key, value in swept.items())])
+            name = " ".join([arm_name, *(f"{_last(key)}={value}" for key, value in swept.items())])
             yield _entrant(name, arm, known, swept, compare, base)
 
 
@@ -86,6 +86,11 @@ def _entrant(
     return Entrant(
         name, tuple(dict.fromkeys(run.learning_rate for run in runs)), seeds, {(run.learning_rate, run.seed): run for run in runs}
     )
+
+
+def _last(key: str) -> str:
+    """The last part of a key that says something: ``temperature`` of ``objective.temperature``, ``objective`` of ``objective.name``."""
+    return key.removesuffix(".name").rpartition(".")[2]
 
 
 def _run_name(name: str, rate: float | None, seed: int) -> str:

@@ -48,7 +48,7 @@ def cells(row: Row, rows: Sequence[Row], measure: str) -> list[str]:
 def rich_table(rows: Sequence[Row], measure: str, confidence: float) -> Table:
     table = Table(caption=SPENT_NOTE, caption_justify="left", box=SIMPLE_HEAD)
     for number, head in enumerate(heads(rows, measure, confidence)):
-        table.add_column(head, justify="right" if number else "left")
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*cells(row, rows, measure))
     return table
