@@ -226,7 +226,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             cells = [
                 one["arm"],
                 str(one["seed"]),
-                STAGES[look["stage"]],
+                STAGES.get(look["stage"], f"after {look['step']} updates"),
                 f"{look['tokens']:,}",
                 f"{look['style_share']:.0%}",
                 f"{look['length']:.1f}",
