@@ -82,3 +82,20 @@ def test_without_vllm_the_way_to_it_is_named():
     assert result.returncode == EngineError.exit_code
     assert "bbopd sample-server needs vLLM, but vLLM is not installed here" in result.stderr
     assert "rollouts.engine" not in result.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make vllm")
+def test_tasks_answered_by_vllm(folder, tmp_path):
+    """The same greedy answers as the hf engine writes, hence the same scores."""
+    (tmp_path / "qa.jsonl").write_text("\n".join(json.dumps({"prompt": f"{' '.join(WORDS[:9])} {n}", "answer": "the"}) for n in range(4)))
+    found = []
+    for engine in ("hf", "vllm"):
+        output = tmp_path / f"{engine}.json"
+        arguments = ("--tasks", str(tmp_path / "qa.jsonl"), "--engine", engine, "--dtype", "float32", "--output", str(output))
+        result = bbopd("eval", str(folder / "model"), *arguments)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(output.read_text())["rows"][0])
+    assert found[0]["samples"] == found[1]["samples"]
+    assert found[0]["metrics"] == found[1]["metrics"]
+    assert found[0]["tokens"] == found[1]["tokens"]
