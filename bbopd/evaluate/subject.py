@@ -97,7 +97,8 @@ class Subject:
         self._view: StudentView | None = None
         self._counts = Counts()
         self._timed: list[Callable[[], Awaitable[object]]] = []
-        self._spellings = token_table(tokenizer, vocab_size)
+        special = set(tokenizer.all_special_ids)  # these put nothing into an answer
+        self._spellings = {index: spelt for index, spelt in token_table(tokenizer, vocab_size).items() if index not in special}
 
     @property
     def start_token(self) -> int:

@@ -117,12 +117,14 @@ def load_harness_tasks(names: Sequence[str], options: TaskOptions) -> list[Harne
     """
     library = need("lm_eval.tasks", f"task {names[0]}", extra="eval")
     version = str(need("importlib.metadata", "--tasks").version("lm_eval"))
-    only_files = all(Path(name).is_file() for name in names)
+    path = None if options.path is None else str(options.path)
+    named = {name for name in names if not Path(name).is_file()}
     with _quietly():
-        manager = library.TaskManager(include_path=None if options.path is None else str(options.path), include_defaults=not only_files)
-    for name in names:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            raise ConfigError(unknown_task(name, manager.all_tasks))
+        manager = library.TaskManager(include_path=path, include_defaults=False)
+        if named - set(manager.all_tasks):  # to list the harness's own takes seconds
+            manager = library.TaskManager(include_path=path)
+    for name in sorted(named - set(manager.all_tasks)):
+        raise ConfigError(unknown_task(name, manager.all_tasks))
     return [HarnessTask(name, _load(manager, name), options, version) for name in names]
 
 
