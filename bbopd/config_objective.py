@@ -63,6 +63,8 @@ class ObjectiveConfig(Section):
     """Of a policy gradient: how far the importance ratio may leave 1 before it stops counting, or ``[below, above]``. None: any way."""
     divide_by_std: bool = True
     """Where answers are judged: divide advantages by the standard deviation of their group's rewards (GRPO), or not (Dr. GRPO)."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of ``verbal``: weight of the KL (estimate k3) to the student as it is when the run begins. ``gad`` has one of its own."""
     span_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of ``aligned``: the policy gradient on spans of text that are one token on neither side, beside the KL on common tokens."""
     rank_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -92,6 +94,13 @@ class ObjectiveConfig(Section):
             raise ValueError(f"labelled and rollouts belong to objective.name=mixed, not {self.name}")
         if self.name == "mixed" and self._changed("beta", "skew"):
             raise ValueError("mixed has a beta and a skew for each side: set objective.labelled.skew and objective.rollouts.skew")
+        return self
+
+    @model_validator(mode="after")
+    def _reference_belongs_to_verbal(self) -> ObjectiveConfig:
+        if self.kl_weight and self.name != "verbal":
+            other = "set objective.gad.kl_weight" if self.name == "gad" else "leave it out"
+            raise ValueError(f"kl_weight belongs to objective.name=verbal, not {self.name}: {other}")
         return self
 
     def _changed(self, *names: str) -> bool:

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from bbopd.data.streams import each
 from bbopd.modeling import output_head
 from bbopd.modeling.response_logprobs import response_logprobs
+from bbopd.pipeline.referenced import ReferencedScores
+from bbopd.pipeline.rewards import GroupRewards
 from bbopd.trainer.reference_policy import ReferencePolicy
-from bbopd.types import Prompt, Rollout
+from bbopd.types import Prompt, Rollout, SignalSpec, Unscored
 from tests.test_lora import adapted
+from tests.test_rewards import TimedJudge, grouped
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
 
 USED = 300  # of 320 ids
@@ -87,3 +91,20 @@ def test_of_a_student_with_adapters_these_alone_are_copied():
     later.load_tensors(kept)
     for found, old in zip(later.logprobs(rollouts), before, strict=True):
         np.testing.assert_array_equal(found, old)
+
+
+async def test_judged_answers_carry_what_the_reference_thinks_of_them():
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    judge = TimedJudge(seconds=lambda group: 0.0, skips=lambda rollout: rollout.draw == 1)
+    stage = ReferencedScores(GroupRewards(judge), ReferencePolicy(model, compute_dtype=torch.float32, vocab_size=USED))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    labelled = Rollout("l", Prompt("q", (1,)), (1, 2), origin="reference", draw=99)
+    found = {one.rollout.draw: one async for one in stage.score(each([*grouped([3, 2]), labelled]), SignalSpec("text"))}
+    assert isinstance(found.pop(1), Unscored)
+    assert found.pop(99).signal.reference_logprobs is None
+    assert len(found) == 4
+    for scored in found.values():
+        assert scored.signal.advantages is not None
+        np.testing.assert_allclose(scored.signal.reference_logprobs, oracle(before, scored.rollout), atol=1e-5)

@@ -1,7 +1,8 @@
 """Policy gradient on rewards that a teacher gives in words: grades by a rubric, each answer beside its siblings.
 
-The rewards are those of rubric-based on-policy distillation (ROPD, arXiv 2605.07396); their advantages and the clip those of GRPO (Shao et
-al. 2024, arXiv 2402.03300, eq. 3), averaged over the tokens of the whole step. It needs no vocabulary in common: grades travel as text.
+The rewards are those of rubric-based on-policy distillation (ROPD, arXiv 2605.07396); their advantages, the clip and the penalty those of
+GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4), averaged over the tokens of the whole step. It needs no vocabulary in common: grades
+travel as text.
 
 Shape suffixes: ``N`` rows of a batch that predict a response token, ``D`` hidden, ``V`` vocabulary.
 """
@@ -23,14 +24,14 @@ FACTS = Facts(
     computes="policy gradient on grades by a rubric, each beside those of the same prompt",
     source="ROPD, 2605.07396; GRPO, 2402.03300, eq. 3",
     teacher_work="reads and grades each rollout",
-    student_work="the head once more, without gradients",
+    student_work="the head once more, without gradients; with kl_weight a pass of a frozen copy",
     same_tokens=False,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Verbal:
-    """``ce_weight * CE + kd_weight * -min(r A, clip(r) A)``, ``A`` the advantage of a rollout's grade in its group."""
+    """``CE``, and ``-min(r A, clip(r) A) + kl_weight * k3``, ``A`` the advantage of a rollout's grade in its group."""
 
     config: ObjectiveConfig
 
@@ -62,6 +63,8 @@ class Verbal:
             batch,
             batch.teacher,
             clip=self.config.clip_range,
+            reference_logprobs=batch.reference_logprobs,
+            reference_kl=self.config.kl_weight,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
             normalizer=normalizer,

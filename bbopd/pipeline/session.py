@@ -33,6 +33,7 @@ from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
+from bbopd.pipeline.referenced import ReferencedScores
 from bbopd.pipeline.state import RunState
 from bbopd.pipeline.student import bytes_beside, check_positions, end_of_answer_ids, end_of_text, load_student, trained_share
 from bbopd.pipeline.teacher import (
@@ -56,6 +57,7 @@ from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.written import WritingTeacher
 from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
+from bbopd.trainer.reference_policy import ReferencePolicy
 from bbopd.trainer.step import Trainer
 from bbopd.types import Teacher, TeacherInfo
 
@@ -216,6 +218,10 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                     vocab_size=vocab_size,
                 )
                 scores, answer_counts = heard.scores, heard.counters
+                if config.objective.kl_weight:  # before a checkpoint is loaded: the same in every session of the run
+                    micro_batch_tokens = config.train.micro_batch_tokens
+                    reference = ReferencePolicy(model, compute_dtype=dtype, vocab_size=vocab_size, micro_batch_tokens=micro_batch_tokens)
+                    scores = ReferencedScores(scores, reference)
             elif want is not None:
                 choose = candidate_chooser(config, model, dtype, vocab_size)
                 await compare_replicas(teacher, config, prompts, want, progress, choose, aligning)
