@@ -6,6 +6,7 @@ What a run needs is checked here, all of it, before anything is loaded or spent;
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -28,6 +29,7 @@ from bbopd.config_teacher import (
     ServerTlsConfig,
     TeacherConfig,
 )
+from bbopd.config_teachers import check_teachers
 from bbopd.config_train import TrainConfig, resolve_steps
 
 __all__ = [
@@ -104,6 +106,8 @@ class RunConfig(Section):
 
     student: StudentConfig
     teacher: TeacherConfig = TeacherConfig(signal="none")
+    teachers: Mapping[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], TeacherConfig] = Field(default_factory=dict)
+    """More teachers, by the names that ``data.prompts`` calls them; each with the tokens of ``teacher``, and asked for the same signal."""
     rollouts: RolloutsConfig = RolloutsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
@@ -126,6 +130,21 @@ class RunConfig(Section):
         objective = data.get("objective") if isinstance(data, dict) else None
         name = objective.get("name") if isinstance(objective, dict) else getattr(objective, "name", None)
         return with_gad_defaults(data) if name == "gad" else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teachers_are_asked_alike(cls, data: Any) -> Any:
+        """``teachers`` are asked for the signal of ``teacher``, where they do not say another."""
+        if not isinstance(data, dict) or not isinstance(data.get("teacher"), dict) or not isinstance(data.get("teachers"), dict):
+            return data
+        asked = {key: data["teacher"][key] for key in ("signal", "topk") if key in data["teacher"]}
+        named = {name: {**asked, **one} if isinstance(one, dict) else one for name, one in data["teachers"].items()}
+        return {**data, "teachers": named}
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> RunConfig:
+        check_teachers(self.teacher, self.teachers, self.data.prompts, self.objective)
+        return self
 
     @model_validator(mode="after")
     def _game_is_fair(self) -> RunConfig:
@@ -289,6 +308,11 @@ class RunConfig(Section):
     @property
     def writes_rollouts(self) -> bool:
         return not self.objective.is_cross_entropy and max(self._fractions) > 0
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether a source of prompts says who is asked about it."""
+        return any(source.teachers for source in self.data.prompts)
 
     @property
     def candidates(self) -> int:

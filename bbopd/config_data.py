@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +69,9 @@ class PromptSource(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often its prompts are drawn, beside the weights of the other sources. None, without a ``dataset`` among them: as often as it has
     prompts."""
+    teachers: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Who is asked about its prompts, by the name in the run's ``teachers`` (``own`` is that of ``teacher``), and how much each counts in
+    the loss. None named: ``own`` with weight 1."""
     bad_rows: Literal["error", "skip"] = "error"
     """What happens to a row without a usable question or text; those skipped are counted."""
 

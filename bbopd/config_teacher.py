@@ -11,6 +11,9 @@ from bbopd.config_base import Fraction, Positive, Section
 from bbopd.config_grading import GradingConfig
 from bbopd.types import Level
 
+OWN_TEACHER = "own"
+"""The name of the teacher of the section ``teacher``, beside those of ``teachers``."""
+
 _API_SCHEMES = ("openai://", "https://")
 
 

@@ -90,6 +90,7 @@ class Prompt:
     source: str = ""
     text: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    teachers: tuple[tuple[str, float], ...] = ()  # where a run has several: who is asked about it, and with which weight
 
     @property
     def most_tokens(self) -> int:
@@ -256,12 +257,16 @@ class TeacherSignal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredRollout:
-    """A rollout with its signal; where it was judged also with its ``reward`` and the standard deviation of its group's rewards."""
+    """A rollout with its signal; where it was judged also with its ``reward`` and the standard deviation of its group's rewards.
+
+    Its tokens count ``weight`` times in the loss.
+    """
 
     rollout: Rollout
     signal: TeacherSignal
     reward: Reward | None = None
     group_std: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -86,7 +86,7 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         target_rows=torch.from_numpy(rows_N),
         target_ids=torch.from_numpy(target_ids),
         labels=torch.from_numpy(np.where(labelled, target_ids, IGNORE_INDEX)),
-        token_weight=torch.from_numpy(np.ones(len(target_ids), np.float32)),
+        token_weight=torch.from_numpy(_weights(items)),
         teacher=_teacher(items, want),
         response_tokens=len(target_ids),
         rollout_tokens=sum(len(rollout) for rollout in rollouts if not rollout.is_labelled),
@@ -95,6 +95,12 @@ def assemble(items: Sequence[Item], want: SignalSpec | None) -> DistillBatch:
         behavior_logprobs=_of_tokens(rollouts, [rollout.logprobs for rollout in rollouts]),
         sampled_logprobs=_of_tokens(rollouts, [item.signal.sampled if isinstance(item, ScoredRollout) else None for item in items]),
     )
+
+
+def _weights(items: Sequence[Item]) -> np.ndarray:
+    """How often each response token counts, [N] float32."""
+    weights = [item.weight if isinstance(item, ScoredRollout) else 1.0 for item in items]
+    return np.repeat(np.asarray(weights, np.float32), [len(rollout_of(item)) for item in items])
 
 
 def _reference_logprobs(items: Sequence[Item]) -> torch.Tensor | None:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from bbopd.config import DataConfig
+from bbopd.config import DataConfig, PromptSource
 from bbopd.data.distinct import Distinct
 from bbopd.data.documents import Document
 from bbopd.data.draws import Share
@@ -112,12 +112,13 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_seq_len: int, eos_to
             ours += kept
             theirs += set_aside
         held_out.extend(encode(theirs))
+        encode_ours = _asked_of(source, encode)
         if source.flows:
-            samples = list(encode(ours[:_SAMPLED]))
+            samples = list(encode_ours(ours[:_SAMPLED]))
             is_held_out = _HeldOut(config.held_out, ours, theirs)
-            found = Share(0, source.weight or 1.0, Flow(source, encode, is_held_out, samples, config.near_duplicates))
+            found = Share(0, source.weight or 1.0, Flow(source, encode_ours, is_held_out, samples, config.near_duplicates))
         else:
-            samples = list(encode(ours))
+            samples = list(encode_ours(ours))
             train.extend(samples)
             found = Share(len(samples), source.weight or 1.0)
         if source.weight is not None or source.flows:
@@ -134,6 +135,12 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_seq_len: int, eos_to
             )
     held_out.sort(key=lambda prompt: hashlib.sha256(prompt.prompt_id.encode()).digest())
     return PromptSet(train=train, held_out=held_out, shares=tuple(shares), skipped=dict(skipped))
+
+
+def _asked_of(source: PromptSource, encode: _Encoder) -> Callable[[Sequence[Document]], Iterable[Prompt]]:
+    """``encode``, with the teachers that ``source`` names in its prompts."""
+    teachers = tuple(source.teachers.items())
+    return lambda documents: (replace(prompt, teachers=teachers) for prompt in encode(documents)) if teachers else encode(documents)
 
 
 def split_documents(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:

@@ -30,6 +30,7 @@ from bbopd.pipeline.adversary import Adversary, open_adversary
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
+from bbopd.pipeline.named_teachers import NamedTeachers, open_named_teachers
 from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
@@ -54,6 +55,7 @@ from bbopd.pipeline.trackers import require_trackers
 from bbopd.teachers.cache import CachedTeacher
 from bbopd.teachers.fitted import fitted
 from bbopd.teachers.remote import RemoteTeacher
+from bbopd.teachers.routed import RoutedTeacher
 from bbopd.teachers.written import WritingTeacher
 from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
@@ -183,6 +185,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         vocab_size = used_vocabulary(tokenizer, rows)
         measured = asked = kept = choose = write_labels = aligning = None
         scores: Scores | None = None
+        named_teachers = NamedTeachers({}, ())
         answer_counts: Mapping[str, int] = {}
         if teacher is not None:
             if want is not None:
@@ -206,6 +209,11 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             if theirs is not None:
                 asked = aligning = aligning_teacher(kept, theirs, tokenizer, rows, progress.note)
                 aligning.check_prompts(prompts.known)
+            if config.names_teachers and want is not None:
+                named_teachers = await open_named_teachers(
+                    config, objective, want, tokenizer, rows, prompts.to_train, folder, stack, progress
+                )
+                asked = RoutedTeacher(asked, named_teachers.asked)
             scores = asked
             if want is not None and want.level == "text":
                 heard = text_teacher(
@@ -276,7 +284,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
 
         def save(now: RunState) -> None:
             if counted is not None:
-                now.teacher_retries = retries_before + counted.counters["retries"]
+                now.teacher_retries = retries_before + counted.counters["retries"] + named_teachers.retries
             save_checkpoint(
                 folder.checkpoints,
                 now.step,
