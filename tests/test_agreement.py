@@ -96,9 +96,9 @@ def test_logprobs_that_are_no_numbers_do_not_pass():
 
 def chaotic_llama():
     """A student as pruning leaves it: a deep one, sure of itself, whose logprobs follow every rounding."""
-    model = tiny_llama(seed=9, layers=12, tied=False)
+    model = tiny_llama(seed=9, layers=20, tied=False)
     with torch.no_grad():
-        model.lm_head.weight.mul_(5.0)
+        model.lm_head.weight.mul_(12.0)
     return model
 
 

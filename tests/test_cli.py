@@ -278,7 +278,8 @@ def test_candidates_are_refused_by_a_teacher_that_does_not_offer_them(model, tex
 @pytest.mark.parametrize(("signal", "baseline"), [("sampled", "none"), ("full", "kl")])
 def test_policy_gradient_learns_from_what_the_student_sampled(signal, baseline, model, text, tmp_path):
     objective = {"name": "policy_gradient", "temperature": 1.0, "ramp": 0, "discount": 0.5, "baseline": baseline}
-    config = write_config(tmp_path, model, text, objective=objective, teacher={"signal": signal})
+    student = {"dtype": "float32"}  # in bfloat16 the ratio is 1 to rounding, which differs by processor
+    config = write_config(tmp_path, model, text, student=student, objective=objective, teacher={"signal": signal})
     result = bbopd("distill", str(config))
     assert result.returncode == 0, result.stderr
     lines = steps(tmp_path / "run")
