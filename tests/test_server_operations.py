@@ -164,7 +164,7 @@ def test_the_example_of_a_teacher_of_ones_own_passes_the_conformance_test(tmp_pa
         assert all(line.startswith("PASS  ") for line in lines[:-1])
         assert main(["check-teacher", served.target, "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
-        assert (report["pass"], report["fail"], len(report["checks"])) == (24, 0, 24)
+        assert (report["pass"], report["fail"], len(report["checks"])) == (25, 0, 25)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(10) == 0
         assert not served.ready.exists()
