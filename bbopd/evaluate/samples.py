@@ -20,7 +20,7 @@ from bbopd.types import Completion, Prompt, Rollout, RolloutEngine, Sampling, Te
 Decode = Callable[[Sequence[int]], str]
 
 _FILE = "samples.json"
-_TOKENS = 64  # of an answer
+_TOKENS = 64  # of an answer, at most
 _GARBLED = "\ufffd"
 
 
@@ -60,7 +60,9 @@ class RunSamples:
         if not self._prompts:
             return
         session = self._session
-        greedy = Sampling(max_new_tokens=_TOKENS, top_k=1)
+        config = session.config  # an engine was started for answers as long as the run's own, a teacher asked for room for them
+        room = max(config.rollouts.max_new_tokens, config.eval.max_new_tokens)
+        greedy = Sampling(max_new_tokens=min(_TOKENS, room), top_k=1)
         known = session.folder.read_json(_FILE) or {
             "prompts": self._titles,
             "reference": [self._decode(prompt.reference_ids) if prompt.reference_ids else None for prompt in self._prompts],
