@@ -143,6 +143,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``a @ b`` into ``out``, summed in float32: on a GPU from bfloat16 or float16 as they are, where both are the same."""
     if a.shape[1] == 0:
         return out.zero_()
+    if a.is_cpu:  # oneDNN's AMX product of rows with a stride reads what lies behind each row's end (its pull request 5603)
+        a = a.contiguous()
     if a.dtype == b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if not a.is_cpu and a.dtype == b.dtype:
