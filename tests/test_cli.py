@@ -1,19 +1,25 @@
 """The command line as a user has it: real processes, a real teacher behind gRPC, Ctrl-C, SIGKILL, and bad input."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from bbopd.cli.demo import token_budgets
 from bbopd.cli.main import main
+from bbopd.config import ServeConfig
+from bbopd.teachers.process import TeacherProcess
 from tests.tiny_models import SPECIAL_TOKENS, save_folder, tiny_llama, tiny_tokenizer
 
 WORDS = [
@@ -62,6 +68,35 @@ def text(tmp_path_factory) -> Path:
     documents = [" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)]
     path.write_text("\n\n\n".join(documents))
     return path
+
+
+@contextlib.contextmanager
+def serving(model: Path, folder: Path) -> Iterator[dict[str, object]]:
+    """The section ``teacher`` of a run whose teacher is there already: the one that `write_config` would have it start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
+        process = asyncio.run(TeacherProcess.start(ServeConfig(model=str(model)), folder / "teacher.log", timeout=120))
+    try:
+        yield {"serve": None, "target": process.target}
+    finally:
+        process.stop()
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory) -> Iterator[dict[str, object]]:
+    with serving(model, tmp_path_factory.mktemp("served")) as teacher:
+        yield teacher
+
+
+@pytest.fixture
+def as_in_a_process_of_its_own(monkeypatch) -> Iterator[None]:
+    """The same number of threads as a run in a process has, and no setting of a run left for other tests."""
+    monkeypatch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
+    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def write_config(folder: Path, model: Path, text: Path, **sections) -> Path:
@@ -178,9 +213,9 @@ def test_a_run_leaves_a_card_and_answers_token_by_token(finished):
     assert all(line["rollout_length_mean"] <= 16 for line in steps(run) if line["rollout_tokens"])
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, text, tmp_path):
+def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, text, served, tmp_path):
     whole, _ = finished
-    config = write_config(tmp_path, model, text)
+    config = write_config(tmp_path, model, text, teacher=served)
     run = tmp_path / "run"
     for lines in (1, 5, 9):  # in the cold start, after it, in the middle
         process = subprocess.Popen(
@@ -199,9 +234,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, tex
     assert measures(run) == measures(whole)
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_goes_on(finished, model, text, tmp_path):
+def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_goes_on(finished, model, text, served, tmp_path):
     whole, _ = finished
-    config = write_config(tmp_path, model, text, train={"checkpoint_every": 1000})
+    config = write_config(tmp_path, model, text, teacher=served, train={"checkpoint_every": 1000})
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "bbopd", "distill", str(config)],
@@ -224,39 +259,40 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_goes_on(finished, mo
     assert losses(run) == losses(whole)
 
 
-def test_a_finished_run_is_not_overwritten(finished, model, text):
+def test_a_finished_run_is_not_overwritten(finished, capsys):
     run, _ = finished
-    result = bbopd("distill", str(run.parent / "run.yaml"))
-    assert result.returncode == 2
-    assert "finished run" in result.stderr
+    assert main(["distill", str(run.parent / "run.yaml")]) == 2
+    assert "finished run" in capsys.readouterr().err
 
 
-def test_top_k_at_temperature_1_is_one_line(model, text, tmp_path):
-    config = write_config(tmp_path, model, text, train={"on_policy_tokens": 100, "cold_start_tokens": 0})
-    result = bbopd("distill", str(config), "--set", "teacher.topk=32", "--set", "objective.temperature=1")
-    assert result.returncode == 0, result.stderr
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_top_k_at_temperature_1_is_one_line(model, text, served, tmp_path):
+    config = write_config(tmp_path, model, text, teacher=served, train={"on_policy_tokens": 100, "cold_start_tokens": 0})
+    assert main(["distill", str(config), "--set", "teacher.topk=32", "--set", "objective.temperature=1"]) == 0
     assert all(line["kd"] >= 0 for line in steps(tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_reverse_kl_on_the_students_own_ids(model, text, tmp_path, staleness):
+def test_reverse_kl_on_the_students_own_ids(model, text, served, tmp_path, staleness, capsys):
     config = write_config(
         tmp_path,
         model,
         text,
-        teacher={"signal": "candidates", "topk": 16},
+        teacher={**served, "signal": "candidates", "topk": 16},
         objective={"name": "reverse_kl", "temperature": 1.0},
         rollouts={"max_staleness": staleness},
         train={"on_policy_tokens": 150, "cold_start_tokens": 60},
     )
-    result = bbopd("distill", str(config))
-    assert result.returncode == 0, result.stderr
+    assert main(["distill", str(config)]) == 0
     lines = steps(tmp_path / "run")
     assert all(line["kd"] > 0 and line["signal_tokens"] == line["tokens"] for line in lines)
     assert {line["phase"] for line in lines} == {"cold_start", "on_policy"}
-    looked = bbopd("doctor", str(config), "--set", f"output={tmp_path / 'other'}")
-    assert "reverse_kl at T = 1 asks for candidates 16" in looked.stdout
-    assert "FAIL" not in looked.stdout, looked.stdout
+    capsys.readouterr()
+    main(["doctor", str(config), "--set", f"output={tmp_path / 'other'}"])
+    looked = " ".join(capsys.readouterr().out.split())
+    assert "reverse_kl at T = 1 asks for candidates 16" in looked
+    assert "FAIL" not in looked, looked
 
 
 def test_candidates_are_refused_by_a_teacher_that_does_not_offer_them(model, text, tmp_path, capsys):
@@ -275,13 +311,13 @@ def test_candidates_are_refused_by_a_teacher_that_does_not_offer_them(model, tex
         assert not steps(tmp_path / f"refused{number}")
 
 
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
 @pytest.mark.parametrize(("signal", "baseline"), [("sampled", "none"), ("full", "kl")])
-def test_policy_gradient_learns_from_what_the_student_sampled(signal, baseline, model, text, tmp_path):
+def test_policy_gradient_learns_from_what_the_student_sampled(signal, baseline, model, text, served, tmp_path):
     objective = {"name": "policy_gradient", "temperature": 1.0, "ramp": 0, "discount": 0.5, "baseline": baseline}
     student = {"dtype": "float32"}  # in bfloat16 the ratio is 1 to rounding, which differs by processor
-    config = write_config(tmp_path, model, text, student=student, objective=objective, teacher={"signal": signal})
-    result = bbopd("distill", str(config))
-    assert result.returncode == 0, result.stderr
+    config = write_config(tmp_path, model, text, student=student, objective=objective, teacher={**served, "signal": signal})
+    assert main(["distill", str(config)]) == 0
     lines = steps(tmp_path / "run")
     assert all(line["signal_tokens"] == line["rollout_tokens"] for line in lines)  # labelled text is not scored
     sampled = [line for line in lines if line["signal_tokens"]]
@@ -293,19 +329,20 @@ def test_policy_gradient_learns_from_what_the_student_sampled(signal, baseline, 
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"]["scored"] == on_policy
 
 
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
 def test_sft_runs_without_a_teacher(model, text, tmp_path):
     config = write_config(tmp_path, model, text, objective={"name": "sft"}, train={"labelled_tokens": 200, "cold_start_tokens": 0})
     data = yaml.safe_load(config.read_text())
     del data["teacher"]
     config.write_text(yaml.safe_dump(data))
-    result = bbopd("distill", str(config))
-    assert result.returncode == 0, result.stderr
+    assert main(["distill", str(config)]) == 0
     assert all(line["kd"] == 0 and line["rollout_tokens"] == 0 for line in steps(tmp_path / "run"))
     assert measures(tmp_path / "run")[-1][1] < measures(tmp_path / "run")[0][1]
 
 
-def test_bad_input_is_named_before_anything_is_spent(model, text, tmp_path, capsys):
-    config = str(write_config(tmp_path, model, text))
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_bad_input_is_named_before_anything_is_spent(model, text, served, tmp_path, capsys):
+    config = str(write_config(tmp_path, model, text, teacher=served))
     other = save_folder(tmp_path / "other", tiny_llama(vocab_size=300), tiny_tokenizer((("o", "u"),)))
     (tmp_path / "no_model").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
@@ -313,8 +350,8 @@ def test_bad_input_is_named_before_anything_is_spent(model, text, tmp_path, caps
         (["--set", "train.lrr=1"], 2, ["did you mean train.lr?"]),
         (["--set", f"student.model={tmp_path / 'no_model'}"], 2, ["no_model"]),
         (["--set", f"data.prompts=[{{jsonl: {tmp_path / 'empty.jsonl'}}}]"], 2, ["empty.jsonl"]),
-        (["--set", "teacher.serve=null", "--set", "teacher.target=grpc://127.0.0.1:9"], 3, ["127.0.0.1:9"]),
-        (["--set", f"teacher.serve.model={other}"], 3, ["260", "262", "259 is 'ou' there and 'th' here"]),
+        (["--set", "teacher.target=grpc://127.0.0.1:9", "--set", "teacher.timeout=5"], 3, ["127.0.0.1:9"]),
+        (["--set", "teacher.target=null", "--set", f"teacher.serve={{model: {other}}}"], 3, ["260", "262", "259 is 'ou' there and 'th' here"]),
         (["--set", "train.max_seq_len=100000"], 2, ["100000", "256"]),
         (["--set", "student.init.keep_layers=[0, 9]"], 2, ["9", "4"]),
     ]

@@ -23,7 +23,7 @@ from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
 from bbopd.trainer import latest_checkpoint, load_beside
 from tests.openai_server import CHAT, OpenAIServer
-from tests.test_lora_run import as_in_a_process_of_its_own  # noqa: F401  (a fixture)
+from tests.test_cli import as_in_a_process_of_its_own  # noqa: F401  (a fixture)
 from tests.test_openai_run import run_config, served
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
@@ -63,13 +63,6 @@ def start(config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def finish(config: Path) -> str:
-    process = start(config)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
 def kill_after(config: Path, run: Path, lines: int) -> None:
     process = start(config)
     deadline = time.monotonic() + 200
@@ -86,17 +79,19 @@ def repeatable(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name in kept or name.startswith("discriminator_")} for line in lines_of(run)]
 
 
-def test_a_run_plays_the_game_and_goes_on_with_it_where_it_was_killed(tmp_path):
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_a_run_plays_the_game_and_goes_on_with_it_where_it_was_killed(tmp_path, capsys):
     server = teacher()
     with served(server) as port:
         whole = configure(tmp_path, port, tmp_path / "whole")
-        output = finish(whole)
+        assert main(["distill", str(whole), "--plain"]) == 0
+        output = capsys.readouterr().out
         cut = configure(tmp_path, port, tmp_path / "cut")
         steps = lines_of(tmp_path / "whole")
         warm_up = [line for line in steps if line["phase"] == "cold_start"]
         kill_after(cut, tmp_path / "cut", 1)
         kill_after(cut, tmp_path / "cut", len(warm_up) + 2)
-        finish(cut)
+        assert main(["distill", str(cut), "--plain"]) == 0
     assert repeatable(tmp_path / "cut") == repeatable(tmp_path / "whole")
 
     game = steps[len(warm_up) :]

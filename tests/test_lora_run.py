@@ -7,29 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bbopd.cli.main import main
 from bbopd.modeling import load_model
-from tests.test_cli import environment, losses, measures, steps, text, write_config  # noqa: F401  (text is a fixture)
+from tests.test_cli import (  # noqa: F401  (as_in_a_process_of_its_own and text are fixtures)
+    as_in_a_process_of_its_own,
+    environment,
+    losses,
+    measures,
+    serving,
+    steps,
+    text,
+    write_config,
+)
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 LORA = {"rank": 4, "alpha": 16, "dropout": 0.1, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
-
-
-@pytest.fixture
-def as_in_a_process_of_its_own(monkeypatch) -> Iterator[None]:
-    """The same number of threads as the one that is killed has, and no setting of a run left for other tests."""
-    monkeypatch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
-    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(is_deterministic)
 
 
 @pytest.fixture
@@ -37,22 +35,16 @@ def base(tmp_path) -> Path:
     return save_folder(tmp_path / "base", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # three runs, each with a teacher in a process of its own
-@pytest.mark.usefixtures("as_in_a_process_of_its_own")
-def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, base, tmp_path):  # noqa: F811
-    options = {
-        "student": {"lora": LORA, "activation_checkpointing": True},
-        "train": {"lr": 1e-2, "cold_start_tokens": 100, "on_policy_tokens": 200},
-    }
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    assert main(["distill", str(write_config(tmp_path / "a", base, text, **options))]) == 0
-    whole = tmp_path / "a" / "run"
+def _run_twice(folder: Path, base: Path, text: Path, options: dict[str, Any]) -> tuple[Path, Path]:  # noqa: F811
+    """The folder of a run, and that of the same one killed on its way and gone on with."""
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    assert main(["distill", str(write_config(folder / "a", base, text, **options))]) == 0
+    whole = folder / "a" / "run"
     first, *_, last = steps(whole)
     assert last["loss"] < first["loss"]
 
-    config, run = write_config(tmp_path / "b", base, text, **options), tmp_path / "b" / "run"
+    config, run = write_config(folder / "b", base, text, **options), folder / "b" / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "bbopd", "distill", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
     )
@@ -68,7 +60,19 @@ def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, ba
     assert main(["distill", str(config)]) == 0
     assert losses(run) == losses(whole)
     assert measures(run) == measures(whole)
+    return whole, run
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three runs, each with a teacher in a process of its own
+@pytest.mark.usefixtures("as_in_a_process_of_its_own")
+def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, base, tmp_path):  # noqa: F811
+    options = {
+        "student": {"lora": LORA, "activation_checkpointing": True},
+        "train": {"lr": 1e-2, "cold_start_tokens": 100, "on_policy_tokens": 200},
+    }
+    with serving(base, tmp_path) as teacher:
+        whole, run = _run_twice(tmp_path, base, text, {**options, "teacher": teacher})
     student, twin = load_model(run / "model"), load_model(whole / "model")
     adapter = load_model(run / "adapter", keep_layers=[0, 3])
     before = dict(load_model(base, keep_layers=[0, 3]).named_parameters())
