@@ -30,7 +30,7 @@ from bbopd.config_teacher import (
     TeacherConfig,
 )
 from bbopd.config_teachers import check_teachers
-from bbopd.config_train import TrainConfig, resolve_steps
+from bbopd.config_train import ParallelConfig, TrainConfig, resolve_steps
 
 __all__ = [
     "AnswersConfig",
@@ -46,6 +46,7 @@ __all__ = [
     "InitConfig",
     "LoRAConfig",
     "ObjectiveConfig",
+    "ParallelConfig",
     "PricesConfig",
     "PromptSource",
     "RolloutsConfig",

@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bbopd.config_base import Fraction, Positive, Section, StepsOrFraction
+
+
+class ParallelConfig(Section):
+    """How the student is spread over the processes that ``torchrun`` starts; a run of one process does not read it."""
+
+    replicas: Positive = 1
+    """Groups of ranks that each hold the student once, split within the group (HSDP); 1 splits it over all ranks."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """What a layer's weights are gathered as before they are used. ``bfloat16`` halves the traffic and what autograd holds of weights
+    between the passes; the residual stream is then in bfloat16 too. Masters, gradients and their sums are float32 in any case."""
+    head: Literal["gathered", "split"] = "gathered"
+    """How the output head reaches the loss: whole on every rank, for its own tokens; or each rank's rows of the vocabulary, for the tokens
+    of all (`linear_distill` with ``group``), so that no rank ever holds the head, or its gradient, as a whole."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory, and the update there; a GPU then holds a few layers at a time."""
+    whole_on: Literal["device", "cpu"] = "device"
+    """Where rank 0 keeps the whole student in float32, which writes for the hf engine and is evaluated; it takes no part in training."""
+    timeout: Positive = 600
+    """Seconds that a rank waits for another within an update or a checkpoint before it gives the run up."""
+
+    @model_validator(mode="after")
+    def _head_can_be_split(self) -> ParallelConfig:
+        for name, value in (("replicas", self.replicas > 1), ("cpu_offload", self.cpu_offload)):
+            if self.head == "split" and value:
+                raise ValueError(f"head split goes over all ranks, on their devices: leave {name} out, or set head=gathered")
+        return self
 
 
 class TrainConfig(Section):
@@ -41,6 +67,7 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
     seed: int = 0
     deterministic: bool = True
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def resolve_steps(value: int | float, planned_steps: int) -> int:

@@ -63,3 +63,9 @@ class EngineError(BbopdError):
     """A rollout engine that cannot be started, has died, or does not compute what the trainer does."""
 
     exit_code = 6
+
+
+class RankError(BbopdError):
+    """Another process of a run over several has failed, ended, or not answered in time."""
+
+    exit_code = 8

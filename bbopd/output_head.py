@@ -6,18 +6,22 @@ Shape suffixes: ``N`` tokens, ``D`` hidden, ``V`` vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputHead:
     """``logits = softcap(logit_scale * (hidden @ weight_VD.T + bias))``; weight and bias may be a model's own parameters.
 
-    Logits from ``vocab_size`` on only pad the head, and have no probability; None: all are of tokens.
+    Logits from ``vocab_size`` on only pad the head, and have no probability; None: all are of tokens. With a ``group``, weight and bias are
+    its rank's own rows, as `linear_distill` takes them; `linear_logprobs` takes no such head.
     """
 
     weight_VD: Tensor  # noqa: N815
@@ -25,6 +29,7 @@ class OutputHead:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     vocab_size: int | None = None
+    group: ProcessGroup | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -34,6 +39,7 @@ class OutputHead:
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
             "vocab_size": self.vocab_size,
+            **({} if self.group is None else {"group": self.group}),
         }
 
     def to(self, dtype: torch.dtype) -> OutputHead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,4 +16,9 @@ def run(args: argparse.Namespace) -> int:
     from bbopd.cli.execute import execute
     from bbopd.config_file import load_config
 
-    return execute(load_config(args.config, args.set), plain=args.plain)
+    config = load_config(args.config, args.set)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun has started others
+        from bbopd.cli.ranked import execute_ranked
+
+        return execute_ranked(config, plain=args.plain)
+    return execute(config, plain=args.plain)

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -40,18 +40,22 @@ from bbopd.report.model_card import write_model_cards
 from bbopd.report.table import plain_lines, result_table, speed_table
 from bbopd.types import TeacherInfo
 
+if TYPE_CHECKING:
+    from bbopd.trainer.ranks import Ranks
+
 INTERRUPTED = 130
 
 
-def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = ()) -> int:
+def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = (), ranks: Ranks | None = None) -> int:
     """Run ``config`` to its end, or on from where it stopped; returns the exit status.
 
-    ``sample_prompts`` are answered by the student before, the student after and the teacher. Raises `BbopdError`.
+    ``sample_prompts`` are answered by the student before, the student after and the teacher. ``ranks`` train with this process, which is
+    the first of them. Raises `BbopdError`.
     """
     console = Console()
     try:
         with make_display(console, plain=plain) as display:
-            status = asyncio.run(_run(config, display, sample_prompts))
+            status = asyncio.run(_run(config, display, sample_prompts, ranks))
     except BudgetSpentError:
         if RunFolder(Path(config.output)).read_json("summary.json") is not None:
             write_report(config.output)
@@ -68,14 +72,15 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
     return 0
 
 
-async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str]) -> str:
+async def _run(config: RunConfig, display: LiveDisplay | PlainDisplay, sample_prompts: Sequence[str], ranks: Ranks | None) -> str:
     stop = asyncio.Event()
     timeline = Timeline()
     tasks = load_run_tasks(config.eval.tasks, config.eval.keep_best)
     with _stop_on_signals(stop, display):
         async with AsyncExitStack() as stack:
             with timeline.activity("loading"):
-                opening = stack.enter_async_context(open_session(config, command=shlex.join(sys.argv), progress=display))
+                opened = open_session(config, command=shlex.join(sys.argv), progress=display, ranks=ranks)
+                opening = stack.enter_async_context(opened)
                 session = await _or_stop(opening, stop)
             if session is None:
                 return "stopped"

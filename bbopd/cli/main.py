@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1-5 an error (`bbopd.errors`), 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1-8 an error (`bbopd.errors`), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["eval", "human"]:  # a command of its own, beside models to measure
         words[:2] = ["eval human"]

@@ -57,11 +57,18 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     _check_rebuilds(model)
 
 
+def decoder_layers(body: PreTrainedModel) -> nn.ModuleList:
+    """The layers that a body runs one after another. Raises `ModelError` where they are in no list."""
+    return _layer_stack(body, int(body.config.num_hidden_layers))[1]
+
+
 def _layer_stack(body: PreTrainedModel, total: int) -> tuple[str, nn.ModuleList]:
     for name, child in body.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == total:
             return name, child
-    raise ModelError(f"{type(body).__name__} keeps its {total} layers in no list that can be pruned: leave init.keep_layers out")
+    raise ModelError(
+        f"{type(body).__name__} keeps its {total} layers in no list: they can be neither dropped (init.keep_layers) nor split over ranks"
+    )
 
 
 def _check_rebuilds(model: PreTrainedModel) -> None:

@@ -95,7 +95,7 @@ class TokenLevel:
             normalizer=normalizer,
             **head.options,
         )
-        if not isinstance(batch.teacher, TopKTeacher | CandidateTeacher):
+        if head.group is not None or not isinstance(batch.teacher, TopKTeacher | CandidateTeacher):
             return out
         kd_N = out.kd / (config.temperature**2 if config.t2_scaling else 1.0)
         share = tail_share(hidden_ND, head, batch.teacher, kd_N, cast("Divergence", config.name), config.beta, config.skew)

@@ -56,6 +56,7 @@ _MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.lr",
     "train.clip",
+    "train.parallel",
     "data.filters",
     "data.long_prompts",
     "data.prompts.bad_rows",

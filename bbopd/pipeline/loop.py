@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from bbopd.config import RunConfig
 from bbopd.data.assemble import rollout_of, split_into_steps
-from bbopd.errors import ModelError, TrainingError
+from bbopd.errors import ModelError, RankError, TrainingError
 from bbopd.pipeline.books import Books, Draw
 from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.cycle import CycleItems, collect_cycle, sampling_of
@@ -220,10 +220,10 @@ class Loop:
 
     @asynccontextmanager
     async def _kept_on_failure(self) -> AsyncIterator[None]:
-        """Save before an error leaves, unless the student itself has gone wrong."""
+        """Save before an error leaves, unless the student itself has gone wrong, or a part of it is lost."""
         try:
             yield
-        except (ModelError, _StopRequestedError):
+        except (ModelError, RankError, _StopRequestedError):
             raise
         except Exception:
             await self._save()

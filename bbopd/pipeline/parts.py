@@ -112,7 +112,7 @@ class Parts:
     rollouts the ids that the teacher is asked about, where the student chooses them; ``write_labels`` gives labelled sequences the
     teacher's own answers, where it writes them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
     are kept: hits, misses and more, in this session; ``answer_counts`` of one whose text is read:
-    what became of it.
+    what became of it. ``ranks`` is how many train together.
     """
 
     trainer: Trains
@@ -134,6 +134,7 @@ class Parts:
     overlaps: bool = False
     shares_weights: bool = False
     run_blocking: Blocking = at_once
+    ranks: int = 1
 
     async def with_candidates(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """``rollouts`` as the teacher shall see them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.teachers.openai import OpenAITeacher
+    from bbopd.trainer.ranks import Ranks
 
 
 _AVERAGE = "average"  # the file of a checkpoint that holds it
@@ -108,6 +110,8 @@ class Session:
 
         Adapters are written too, in PEFT's format, and then merged into the student, which is trained no more.
         """
+        if self.parts.ranks > 1:
+            deque(self.parts.trainer.weights(), 0)  # they go into the student here
         if is_adapted(self.model):
             self._write("adapter", partial(save_adapter, self.model))
             merge_lora(self.model)
@@ -128,9 +132,10 @@ class Session:
 
 
 @asynccontextmanager
-async def open_session(config: RunConfig, *, command: str, progress: Progress) -> AsyncIterator[Session]:
+async def open_session(config: RunConfig, *, command: str, progress: Progress, ranks: Ranks | None = None) -> AsyncIterator[Session]:
     """Build a run, or the rest of one that was interrupted, and take it down again.
 
+    ``ranks`` train together, of which this process is the first; the session's model is then a copy, which takes pushed weights.
     Raises `BbopdError` for whatever cannot work, before anything is sampled. A teacher that was started here is stopped with it.
     """
     async with AsyncExitStack() as stack:
@@ -150,7 +155,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         theirs = load_teacher_tokenizer(config)
         starting = asyncio.create_task(start_teacher(config.teacher, folder, stack, progress))
         try:
-            model = await asyncio.to_thread(load_student, student, config.train.seed, config.train.deterministic)
+            model = await asyncio.to_thread(load_student, student, config.train.seed, config.train.deterministic, ranks is not None)
         except BaseException:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
@@ -165,7 +170,12 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         if config.teacher.is_api:
             spoken, count = (tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
             teacher = counted = await open_api(config.teacher, spoken, count, budget, stack, progress)
-        dtype = compute_dtype(student.dtype, model.device)
+        to_split = None
+        if ranks is not None:
+            from bbopd.pipeline.ranked import checkpoints_ended, drive, place_whole
+
+            to_split = place_whole(model, config, ranks)
+        dtype = compute_dtype(student.dtype, model.device if ranks is None else ranks.device)
         check_positions(config, model, prompts)
         plays, own = config.objective.name == "gad", config.teacher.self
         require_space(folder.checkpoints, model=model, keep=config.train.keep_checkpoints, beside=bytes_beside(config, model))
@@ -236,17 +246,25 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 if config.teacher_writes:
                     write_labels = writing_teacher(config, asked, tokenizer, shares_ids=aligning is None)
 
-        trainer = Trainer(
-            model,
-            objective,
-            train=config.train,
-            objective_config=config.objective,
-            planned_steps=config.planned_steps,
-            compute_dtype=dtype,
-            vocab_size=vocab_size,
-            activation_checkpointing=student.activation_checkpointing,
-            average=average,
-        )
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        trainer: Trainer
+        ranked = None
+        if ranks is not None:
+            assert to_split is not None, "it is made where there are ranks"
+            trainer = ranked = await asyncio.to_thread(drive, config, ranks, model, to_split, objective, vocab_size, checkpoint)
+            stack.enter_context(checkpoints_ended(ranked))
+        else:
+            trainer = Trainer(
+                model,
+                objective,
+                train=config.train,
+                objective_config=config.objective,
+                planned_steps=config.planned_steps,
+                compute_dtype=dtype,
+                vocab_size=vocab_size,
+                activation_checkpointing=student.activation_checkpointing,
+                average=average,
+            )
         adversary = judge_of_answers = None
         if config.eval.judge is not None:
             judge_of_answers = await open_judge(config.eval.judge, tokenizer, vocab_size, folder, stack, progress)
@@ -254,10 +272,13 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
             assert isinstance(scores, WritingTeacher), "gad asks for text, and one answer to a prompt"
             adversary = open_adversary(config, model, scores, dtype, vocab_size, progress)
         state = RunState()
-        checkpoint = latest_checkpoint(folder.checkpoints)
         if checkpoint is not None:
             progress.activity("loading", str(checkpoint))
-            state = RunState.from_json(await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer))
+            if ranked is None:
+                loaded = await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer)
+            else:
+                loaded = ranked.loaded
+            state = RunState.from_json(loaded)
             if adversary is not None:
                 adversary.load_tensors(await asyncio.to_thread(load_beside, checkpoint))
             if average is not None:
@@ -285,6 +306,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
         def save(now: RunState) -> None:
             if counted is not None:
                 now.teacher_retries = retries_before + counted.counters["retries"] + named_teachers.retries
+            if ranked is not None:
+                ranked.save(folder.checkpoints, now.step, tokenizer, now.to_json(), config.train.keep_checkpoints)
+                return
             save_checkpoint(
                 folder.checkpoints,
                 now.step,
@@ -317,8 +341,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress) -
                 by_group=config.objective.judges_groups,
                 opponent=adversary,
                 overlaps=overlaps,
-                shares_weights=config.rollouts.engine == "hf",
+                shares_weights=config.rollouts.engine == "hf" and ranks is None,
                 run_blocking=run_blocking,
+                ranks=1 if ranks is None else ranks.size,
             ),
             state=state,
             model=model,

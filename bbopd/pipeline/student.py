@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTrainedModel:
+def load_student(config: StudentConfig, seed: int, deterministic: bool, is_split: bool = False) -> PreTrainedModel:
+    """The student on its device, or in the host's memory where it is to be split over ranks; the generators begin at ``seed``."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -31,7 +32,7 @@ def load_student(config: StudentConfig, seed: int, deterministic: bool) -> PreTr
         (source, revision), adapter = adapted, Path(config.model).expanduser()
     model = load_model(
         source,
-        device=str(resolve_device(config.device)),
+        device="cpu" if is_split else str(resolve_device(config.device)),
         attention=config.attention,
         revision=revision,
         trust_remote_code=config.trust_remote_code,

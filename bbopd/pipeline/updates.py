@@ -10,6 +10,7 @@ from typing import Any
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, assemble, rollout_of
 from bbopd.data.rejected import Rejection
+from bbopd.data.shares import share_over_ranks
 from bbopd.errors import TrainingError
 from bbopd.pipeline.books import Books
 from bbopd.pipeline.budgets import Budgets
@@ -94,6 +95,8 @@ class Updates:
 
     async def _train(self, micro_items: Sequence[Sequence[Item]]) -> StepMetrics:
         run, trainer = self._parts.run_blocking, self._parts.trainer
+        if self._parts.ranks > 1:
+            micro_items = share_over_ranks(micro_items, self._parts.ranks, self._config.train.micro_batch_tokens)
         gradients = await run(lambda: trainer.accumulate([assemble(items, self._parts.want) for items in micro_items]))
         with self._timeline.wait("training", "the engine is given the weights"):
             await self.weights_in_use.acquire()

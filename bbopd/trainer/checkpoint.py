@@ -9,19 +9,17 @@ Layout, below the root of a run's checkpoints::
         <name>.safetensors      what else a run trains or keeps beside the model
         state.json              the caller's counters, and the random number generators
         manifest.json           size and CRC-32 of every other file; written last
+
+Where several ranks have written it, ``shards/`` holds the weights and moments (`checkpoint_shards`); `load_checkpoint` reads either.
 """
 
 from __future__ import annotations
 
 import base64
-import errno
 import json
-import os
 import random
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +31,24 @@ from torch import Tensor
 
 from bbopd.errors import CheckpointError
 from bbopd.modeling.load import quiet
+from bbopd.trainer.checkpoint_files import (
+    LATEST,
+    MANIFEST,
+    SHARDS,
+    begin_checkpoint,
+    checkpoint_folders,
+    explained,
+    publish_checkpoint,
+    verify_checkpoint,
+    way_out,
+)
 from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors, takes_moments
 from bbopd.trainer.stored import model_bytes, read_model, stored_bytes, stored_tensors, write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LATEST = "latest"
-_MANIFEST = "manifest.json"
-_ASIDE = ".tmp-"  # being written, or being removed: never a checkpoint
-_SPARE_BYTES = 16 * 2**20  # tokenizer, JSON, file system
-_CHUNK_BYTES = 2**22
+SPARE_BYTES = 16 * 2**20  # tokenizer, JSON, file system
 
 
 def save_checkpoint(
@@ -76,35 +81,18 @@ def save_checkpoint(
     CheckpointError
         Too little disk space (said before anything is written), or the disk refuses. Earlier checkpoints stay as they are.
     """
-    with _explained(root):
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        needed = stored_bytes(model) + _moment_bytes(optimizer) + _SPARE_BYTES
-        needed += sum(tensor.nbytes for tensors in (beside or {}).values() for tensor in tensors.values())
-        if (free := shutil.disk_usage(root).free) < needed:
-            raise CheckpointError(
-                f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space; earlier checkpoints are whole"
-            )
-        folder = _free_name(root, step)
-    aside = root / f"{_ASIDE}{folder.name}"
-    with _explained(root, aside):
-        aside.mkdir()
+    needed = stored_bytes(model) + moment_bytes(optimizer) + SPARE_BYTES
+    needed += sum(tensor.nbytes for tensors in (beside or {}).values() for tensor in tensors.values())
+    folder, aside = begin_checkpoint(root, step, needed)
+    with explained(root, aside):
         write_model(model, aside / "model")
         with quiet():
             tokenizer.save_pretrained(aside / "model")
         save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         for name, tensors in (beside or {}).items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({"state": state, "generators": _generator_states()}, allow_nan=False))
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
-        (aside / _MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
-        for path in (*files, aside / _MANIFEST, aside / "model", aside):
-            _sync(path)
-        aside.rename(folder)
-        _sync(root)
-        _point(root, folder)
-    _retire(root, folder, keep)
+        (aside / "state.json").write_text(json.dumps({"state": state, "generators": generator_states()}, allow_nan=False))
+    publish_checkpoint(folder, aside, step, keep)
     return folder
 
 
@@ -122,9 +110,9 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int 
         Too little free space, or none to be asked about.
     """
     moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    one = stored_bytes(model) + moments + beside + _SPARE_BYTES
-    with _explained(root):
-        folders = max(1, keep + 1 - len(_checkpoints(root)))
+    one = stored_bytes(model) + moments + beside + SPARE_BYTES
+    with explained(root):
+        folders = max(1, keep + 1 - len(checkpoint_folders(root)))
         disk = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free = shutil.disk_usage(disk).free
     needed = folders * one + max(0, model_bytes(model) - one)
@@ -144,13 +132,17 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     CheckpointError
         A file is missing, cut short or altered, or belongs to another model. Model and optimizer are untouched.
     """
-    _verify(folder)
+    verify_checkpoint(folder)
+    if (folder / SHARDS).is_dir():
+        from bbopd.trainer.checkpoint_shards import read_shards
+
+        read_shards(folder, model, optimizer)
+        return read_state(folder)
     try:
-        saved = json.loads((folder / "state.json").read_text())
         source = read_model(model, folder / "model")
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); {_way_out(folder)}") from error
+        raise CheckpointError(f"{folder} cannot be read ({error}); {way_out(folder)}") from error
     target = stored_tensors(model)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     recorded = {key.partition("/")[2] for key in moments}
@@ -162,7 +154,15 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
         for name, tensor in target.items():
             tensor.copy_(source[name])
     load_optimizer_tensors(model, optimizer, moments)
-    _restore_generators(saved["generators"])
+    return read_state(folder)
+
+
+def read_state(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """The caller's state in a checkpoint that was proved whole; puts the random number generators back that ``rank`` had there, if any."""
+    saved = json.loads((folder / "state.json").read_text())
+    generators = [saved["generators"], *saved.get("generators_of_others", ())]
+    if rank < len(generators):
+        _restore_generators(generators[rank])
     return dict(saved["state"])
 
 
@@ -171,14 +171,14 @@ def load_beside(folder: Path) -> dict[str, dict[str, Tensor]]:
     try:
         return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors")) if path.stem != "optimizer"}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); {_way_out(folder)}") from error
+        raise CheckpointError(f"{folder} cannot be read ({error}); {way_out(folder)}") from error
 
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint to resume from: what ``latest`` names, or the newest whole one where that is gone; None without any."""
     if not root.is_dir():
         return None
-    pointer = root / _LATEST
+    pointer = root / LATEST
     if pointer.is_file():
         try:
             folder = root / pointer.read_text().strip()
@@ -186,120 +186,19 @@ def latest_checkpoint(root: Path) -> Path | None:
             raise CheckpointError(
                 f"{pointer} cannot be read ({error}): remove it to resume from the newest checkpoint in {root}"
             ) from error
-        if (folder / _MANIFEST).is_file() and folder.parent == root:
+        if (folder / MANIFEST).is_file() and folder.parent == root:
             return folder
-    return next((folder for folder in reversed(_checkpoints(root)) if (folder / _MANIFEST).is_file()), None)
-
-
-# ---------------------------------------------------------------- folders
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """Oldest first: by step, then by the count of saves of that step."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: (path.stem, int(path.suffix[1:] or 1)))
-
-
-def _free_name(root: Path, step: int) -> Path:
-    first = root / f"step-{step:08d}"
-    taken = [path for path in _checkpoints(root) if path.stem == first.name]
-    return root / f"{first.name}.{int(taken[-1].suffix[1:] or 1) + 1}" if taken else first
-
-
-def _point(root: Path, folder: Path) -> None:
-    pointer = root / f"{_ASIDE}{_LATEST}"
-    pointer.write_text(folder.name + "\n")
-    _sync(pointer)
-    pointer.replace(root / _LATEST)
-    _sync(root)
-
-
-def _retire(root: Path, newest: Path, keep: int) -> None:
-    others = [path for path in _checkpoints(root) if path != newest]
-    for path in others[: max(0, len(others) + 1 - keep)]:
-        aside = root / f"{_ASIDE}{path.name}"
-        try:
-            path.rename(aside)  # a removal cut short must not look like a checkpoint
-        except OSError as error:
-            raise CheckpointError(f"{newest} is whole, but the old {path} cannot be removed ({error}): remove it by hand") from error
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob(f"{_ASIDE}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _explained(root: Path, aside: Path | None = None) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        hint = "the disk is full: free some space" if full else "check the disk and the permissions"
-        raise CheckpointError(
-            f"the checkpoint could not be written below {root} ({error}): {hint}; earlier checkpoints are whole"
-        ) from error
-
-
-# ---------------------------------------------------------------- integrity
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _verify(folder: Path) -> None:
-    try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / _MANIFEST} is missing or damaged ({error}); {_way_out(folder)}") from error
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise CheckpointError(f"{path} is missing; {_way_out(folder)}")
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {size:,} bytes instead of {entry['bytes']:,}: it was cut short; {_way_out(folder)}")
-        try:
-            found = _crc32(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_way_out(folder)}") from error
-        if found != entry["crc32"]:
-            raise CheckpointError(f"{path} was altered after it was written (CRC-32 differs); {_way_out(folder)}")
-
-
-def _way_out(folder: Path) -> str:
-    earlier = [path for path in _checkpoints(folder.parent) if path != folder and (path / _MANIFEST).is_file()]
-    if not earlier:
-        return f"there is no other checkpoint in {folder.parent}: start again with another output folder"
-    return f"remove {folder} to resume from {earlier[-1]}"
+    return next((folder for folder in reversed(checkpoint_folders(root)) if (folder / MANIFEST).is_file()), None)
 
 
 # ---------------------------------------------------------------- contents
 
 
-def _moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
 
 
-def _generator_states() -> dict[str, Any]:
+def generator_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from bbopd.errors import TrainingError
 from bbopd.modeling import merged_weights, output_head, packed_attention, packed_hidden, to_device
 from bbopd.objectives import Objective
 from bbopd.objectives.base import Scheduled
+from bbopd.output_head import OutputHead
 from bbopd.trainer.average import WeightAverage
 from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.schedules import learning_rate_at, loss_weights_at
@@ -51,15 +52,34 @@ class StepMetrics:
     more: Mapping[str, float] = field(default_factory=dict)  # what else the objective tells: see `_more`
 
 
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Tokens of a whole step; of the names, see `StepMetrics`."""
+
+    tokens: int
+    labelled_tokens: int
+    signal_tokens: int
+    rollout_tokens: int
+    packed_tokens: int
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[DistillBatch]) -> StepTokens:
+        return cls(
+            tokens=sum(batch.response_tokens for batch in micro_batches),
+            labelled_tokens=sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches),
+            signal_tokens=sum(map(_signalled_tokens, micro_batches)),
+            rollout_tokens=sum(batch.rollout_tokens for batch in micro_batches),
+            packed_tokens=sum(batch.packed_tokens for batch in micro_batches),
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Gradients:
     """What `Trainer.accumulate` has found; the gradients themselves are with the parameters."""
 
-    micro_batches: Sequence[DistillBatch]
+    tokens: StepTokens
     totals: Mapping[str, Tensor]
     more: Mapping[str, Tensor]
-    labelled_tokens: int
-    signal_tokens: int
     ce_weight: float
     kd_weight: float
     seconds: float
@@ -105,6 +125,7 @@ class Trainer:
         self.objective_config = objective_config
         self.planned_steps = planned_steps
         self.compute_dtype = compute_dtype
+        self.device = model.device
         self.optimizer = build_optimizer(model, train)
         self.average = average
         self.head = output_head(model, vocab_size)
@@ -125,40 +146,42 @@ class Trainer:
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients:
         """The first, long part of `train_step`: weights are read, not changed. `update` must follow, with what this returns."""
+        return self._accumulate(micro_batches, StepTokens.of(micro_batches))
+
+    def _accumulate(self, micro_batches: Sequence[DistillBatch], tokens: StepTokens) -> Gradients:
+        """Of a step of ``tokens``, to which ``micro_batches`` belong."""
         started = time.perf_counter()
-        labelled = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
-        signals = [_signalled_tokens(batch) for batch in micro_batches]
-        signalled = sum(signals)
         ce_weight, kd_weight = loss_weights_at(self.steps_done, self.planned_steps, self.objective_config)
-        normalizer = (float(max(1, labelled)), float(max(1, signalled)))
-        totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.model.device))
+        normalizer = (float(max(1, tokens.labelled_tokens)), float(max(1, tokens.signal_tokens)))
+        totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         more: dict[str, Tensor] = {}
         self.model.train()
         try:
-            for micro_batch, signal in zip(micro_batches, signals, strict=True):
-                batch = to_device(micro_batch, self.model.device)
+            for micro_batch in micro_batches:
+                signal = _signalled_tokens(micro_batch)
+                batch = to_device(micro_batch, self.device)
                 result = self._backward(batch, ce_weight, kd_weight, normalizer)
                 totals["loss"] += result.loss.detach()
                 totals["ce"] += (result.ce * batch.token_weight).sum() / normalizer[0]
                 totals["kd"] += (result.kd * batch.token_weight).sum() / normalizer[1]
                 totals["floored"] += result.metrics.get("floored", 0)
                 if signal and "teacher_tail_mass" in result.metrics:
-                    totals["teacher_tail_mass"] += result.metrics["teacher_tail_mass"] * (signal / signalled)
+                    totals["teacher_tail_mass"] += result.metrics["teacher_tail_mass"] * (signal / tokens.signal_tokens)
                 if signal:
-                    more = _more(more, result.metrics, signal / signalled)
+                    more = _more(more, result.metrics, signal / tokens.signal_tokens)
         except BaseException:
             self.optimizer.zero_grad(set_to_none=True)
             raise
         finally:
             self.model.eval()
-        return Gradients(micro_batches, totals, more, labelled, signalled, ce_weight, kd_weight, time.perf_counter() - started)
+        return Gradients(tokens, totals, more, ce_weight, kd_weight, time.perf_counter() - started)
 
     def update(self, gradients: Gradients) -> StepMetrics:
         """The second, short part of `train_step`: weights change. Raises as that does."""
         started = time.perf_counter()
-        micro_batches, totals = gradients.micro_batches, gradients.totals
+        totals = gradients.totals
         try:
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+            grad_norm = self._clip()
             loss = self._finite(totals["loss"], grad_norm)
             lr = learning_rate_at(self.steps_done, self.planned_steps, self.train)
             for group in self.optimizer.param_groups:
@@ -178,11 +201,7 @@ class Trainer:
             grad_norm=grad_norm.item(),
             ce_weight=gradients.ce_weight,
             kd_weight=gradients.kd_weight,
-            tokens=sum(batch.response_tokens for batch in micro_batches),
-            labelled_tokens=gradients.labelled_tokens,
-            signal_tokens=gradients.signal_tokens,
-            rollout_tokens=sum(batch.rollout_tokens for batch in micro_batches),
-            packed_tokens=sum(batch.packed_tokens for batch in micro_batches),
+            **asdict(gradients.tokens),
             seconds=gradients.seconds + time.perf_counter() - started,
             teacher_tail_mass=totals["teacher_tail_mass"].item() if "teacher_tail_mass" in totals else None,
             floored=int(totals["floored"].item()),
@@ -197,20 +216,37 @@ class Trainer:
         return merged_weights(self.model, changed_only=changed_only)
 
     def _backward(self, batch: DistillBatch, ce_weight: float, kd_weight: float, normalizer: tuple[float, float]) -> DistillLoss:
-        device_type = self.model.device.type
         with packed_attention(self.model):
-            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-                hidden_PD = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
-                result = self._objective_now().loss(
-                    hidden_PD[batch.target_rows].to(self.compute_dtype),  # as autocast would: with float32, products would be float32
-                    self.head.to(self.compute_dtype),
-                    batch,
-                    ce_weight=ce_weight,
-                    kd_weight=kd_weight,
-                    normalizer=normalizer,
-                )
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+                result = self._loss(self._hidden(batch), self.head, batch, ce_weight, kd_weight, normalizer)
             result.loss.backward()
         return result
+
+    def _hidden(self, batch: DistillBatch) -> Tensor:
+        """Hidden states of all packed tokens, [P, D]."""
+        return packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.boundaries)
+
+    def _loss(
+        self,
+        hidden_PD: Tensor,
+        head: OutputHead,
+        batch: DistillBatch,
+        ce_weight: float,
+        kd_weight: float,
+        normalizer: tuple[float, float],
+    ) -> DistillLoss:
+        return self._objective_now().loss(
+            hidden_PD[batch.target_rows].to(self.compute_dtype),  # as autocast would: with float32, products would be float32
+            head.to(self.compute_dtype),
+            batch,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            normalizer=normalizer,
+        )
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to `TrainConfig.clip` where their norm is above it; the norm from before."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
 
     def _objective_now(self) -> Objective:
         if not isinstance(self.objective, Scheduled):

@@ -1,0 +1,132 @@
+"""A run whose student is trained by several processes: rank 0 is the run, the others only train.
+
+Rank 0 draws, samples, asks the teacher, filters, batches, evaluates and writes every file but the shards of checkpoints. What it does with
+a whole student it does with a copy of its own, which takes the weights each time they are pushed.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bbopd.config import RunConfig
+from bbopd.errors import CheckpointError, ConfigError
+from bbopd.modeling import compute_dtype
+from bbopd.objectives import Objective, make_objective
+from bbopd.pipeline.student import load_student
+from bbopd.trainer.checkpoint_files import verify_checkpoint
+from bbopd.trainer.ranked import RankedTrainer
+from bbopd.trainer.ranks import Ranks
+from bbopd.types import DIVERGENCES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_ranked(config: RunConfig) -> None:
+    """Refuse what several ranks cannot train together. Raises `ConfigError`."""
+    student, train, rollouts = config.student, config.train, config.rollouts
+    for key, is_set, why in (
+        ("student.lora", student.lora is not None, "adapters are small enough for one process"),
+        ("train.optimizer=adamw_8bit", train.optimizer == "adamw_8bit", "bitsandbytes takes no slices of weights; set adamw"),
+        ("objective.name=gad", config.objective.name == "gad", "its discriminator is trained by one process"),
+        ("teacher.self", config.teacher.self is not None, "the student's teacher would be out of date"),
+        (
+            "teacher.signal=candidates with rollouts.max_staleness=1",
+            bool(config.candidates) and rollouts.engine != "hf" and rollouts.max_staleness > 0,
+            "the copy of the student that chooses ids changes while it does; set rollouts.max_staleness=0",
+        ),
+        (
+            "train.parallel.head=split",
+            train.parallel.head == "split" and config.objective.name not in (*DIVERGENCES, "sft"),
+            f"objective {config.objective.name} asks the student for more than the fused loss does; set it to gathered",
+        ),
+    ):
+        if is_set:
+            raise ConfigError(f"{key} cannot be trained by several ranks: {why}; leave torchrun out, or the setting")
+
+
+def place_whole(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> PreTrainedModel:
+    """Put rank 0's whole student where it shall be; returns another, in the host's memory, to be split."""
+    to_split = copy.deepcopy(model)
+    if config.train.parallel.whole_on == "device":
+        model.to(ranks.device)
+    return to_split
+
+
+def drive(
+    config: RunConfig,
+    ranks: Ranks,
+    whole: PreTrainedModel,
+    to_split: PreTrainedModel,
+    objective: Objective,
+    vocab_size: int,
+    checkpoint: Path | None,
+) -> RankedTrainer:
+    """Rank 0's trainer; the others make theirs at the same time. Raises `CheckpointError`."""
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint)
+    ranks.tell(do="begin", vocab_size=vocab_size, checkpoint=None if checkpoint is None else str(checkpoint.absolute()))
+    return _trainer(config, ranks, to_split, objective, vocab_size, checkpoint, whole)
+
+
+@contextmanager
+def checkpoints_ended(trainer: RankedTrainer) -> Iterator[None]:
+    """Wait at the end for the checkpoint being written. Raises `CheckpointError` where it cannot be, and nothing else has gone wrong."""
+    try:
+        yield
+    except BaseException:
+        with suppress(CheckpointError):
+            trainer.end()
+        raise
+    trainer.end()
+
+
+def follow(config: RunConfig, ranks: Ranks) -> None:
+    """The part of every rank but the first, until rank 0 ends the run.
+
+    Raises `RankError` where rank 0 or another rank fails. A request to stop is for rank 0 to hear, and to pass on as the end.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with ranks.together():
+        model = load_student(config.student, config.train.seed, config.train.deterministic, is_split=True)
+        torch.manual_seed(config.train.seed + ranks.rank)
+        order = ranks.hear()
+        if order["do"] == "end":
+            ranks.heed_end(order)
+            return
+        checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
+        trainer = _trainer(config, ranks, model, make_objective(config.objective), order["vocab_size"], checkpoint, None)
+    trainer.follow()
+
+
+def _trainer(
+    config: RunConfig,
+    ranks: Ranks,
+    model: PreTrainedModel,
+    objective: Objective,
+    vocab_size: int,
+    checkpoint: Path | None,
+    whole: PreTrainedModel | None,
+) -> RankedTrainer:
+    with ranks.together():
+        return RankedTrainer(
+            model,
+            objective,
+            ranks=ranks,
+            whole=whole,
+            checkpoint=checkpoint,
+            train=config.train,
+            objective_config=config.objective,
+            planned_steps=config.planned_steps,
+            compute_dtype=compute_dtype(config.student.dtype, ranks.device),
+            vocab_size=vocab_size,
+            activation_checkpointing=config.student.activation_checkpointing,
+        )

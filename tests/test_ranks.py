@@ -1,0 +1,247 @@
+"""A student split over 1, 2 and 4 processes: the update of one process, checkpoints for any number, and an end to all where one fails.
+
+One process (tests/trainer_ranks.py) forks all the ranks, world after world; the tests look at what these have left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from safetensors.torch import load_file
+
+from bbopd.config import RunConfig
+from bbopd.data.shares import share_over_ranks
+from bbopd.errors import ConfigError
+from bbopd.pipeline.ranked import check_ranked
+from bbopd.teachers.fake import FakeBackend
+from bbopd.trainer import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.messages import buffers, describe, rebuild
+from bbopd.types import Prompt, Rollout
+from tests.serving import serving
+from tests.test_cli import WORDS
+from tests.test_loop import run_config
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.trainer_ranks import CASES, RESUMED, STEPS, WORLDS
+
+LIMIT_S = 180
+SAME = 2e-5
+"""Of losses and norms, relative; sums are only taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks of all worlds have left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = RESUMED.alone()
+    for step in range(2):
+        alone.train_step(RESUMED.micro_batches(step))
+    save_checkpoint(
+        folder / "alone", 2, model=alone.model, tokenizer=tiny_tokenizer(), optimizer=alone.optimizer, state={"step": 2}, keep=3
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    stores = {name: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in WORLDS}
+    (folder / "ports.json").write_text(json.dumps({name: store.port for name, store in stores.items()}))
+    with serving(FakeBackend(262)) as [teacher]:
+        (folder / "run.json").write_text(json.dumps(tiny_run(folder, teacher.port)))
+        with (folder / "log").open("w") as log:
+            command = [sys.executable, "-m", "tests.trainer_ranks", str(folder)]
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, (folder / "log").read_text()[-3000:]
+    return folder
+
+
+def tiny_run(folder: Path, port: int) -> dict[str, Any]:
+    model = save_folder(folder / "student", tiny_llama(vocab_size=262, layers=2), tiny_tokenizer())
+    text = folder / "corpus.txt"
+    text.write_text("\n\n\n".join(" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(30)))
+    budget = {"cold_start_tokens": 40, "on_policy_tokens": 100, "batch_tokens": 64, "micro_batch_tokens": 128, "max_seq_len": 64}
+    return {
+        "student": {"model": str(model), "dtype": "float32", "device": "cpu"},
+        "teacher": {"target": f"grpc://127.0.0.1:{port}"},
+        "rollouts": {"per_update": 8, "max_new_tokens": 16, "max_staleness": 0},
+        "objective": {"ramp": 0.2},
+        "train": {**budget, "lr": 1e-3, "checkpoint_every": 2},
+        "data": {"prompts": [{"text": str(text)}], "prompt_tokens": 8, "response_tokens": 16, "filters": {"max_foreign": 0.3}},
+        "eval": {"sequences": 2, "rollouts": 2, "max_new_tokens": 8},
+    }
+
+
+def found(folder: Path, world: str, rank: int = 0) -> Any:
+    """What a rank has found; it must have come to its end."""
+    place = folder / f"{world}.{rank}"
+    assert Path(f"{place}.pt").exists(), Path(f"{place}.txt").read_text()[-3000:]
+    return torch.load(f"{place}.pt", weights_only=False)
+
+
+def assert_same_steps(ours: list[Any], expected: list[Any]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        for name in ("loss", "ce", "kd", "grad_norm", "teacher_tail_mass"):
+            expected_figure = getattr(other, name)
+            assert getattr(one, name) == (expected_figure and pytest.approx(expected_figure, rel=SAME)), name
+        for name in ("step", "lr", "tokens", "labelled_tokens", "signal_tokens", "rollout_tokens", "packed_tokens", "floored"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert {**other.more, **one.more} == pytest.approx(other.more, rel=1e-3)
+
+
+# ------------------------------------------------------------ the same update
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_make_the_update_of_one_process(folder: Path, name: str) -> None:
+    case = CASES[name]
+    alone = case.alone()
+    expected = [alone.train_step(case.micro_batches(step)) for step in range(STEPS)]
+    assert expected[-1].grad_norm > case.options()["train"].clip, "clipping is a part of it"
+    for world in case.worlds:
+        ours = found(folder, str(world))[name]
+        assert_same_steps(ours["steps"], expected)
+        assert ours["weights"].keys() == dict(alone.weights()).keys() == set(ours["tensors"])
+        for key, weight in alone.weights():
+            torch.testing.assert_close(
+                ours["weights"][key], weight, rtol=1e-4, atol=1e-4, msg=lambda text, at=(world, key): f"{at}: {text}"
+            )
+
+
+def test_a_batch_that_one_rank_cannot_train_on_is_an_error_of_all_and_leaves_the_weights(folder: Path) -> None:
+    ours = found(folder, "2")["bad batch"]
+    assert ours["said"] == "on rank 1: the batch is spoilt"
+    assert_same_steps([ours["step"]], [CASES["tied"].alone().train_step(CASES["tied"].micro_batches(0))])
+
+
+def test_a_batch_comes_out_of_its_message_as_it_went_in() -> None:
+    for case in ("tied", "untied"):
+        for batch in CASES[case].micro_batches(0):
+            tensors: list[torch.Tensor] = []
+            described = json.loads(json.dumps(describe([batch], tensors)))
+            empty = list(buffers(described))
+            assert [len(one) for one in empty] == [len(one) for one in tensors]
+            again: list[torch.Tensor] = []
+            (there,) = rebuild(described, iter(tensors))
+            describe([there], again)
+            assert type(there.teacher) is type(batch.teacher)
+            assert all(torch.equal(one, other) for one, other in zip(tensors, again, strict=True))
+            assert there.target_ids.dtype == torch.int64
+            assert there.token_weight.shape == batch.token_weight.shape
+
+
+# ------------------------------------------------------------ shares
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_shares_hold_everything_once_and_are_alike_within_a_round(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    sizes = torch.randint(5, 60, (41,), generator=generator).tolist()
+    items = [Rollout(f"r{i}", Prompt(f"p{i}", (1, 2)), tuple(range(3, size + 1)), draw=i) for i, size in enumerate(sizes)]
+    shares = share_over_ranks([items[:20], items[20:]], ranks, micro_batch_tokens=128)
+    assert sorted(item.draw for share in shares for item in share) == list(range(41))
+    tokens = [sum(len(item.all_ids) for item in share) for share in shares]
+    assert max(tokens) <= 128
+    assert -(-len(shares) // ranks) <= -(-sum(tokens) // (128 * ranks)) + 1
+    for first in range(0, len(tokens), ranks):
+        together = tokens[first : first + ranks]
+        assert max(together) - min(together) < 30
+    assert share_over_ranks([items[:1]], ranks, 4) == [items[:1]], "a longer sequence goes alone"
+
+
+# ------------------------------------------------------------ checkpoints
+
+
+def test_a_checkpoint_is_gone_on_from_by_any_number_of_ranks(folder: Path) -> None:
+    """By two ranks, then four, then one process: the run of one."""
+    whole = RESUMED.alone()
+    expected = [whole.train_step(RESUMED.micro_batches(step)) for step in range(6)]
+    four = found(folder, "4")["go on"]
+    assert_same_steps(four["steps"], expected[2:4])
+    written, read = found(folder, "2")["begin"]["weights"], four["weights"]
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[name], read[name]) for name in read), "as they were when it was begun, not when it was written"
+
+    last = latest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    assert last.name == "step-00000004"
+    alone = RESUMED.alone()
+    alone.steps_done = load_checkpoint(last, model=alone.model, optimizer=alone.optimizer)["step"]
+    assert_same_steps([alone.train_step(RESUMED.micro_batches(step)) for step in (4, 5)], expected[4:])
+
+
+def test_a_checkpoint_of_one_process_is_gone_on_from_by_two(folder: Path) -> None:
+    whole = RESUMED.alone()
+    expected = [whole.train_step(RESUMED.micro_batches(step)) for step in range(3)]
+    assert_same_steps(found(folder, "2")["from one"]["steps"], expected[2:])
+
+
+def test_each_rank_has_its_own_generator_back(folder: Path) -> None:
+    first, second, third, fourth = (found(folder, "4", rank)["go on"]["generator"] for rank in range(4))
+    assert torch.equal(second, torch.Generator().manual_seed(101).get_state())
+    assert not torch.equal(first, second)
+    assert torch.equal(third, fourth), "there was none of its number"
+
+
+def test_shards_of_another_model_are_refused_by_every_rank(folder: Path) -> None:
+    for rank in range(2):
+        assert "holds another model" in found(folder, "2", rank)["another model"]["said"]
+
+
+# ------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("world", "heard_by", "said"),
+    [
+        ("first fails", 1, "rank 0 has failed: ZeroDivisionError: broken"),
+        ("second fails", 0, "rank 1 has failed: ZeroDivisionError: broken"),
+        ("second is killed", 0, "rank 0 has lost another rank"),
+    ],
+)
+def test_what_one_rank_fails_of_ends_the_others_with_the_cause(folder: Path, world: str, heard_by: int, said: str) -> None:
+    heard = found(folder, world, heard_by)
+    assert heard["kind"] == "RankError"
+    assert said in heard["said"]
+    assert heard["seconds"] < 20
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"student": {"model": "unused", "lora": {"rank": 4}}}, "student.lora cannot be trained by several ranks"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "set adamw"),
+    ],
+)
+def test_what_ranks_cannot_train_is_refused(tmp_path: Path, sections: dict[str, Any], said: str) -> None:
+    config: RunConfig = run_config(tmp_path, **sections)
+    with pytest.raises(ConfigError, match=said):
+        check_ranked(config)
+    check_ranked(run_config(tmp_path))
+
+
+# ------------------------------------------------------------ whole runs
+
+
+def test_a_run_of_two_ranks_consumes_the_data_of_one(folder: Path) -> None:
+    assert [found(folder, "run, 1"), found(folder, "run, 2"), found(folder, "run, 2", 1)] == [0, 0, 0]
+    one, two = ([json.loads(line) for line in (folder / f"run-{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+    assert len(one) > 3
+    for ours, expected in zip(two, one, strict=True):
+        for name in ("step", "phase", "tokens", "rollout_tokens", "labelled_tokens", "packed_tokens", "on_policy_tokens", "lr"):
+            assert ours[name] == expected[name], name
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    summaries = [json.loads((folder / f"run-{n}" / "summary.json").read_text()) for n in (1, 2)]
+    assert summaries[0]["sequences"] == summaries[1]["sequences"]
+    states = [json.loads((latest_checkpoint(folder / f"run-{n}" / "checkpoints") / "state.json").read_text())["state"] for n in (1, 2)]
+    assert states[0]["position"] == states[1]["position"]
+    models = [_weights(folder / f"run-{n}" / "model") for n in (1, 2)]
+    for name, weight in models[0].items():
+        torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def _weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")

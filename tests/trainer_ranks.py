@@ -1,0 +1,311 @@
+"""What the processes of tests/test_ranks.py do: one imports everything, and forks for the ranks of each world.
+
+Every rank makes the same model; rank 0 trains it as the loop would, the others follow, and each writes down what it has found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bbopd.config import ObjectiveConfig, ParallelConfig, RunConfig, TrainConfig
+from bbopd.errors import BbopdError, CheckpointError, TrainingError
+from bbopd.objectives import make_objective
+from bbopd.trainer.checkpoint_files import verify_checkpoint
+from bbopd.trainer.ranked import RankedTrainer
+from bbopd.trainer.ranks import Ranks
+from bbopd.trainer.step import Trainer
+from bbopd.types import DistillBatch
+from tests.batches import pack, random_sequences, random_teacher
+from tests.tiny_models import tiny_llama, tiny_qwen2, tiny_tokenizer
+
+STEPS = 2
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained, the same in every world."""
+
+    make: Callable[[], Any]
+    batches: int = 3
+    checkpointing: bool = False
+    parallel: dict[str, Any] = field(default_factory=dict)
+    worlds: tuple[int, ...] = (1, 2, 4)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(alpha=0.3, temperature=2.0, ramp=0))
+
+    def micro_batches(self, step: int) -> list[DistillBatch]:
+        """Random sequences, every second one labelled, in micro-batches of different sizes."""
+        sequences = random_sequences(2 * self.batches, seed=10 * step + self.batches)
+        teacher = random_teacher(sequences, seed=10 * step + self.batches + 1000)
+        top_k = 8 if self.objective.temperature == 1.0 else 0
+        return [pack(sequences[i : i + 2], teacher[i : i + 2], top_k=top_k) for i in range(0, len(sequences), 2)]
+
+    def options(self) -> dict[str, Any]:
+        parallel = ParallelConfig(timeout=TIMEOUT_S, **self.parallel)
+        return {
+            "train": TrainConfig(lr=1e-2, warmup=4, schedule="cosine", clip=0.5, parallel=parallel),
+            "objective_config": self.objective,
+            "planned_steps": 20,
+            "activation_checkpointing": self.checkpointing,
+        }
+
+    def alone(self) -> Trainer:
+        return Trainer(self.make(), make_objective(self.objective), **self.options())
+
+
+CASES = {
+    "tied": Case(tiny_llama, batches=5),
+    "untied": Case(lambda: tiny_llama(tied=False), objective=ObjectiveConfig(temperature=1.0, ramp=0), worlds=(1, 2)),
+    "biases, layers run again": Case(tiny_qwen2, checkpointing=True, worlds=(2,)),
+    "replicated": Case(tiny_llama, parallel={"replicas": 2}, worlds=(4,)),
+    "split head": Case(lambda: tiny_llama(tied=False), parallel={"head": "split"}, worlds=(1, 2)),
+    "split head, top-k": Case(
+        tiny_qwen2, parallel={"head": "split"}, worlds=(4,), objective=ObjectiveConfig(name="jsd", temperature=1.0, ramp=0)
+    ),
+    "fewer batches than ranks": Case(lambda: tiny_llama(tied=False), batches=1, worlds=(2,)),
+    "offloaded": Case(tiny_llama, parallel={"cpu_offload": True}, worlds=(2,)),
+}
+RESUMED = CASES["biases, layers run again"]
+
+
+def ranked(case: Case, ranks: Ranks, checkpoint: Path | None = None, objective: Any = None) -> RankedTrainer:
+    whole = case.make() if ranks.rank == 0 else None
+    return RankedTrainer(
+        case.make(), objective or make_objective(case.objective), ranks=ranks, whole=whole, checkpoint=checkpoint, **case.options()
+    )
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in trainer.weights()}
+
+
+# ------------------------------------------------------------ what is done in a world
+
+
+class Staying(Ranks):
+    """One rank's place in a world that has more to do."""
+
+    def _leave(self) -> None:
+        pass
+
+
+def one_after_another(ranks: Ranks, folder: Path, *tasks: str) -> Any:
+    """All of `CASES` that are for a world of this size, and ``tasks``; what was found, by their names."""
+    found = {name: same_as_alone(ranks, folder, case) for name, case in CASES.items() if ranks.size in case.worlds}
+    for task in tasks:
+        work, *arguments = TASKS[task]
+        found[task] = work(again(ranks, RESUMED), folder, *arguments)
+    return found
+
+
+def again(ranks: Ranks, case: Case) -> Ranks:
+    return Staying(ranks.rank, ranks.size, ranks.device, ranks._store, case.options()["train"].parallel)
+
+
+def same_as_alone(ranks: Ranks, folder: Path, case: Case) -> Any:
+    """Figures of some steps, and the weights after them."""
+    ranks = again(ranks, case)
+    trainer = ranked(case, ranks)
+    if ranks.rank:
+        trainer.follow()
+        return None
+    steps = [trainer.train_step(case.micro_batches(step)) for step in range(STEPS)]
+    weights = weights_of(trainer)
+    ranks.dismiss(None)
+    return {"steps": steps, "weights": weights, "tensors": [name for name, _ in trainer.model.named_parameters()]}
+
+
+def bad_batch(ranks: Ranks, folder: Path) -> Any:
+    """A batch whose loss only one rank finds impossible; then a good step."""
+    case = CASES["tied"]
+    trainer = ranked(case, ranks, objective=Spoilt(case.objective, TrainingError("the batch is spoilt"), at=ranks.rank == 1))
+    if ranks.rank:
+        trainer.follow()
+        return None
+    try:
+        trainer.train_step(case.micro_batches(0))
+    except TrainingError as error:
+        said = str(error)
+    step = trainer.train_step(case.micro_batches(0))
+    ranks.dismiss(None)
+    return {"said": said, "step": step}
+
+
+def begin(ranks: Ranks, folder: Path) -> Any:
+    """Two steps, a checkpoint, and training that goes on while it is written."""
+    trainer = ranked(RESUMED, ranks)
+    if ranks.rank:
+        torch.manual_seed(100 + ranks.rank)
+        trainer.follow()
+        return None
+    for step in range(2):
+        trainer.train_step(RESUMED.micro_batches(step))
+    before = weights_of(trainer)
+    trainer.save(folder / "checkpoints", 2, tiny_tokenizer(), {"step": 2}, keep=2)
+    trainer.train_step(RESUMED.micro_batches(2))
+    trainer.end()
+    ranks.dismiss(None)
+    return {"weights": before}
+
+
+def go_on(ranks: Ranks, folder: Path, checkpoint: str, steps: int = 2) -> Any:
+    """What a checkpoint holds, and some steps more."""
+    verify_checkpoint(folder / checkpoint)
+    trainer = ranked(RESUMED, ranks, folder / checkpoint)
+    state = torch.get_rng_state()
+    if ranks.rank:
+        trainer.follow()
+        return {"generator": state}
+    first = trainer.steps_done = trainer.loaded["step"]
+    weights = weights_of(trainer)
+    found = [trainer.train_step(RESUMED.micro_batches(first + step)) for step in range(steps)]
+    trainer.save((folder / checkpoint).parent, first + steps, tiny_tokenizer(), {"step": first + steps}, keep=3)
+    trainer.end()
+    ranks.dismiss(None)
+    return {"generator": state, "weights": weights, "steps": found}
+
+
+def another_model(ranks: Ranks, folder: Path) -> Any:
+    try:
+        ranked(CASES["tied"], ranks, folder / "checkpoints/step-00000002")
+    except CheckpointError as error:
+        return {"said": str(error)}
+    return None
+
+
+class Spoilt:
+    """An objective that fails once, where it shall."""
+
+    def __init__(self, config: ObjectiveConfig, error: BaseException, *, at: bool) -> None:
+        self._inner, self._error, self._is_due = make_objective(config), error, at
+
+    def loss(self, *arguments: Any, **options: Any) -> Any:
+        if self._is_due:
+            self._is_due = False
+            raise self._error
+        return self._inner.loss(*arguments, **options)
+
+
+def failing(ranks: Ranks, folder: Path, error: BaseException | None, at: int) -> Any:
+    """One rank fails in a pass, or, without an error, is killed in it; what the others then raise, and how soon."""
+    case = CASES["tied"]
+    objective = make_objective(case.objective)
+    if ranks.rank == at:
+        objective = Spoilt(case.objective, error, at=True) if error is not None else Killed()
+    trainer = ranked(case, ranks, objective=objective)
+    begun = time.monotonic()
+    try:
+        if ranks.rank:
+            trainer.follow()
+        else:
+            trainer.train_step(case.micro_batches(0))
+    except BbopdError as caught:
+        return {"said": str(caught), "kind": type(caught).__name__, "seconds": time.monotonic() - begun}
+    except RuntimeError as caught:
+        return {"said": str(caught)}
+    return None
+
+
+class Killed:
+    """An objective that ends its process."""
+
+    def loss(self, *arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def whole_run(folder: Path, name: str) -> Any:
+    """``bbopd distill``, once it has read its file."""
+    from bbopd.cli.execute import execute
+    from bbopd.cli.ranked import execute_ranked
+
+    config = json.loads((folder / "run.json").read_text())
+    run = RunConfig.model_validate(config | {"output": str(folder / name)})
+    return (execute if os.environ["WORLD_SIZE"] == "1" else execute_ranked)(run, plain=True)
+
+
+@dataclass(frozen=True)
+class World:
+    """``size`` ranks that do ``work``; its first argument is the `Ranks`, where the work does not meet the others by itself."""
+
+    size: int
+    work: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    meets: bool = False
+
+    def rank(self, rank: int, port: int, folder: Path) -> Any:
+        """What rank number ``rank`` finds."""
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun, the tests hold the store
+        torch.set_num_threads(1)
+        if self.meets:
+            return self.work(folder, *self.arguments)
+        return self.work(Ranks.join("cpu", ParallelConfig(timeout=TIMEOUT_S)), folder, *self.arguments)
+
+
+TASKS = {
+    "bad batch": (bad_batch,),
+    "begin": (begin,),
+    "from one": (go_on, "alone/step-00000002", 1),
+    "another model": (another_model,),
+    "go on": (go_on, "checkpoints/step-00000002"),
+}
+WORLDS = {
+    "1": World(1, one_after_another),
+    "2": World(2, one_after_another, ("bad batch", "begin", "from one", "another model")),
+    "4": World(4, one_after_another, ("go on",)),
+    "first fails": World(2, failing, (ZeroDivisionError("broken"), 0)),
+    "second fails": World(2, failing, (ZeroDivisionError("broken"), 1)),
+    "second is killed": World(2, failing, (None, 1)),
+    "run, 1": World(1, whole_run, ("run-1",), meets=True),
+    "run, 2": World(2, whole_run, ("run-2",), meets=True),
+}
+"""What tests/test_ranks.py asks of ranks, in this order."""
+
+
+def main(folder: Path) -> None:
+    """Run one world after another, by the stores at ``ports.json``.
+
+    Each rank leaves ``<world>.<rank>.pt`` with what it has found, and what it has printed beside it.
+    """
+    ports = json.loads((folder / "ports.json").read_text())
+    for name, world in WORLDS.items():
+        children = []
+        for rank in range(world.size):
+            child = os.fork()
+            if child == 0:
+                _end_with(world, rank, ports[name], folder, folder / f"{name}.{rank}")
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _end_with(world: World, rank: int, port: int, folder: Path, place: Path) -> None:
+    log = os.open(f"{place}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        torch.save(world.rank(rank, port, folder), f"{place}.pt")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=".*fork.*")  # this process has no thread but one
+    main(Path(sys.argv[1]))
