@@ -351,7 +351,11 @@ def test_bad_input_is_named_before_anything_is_spent(model, text, served, tmp_pa
         (["--set", f"student.model={tmp_path / 'no_model'}"], 2, ["no_model"]),
         (["--set", f"data.prompts=[{{jsonl: {tmp_path / 'empty.jsonl'}}}]"], 2, ["empty.jsonl"]),
         (["--set", "teacher.target=grpc://127.0.0.1:9", "--set", "teacher.timeout=5"], 3, ["127.0.0.1:9"]),
-        (["--set", "teacher.target=null", "--set", f"teacher.serve={{model: {other}}}"], 3, ["260", "262", "259 is 'ou' there and 'th' here"]),
+        (
+            ["--set", "teacher.target=null", "--set", f"teacher.serve={{model: {other}}}"],
+            3,
+            ["260", "262", "259 is 'ou' there and 'th' here"],
+        ),
         (["--set", "train.max_seq_len=100000"], 2, ["100000", "256"]),
         (["--set", "student.init.keep_layers=[0, 9]"], 2, ["9", "4"]),
     ]
