@@ -10,8 +10,11 @@ import pytest
 from bbopd.report.comparison import render_comparison
 from bbopd.report.html import render
 from bbopd.report.load import load_runs
+from bbopd.report.models import render_models
+from bbopd.report.standings import read_standings
 from tests.browser import chromium, complaints, overflow, resize, wear
-from tests.test_report_runs import a_run
+from tests.test_report_models import comparison, results
+from tests.test_report_runs import a_run_with_tasks
 
 pytestmark = pytest.mark.browser
 
@@ -27,11 +30,18 @@ return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
 """
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_page_at_every_width_in_both_schemes_and_in_print(count: int, tmp_path: Path) -> None:
-    runs = load_runs([a_run(tmp_path / f"run-{number}", scale=1.0 - 0.2 * number) for number in range(count)])
+def a_page(kind: str, folder: Path) -> str:
+    if kind == "models":
+        return render_models([read_standings(results(folder / "results.json")), read_standings(comparison(folder / "arms"))])
+    folders = [a_run_with_tasks(folder / f"run-{number}", gain=0.05, parameters=10**8 - number * 10**7) for number in range(3)]
+    runs = load_runs(folders)
+    return render(runs[0]) if kind == "run" else render_comparison(runs)
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "models"])
+def test_page_at_every_width_in_both_schemes_and_in_print(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    path.write_text(render(runs[0]) if count == 1 else render_comparison(runs), encoding="utf-8")
+    path.write_text(a_page(kind, tmp_path), encoding="utf-8")
     with chromium(tmp_path / "profile", tmp_path / "saved") as driver:
         driver.get(path.as_uri())
         for width in (320, 390, 768, 1400):

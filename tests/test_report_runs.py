@@ -179,3 +179,54 @@ def test_card_of_a_run_that_says_little(tmp_path: Path) -> None:
     assert card.data.eval_results is None
     assert "No evaluation was finished." in card.content
     assert "None: the student learned from labelled text alone." in card.content
+
+
+TASKS = {
+    "quiz.v2.acc": 0.75,
+    "quiz.v2.acc_norm": 0.5,
+    "prose.bits_per_byte": 1.25,
+    "lower_is_better": ["prose.bits_per_byte"],
+    "speeds": {"quiz.v2": {"tokens_per_second": 1234.0, "latency_seconds": 0.045, "peak_memory_bytes": 2_000_000_000}},
+}
+
+
+def a_run_with_tasks(folder: Path, *, gain: float = 0.0, parameters: int = 135_000_000) -> Path:
+    run = a_run(folder, parameters=parameters)
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    for place, line in enumerate(lines):
+        line |= TASKS | {"quiz.v2.acc": 0.75 + gain * place}
+        line["standard_errors"] |= {"quiz.v2.acc": 0.05}
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_tasks_are_wherever_measures_are(tmp_path: Path) -> None:
+    """In the run's page, its curves, its card with metadata, and in the page of several runs, where they stand over what they cost."""
+    first, second, third = (
+        a_run_with_tasks(tmp_path / "a", gain=0.05),
+        a_run_with_tasks(tmp_path / "b"),
+        a_run_with_tasks(tmp_path / "c", parameters=90_000_000),
+    )
+    for run in (first, second, third):
+        (run / "metrics.jsonl").unlink()  # their curves are another test's
+    page = render(load_run(first))
+    assert "quiz.v2: acc" in page
+    assert "0.750 ± 0.050" in page
+    drawings = dict(overlaid_charts(load_runs([first, second])))
+    assert {"quiz.v2, share", "prose: bits_per_byte"} <= set(drawings)
+    card = a_card(first, "model")
+    assert "| quiz.v2: acc | 0.750 (0.652 to 0.848) | 0.800 (0.702 to 0.898) | 0.900 (0.802 to 0.998) |" in card.content
+    assert "| prose: bits_per_byte | 1.250 | 1.250 | 1.250 | lower is better |" in card.content
+    assert "how it does on quiz.v2 and prose" in card.content
+    known = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert known["quiz.v2", "acc"] == pytest.approx(0.9)
+    assert known["prose", "bits_per_byte"] == 1.25
+    both = render_comparison(load_runs([first, third]))
+    shown = Page(both)
+    assert shown.open == []
+    assert len(shown.ids) == len(set(shown.ids))
+    cells = [row.split("</td><td>") for row in re.findall(r"<tr><td>(.*?)</td></tr>", both)]
+    assert ["quiz.v2: acc", "0.900 ± 0.050", "0.750 ± 0.050"] in cells
+    assert ["A  a", "0.9 (0.802 to 0.998)", "0.5", "135.0 M", "1,234", "45 ms", "2.00 GB"] in cells
+    assert "quiz.v2: acc over parameters" in both
+    assert "quiz.v2: acc over tokens a second" not in both, "both have the same there"

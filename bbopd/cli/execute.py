@@ -26,6 +26,7 @@ from bbopd.evaluate.held_out_game import HeldOutGame
 from bbopd.evaluate.samples import RunSamples, read_samples
 from bbopd.evaluate.suite import KEPT_BYTES, EvalSuite
 from bbopd.evaluate.training_tasks import TrainingTasks, load_run_tasks
+from bbopd.modeling import plain_sizes
 from bbopd.pipeline.best import BestModel
 from bbopd.pipeline.cycle import sampling_of
 from bbopd.pipeline.energy import EnergyMeter
@@ -124,7 +125,7 @@ async def _turn(
         if stage == "start":
             await samples.write("before")
         result = (await suite.run(stage, session.model, step)).to_json()
-        for figures in (await tasks.measure(), {} if game is None else await game.measure()):
+        for figures in (await tasks.measure(with_latency=stage == "end"), {} if game is None else await game.measure()):
             errors = figures.pop("standard_errors", {})
             result |= {**figures, "standard_errors": {**result["standard_errors"], **errors}}
         if best is not None:
@@ -162,6 +163,7 @@ def _summary(
         "status": status,
         "error": error,
         "model_path": None if model_path is None else str(model_path),
+        "parameters": sum(plain_sizes(session.model)),
         "seconds": seconds,
         "busy_seconds": busy,
         "tokens": {"sampled": state.sampled_tokens, "scored": state.scored_tokens, "trained": state.trained_tokens},

@@ -54,6 +54,14 @@ class Speed:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def figures(self) -> dict[str, float | None]:
+        """What models are compared by: tokens a second, latency and peak memory."""
+        return {
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "latency_seconds": self.latency_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 @dataclass(slots=True)
 class Counts:
@@ -91,7 +99,7 @@ class Subject:
         self.vocab_size = vocab_size
         self.compute_dtype = compute_dtype
         self.positions = max_positions(model) or _DEFAULT_POSITIONS
-        self._engine_tokens = min(engine_tokens or self.positions, self.positions)
+        self.engine_positions = min(engine_tokens or self.positions, self.positions)  # for a prompt and what is written
         self.truncated = 0  # requests of this task whose beginning did not fit
         self.engine = engine
         self._view: StudentView | None = None
@@ -136,6 +144,10 @@ class Subject:
         yield self._counts
         self._counts.seconds += time.monotonic() - start
 
+    def repeat(self, requests: Sequence[Callable[[], Awaitable[object]]]) -> None:
+        """Requests that `finish` may time, each by itself."""
+        self._timed.extend(requests[: _TIMED - len(self._timed)])
+
     # ------------------------------------------------------------ likelihoods
 
     def encode(self, text: str) -> Ids:
@@ -171,8 +183,7 @@ class Subject:
         empty or too long by itself.
         """
         asked = [self._fit(context, continuation) for context, continuation in pairs]
-        if self._remembers():
-            self._timed.extend(partial(self._one, pair) for pair in asked[: _TIMED - len(self._timed)])
+        self.repeat([partial(self._one, pair) for pair in asked[:_TIMED]])
         with self.timed():
             return [likelihood for batch in _batches(asked) for likelihood in self._score(batch)]
 
@@ -208,6 +219,19 @@ class Subject:
 
     # ------------------------------------------------------------ answers
 
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have before an answer of ``max_new_tokens``. Raises `DataError` where there are none."""
+        room = self.engine_positions - max_new_tokens
+        if room < 1:
+            raise DataError(
+                f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {self.engine_positions} tokens of {self.name}"
+            )
+        return room
+
+    def prompt_lengths(self, prompts: Sequence[str], *, chat: bool) -> list[int]:
+        """Tokens of each, as `write` asks. Raises `DataError` where the chat template refuses one."""
+        return [len(self._prompt_ids(prompt, chat)) for prompt in prompts]
+
     async def write(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = (), chat: bool = False, sampling: Sampling | None = None
     ) -> list[str]:
@@ -216,18 +240,13 @@ class Subject:
         A prompt that leaves no room for ``max_new_tokens`` loses its beginning. Raises `DataError` where that does not help, or the chat
         template refuses a prompt.
         """
-        room = self._engine_tokens - max_new_tokens
-        if room < 1:
-            raise DataError(
-                f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {self._engine_tokens} tokens of {self.name}"
-            )
+        room = self.prompt_room(max_new_tokens)
         ids = [self._prompt_ids(prompt, chat) for prompt in prompts]
         self.truncated += sum(len(tokens) > room for tokens in ids)
         asked = [Prompt(str(index), tokens[-room:]) for index, tokens in enumerate(ids)]
         how = sampling or Sampling(max_new_tokens, top_k=1)
         how = Sampling(max_new_tokens, how.temperature, how.top_p, how.top_k, how.seed, self._stop_ids(stop))
-        if self._remembers():
-            self._timed.extend(partial(self._write, [prompt], how) for prompt in asked[: _TIMED - len(self._timed)])
+        self.repeat([partial(self._write, [prompt], how) for prompt in asked[:_TIMED]])
         with self.timed() as counts:
             written = await self._write(asked, how)
             counts.tokens += sum(len(prompt.token_ids) for prompt in asked) + sum(map(len, written))
@@ -249,9 +268,6 @@ class Subject:
         """Tokens in which one of ``stop`` is spelt whole: what they end need not be written on. Others are cut off afterwards."""
         wanted = [text.encode() for text in stop]
         return tuple(index for index, spelt in self._spellings.items() if any(text in spelt for text in wanted)) if wanted else ()
-
-    def _remembers(self) -> bool:
-        return len(self._timed) < _TIMED
 
 
 def _batches(pairs: Sequence[tuple[Ids, Ids]]) -> Iterator[list[tuple[Ids, Ids]]]:

@@ -41,16 +41,18 @@ class TrainingTasks:
             engine_tokens=None if session.config.rollouts.engine == "hf" else session.config.train.max_seq_len,
         )
 
-    async def measure(self) -> dict[str, Any]:
-        """Figures for evals.jsonl, as ``task.metric``, with ``standard_errors`` of them and ``lower_is_better``, the names of those that
-        are; empty without tasks. Raises what the tasks raise."""
+    async def measure(self, *, with_latency: bool) -> dict[str, Any]:
+        """Figures for evals.jsonl, as ``task.metric``, with ``standard_errors`` of them, ``lower_is_better``, the names of those that
+        are, and ``speeds`` by task; empty without tasks. Raises what the tasks raise."""
         if not self._tasks:
             return {}
         values: dict[str, Any] = {}
         errors: dict[str, float] = {}
+        speeds: dict[str, dict[str, float | None]] = {}
         lower = []
         for task in self._tasks:
-            row = await run_task(task, self._subject, self._services, with_latency=False)
+            row = await run_task(task, self._subject, self._services, with_latency=with_latency)
+            speeds[task.info.name] = row.speed.figures()
             for metric, scores in row.measured.scores.items():
                 name, estimate = f"{task.info.name}.{metric}", row.estimates[metric]
                 values[name] = estimate.value
@@ -58,4 +60,4 @@ class TrainingTasks:
                     errors[name] = estimate.standard_error
                 if not scores.higher_is_better:
                     lower.append(name)
-        return {**values, "standard_errors": errors, "lower_is_better": lower}
+        return {**values, "standard_errors": errors, "lower_is_better": lower, "speeds": speeds}

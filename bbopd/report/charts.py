@@ -14,10 +14,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bbopd.report.drawing import FAINT, INK, SERIES, STYLE, to_svg
 from bbopd.report.load import RunData
-from bbopd.report.table import MEASURES
+from bbopd.report.table import MEASURES, split_key
 
 MOST_CURVES = len(SERIES)
 _DASHES = ("-", "--", ":", "-.")
+_SCALES = {  # of the metrics of tasks, by how their names begin; any other has one of its own
+    "share": ("acc", "exact_match", "f1", "rouge", "win_rate", "top1"),
+    "nats per token": ("kl_", "reverse_kl_"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ def charts(data: RunData) -> list[tuple[str, str]]:
         (tokens for line, tokens in zip(data.metrics, data.trained_tokens, strict=True) if line.get("phase") == "cold_start"), default=0
     )
     found = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *_task_charts([data])):
         curves = chart.curves(data)
         if curves:
             styled = [(curve, colour, "-") for curve, colour in zip(curves, SERIES, strict=False)]
@@ -63,7 +67,7 @@ def charts(data: RunData) -> list[tuple[str, str]]:
 def overlaid_charts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
     """The drawings that two runs or more have data for: a colour a run, and, where a drawing has several curves of each, a dash a curve."""
     found = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *_task_charts(runs)):
         by_run = [chart.curves(run) for run in runs]
         if sum(bool(curves) for curves in by_run) < 2:
             continue
@@ -88,7 +92,9 @@ def _step_curves(data: RunData, labels: Mapping[str, str]) -> list[Curve]:
 
 
 def _stage_curves(data: RunData, keys: Sequence[str]) -> list[Curve]:
-    titles = {measure.key: measure.title.rpartition(", ")[2] for measure in MEASURES}
+    titles = {measure.key: measure.title.rpartition(", ")[2] for measure in MEASURES} | {
+        key: split_key(key)[1] for key in keys if "." in key
+    }
     curves = []
     for key in keys:
         points = [(float(data.tokens_at(int(line.get("step", 0)))), float(line[key])) for line in data.evals if _is_number(line.get(key))]
@@ -130,6 +136,19 @@ CHARTS = (
     Chart("Loss weights", "", {"ce_weight": "cross-entropy", "kd_weight": "distillation"}),
     Chart("Gradient norm, before clipping", "L2 norm", {"grad_norm": "gradient norm"}),
 )
+
+
+def _task_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """A drawing for each task and scale of its metrics."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key in dict.fromkeys(key for run in runs for line in run.evals for key in line if "." in key):
+        task, metric = split_key(key)
+        scale = next((scale for scale, names in _SCALES.items() if metric.startswith(names)), metric)
+        groups.setdefault((task, scale), []).append(key)
+    return [
+        Chart(f"{task}: {split_key(keys[0])[1]}" if len(keys) == 1 else f"{task}, {scale}", scale, stages=tuple(keys))
+        for (task, scale), keys in groups.items()
+    ]
 
 
 def _draw_curves(

@@ -11,7 +11,9 @@ from bbopd.report.charts import MOST_CURVES, overlaid_charts
 from bbopd.report.html import duration, in_a_sentence, repeating, spending
 from bbopd.report.load import RunData
 from bbopd.report.page import SectionOf, figures, flatten, folded, quiet, table, whole_page
-from bbopd.report.table import KL_NOTE, MEASURES, end_row
+from bbopd.report.standings import of_runs
+from bbopd.report.table import KL_NOTE, end_row, measures_of
+from bbopd.report.tradeoffs import NOTE, letters, task_section
 
 _SAME_FOR_ALL = ("output",)  # differs always, and means nothing
 
@@ -33,6 +35,7 @@ def render_comparison(runs: Sequence[RunData]) -> str:
     drawings = figures(overlaid_charts(runs), kind="charts")
     sections = [
         SectionOf("What they came to", table(("", *names), _rows(runs), keys=keys) + quiet(_NOTE)),
+        SectionOf("Tasks, and what they cost", _tasks(runs)),
         SectionOf("What differs between them", _differences(runs, keys)),
         SectionOf("Curves", drawings and f'<p class="legend">{legend}</p>{drawings}'),
         SectionOf("The same prompts, answered", compared_answers(runs)),
@@ -48,7 +51,8 @@ _NOTE = (
 
 
 def _rows(runs: Sequence[RunData]) -> list[tuple[str, ...]]:
-    rows = [(measure.title, *cells) for measure in MEASURES if any(cells := [end_row(run, measure) for run in runs])]
+    measures = measures_of(run.stages[-1] for run in runs if run.stages)
+    rows: list[tuple[str, ...]] = [(measure.title, *(end_row(run, measure) for run in runs)) for measure in measures]
     rows.append(("Status", *(run.status for run in runs)))
     rows.append(("Response tokens trained", *(f"{run.trained_tokens[-1]:,}" if run.metrics else "" for run in runs)))
     rows.append(("of rollouts", *(f"{run.metrics[-1].get('on_policy_tokens', 0):,}" if run.metrics else "" for run in runs)))
@@ -58,6 +62,14 @@ def _rows(runs: Sequence[RunData]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(name for lines in by_run for name in lines):
         rows.append((name, *(lines.get(name, "") for lines in by_run)))
     return rows
+
+
+def _tasks(runs: Sequence[RunData]) -> str:
+    standings = of_runs(runs)
+    tasks = dict.fromkeys(standing.task for standing in standings)
+    names = letters([run.name for run in runs])
+    bodies = [f"<h3>{escape(task)}</h3>" + task_section([one for one in standings if one.task == task], names) for task in tasks]
+    return "".join(bodies) + quiet(f"{NOTE}.") if bodies else ""
 
 
 def _time(summary: Mapping[str, Mapping[str, float]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {colour: f"var(--serie
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "svg.hashsalt": "bbopd",  # the same run gives the same bytes
+    "text.parse_math": False,  # names of tasks may hold a $
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -49,7 +51,7 @@ def to_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
-    svg = f'<svg role="img" aria-label="{title}" {view_box[0]}>' + svg[svg.index(">") + 1 :]
+    svg = f'<svg role="img" aria-label="{escape(title)}" {view_box[0]}>' + svg[svg.index(">") + 1 :]
     prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"font-family: [^;]*; ", "", svg)

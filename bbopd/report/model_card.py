@@ -15,7 +15,7 @@ import yaml
 from bbopd.config import FiltersConfig
 from bbopd.errors import BbopdError
 from bbopd.report.load import Line, RunData, is_on_hub, load_run, short_name
-from bbopd.report.table import KL_NOTE, MEASURES, STAGE_TITLES, Measure
+from bbopd.report.table import KL_NOTE, STAGE_TITLES, Measure, measures_of, split_key
 
 _NORMAL_95 = 1.96  # standard errors to either side
 _FOLDERS = ("model", "adapter", "best")
@@ -71,14 +71,13 @@ def _metadata(data: RunData, config: Mapping[str, Any], folder: Path, stages: Se
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="the held-out part of the run's own data",
-            metric_type=measure.key,
+            dataset_type=split_key(measure.key)[0] or "held-out",
+            dataset_name=split_key(measure.key)[0] or "the held-out part of the run's own data",
+            metric_type=split_key(measure.key)[1],
             metric_name=measure.title,
             metric_value=last[measure.key],
         )
-        for measure in MEASURES
-        if last.get(measure.key) is not None
+        for measure in measures_of([last])
     ]
     return (
         str(
@@ -126,10 +125,10 @@ def _loading(data: RunData, folder: Path) -> str:
 
 
 def _evaluation(stages: Sequence[tuple[str, Line]]) -> str:
-    rows = []
-    for measure in MEASURES:
-        if any(line.get(measure.key) is not None for _, line in stages):
-            rows.append((measure.title, *(_with_interval(line, measure) for _, line in stages), measure.unit))
+    rows = [
+        (measure.title, *(_with_interval(line, measure) for _, line in stages), measure.unit)
+        for measure in measures_of(line for _, line in stages)
+    ]
     if not rows:
         return "No evaluation was finished."
     tokens = stages[-1][1].get("tokens") or {}
@@ -211,10 +210,12 @@ def _limits(data: RunData, config: Mapping[str, Any], stages: Sequence[tuple[str
     teacher = _teacher_name(data, config)
     last = stages[-1][1] if stages else {}
     sequences = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in (last.get("sequences") or {}).items())
+    tasks = list(dict.fromkeys(split_key(key)[0] for key in last if "." in key))
     longest = (config.get("train") or {}).get("max_seq_len")
     limits = [
         "The figures above say how near the student came to its teacher, and how well it predicts text, on the run's own held-out data"
         + (f" ({sequences})" if sequences else "")
+        + (f", and how it does on {_listed(tasks)}" if tasks else "")
         + "; they say nothing of other tasks, and are of a single seed.",
         "Nothing was tested for safety, bias, or the truth of what the model claims.",
     ]
@@ -285,6 +286,10 @@ def _teacher_name(data: RunData, config: Mapping[str, Any]) -> str:
         return ""
     known = (data.summary.get("teacher") or {}).get("model") or (about.get("serve") or {}).get("model")
     return str(short_name(known or "a served model whose name is not recorded"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _is_adapter(folder: Path) -> bool:

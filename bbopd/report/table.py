@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bbopd.report.load import RunData, load_run
+from bbopd.report.load import Line, RunData, load_run
 
 STAGE_TITLES = {"start": "start", "cold_start": "cold start", "end": "end"}
 SPEED_NOTE = (
@@ -68,23 +68,36 @@ class SpeedRow:
     share: str
 
 
+def measures_of(lines: Iterable[Line]) -> list[Measure]:
+    """Those of `MEASURES` that any of ``lines`` (of evals.jsonl) tells, then the metrics of tasks, by task."""
+    found = list(lines)
+    known = [measure for measure in MEASURES if any(line.get(measure.key) is not None for line in found)]
+    lower = {key for line in found for key in line.get("lower_is_better") or ()}
+    of_tasks = dict.fromkeys(key for line in found for key in line if "." in key)
+    return known + [Measure(key, ": ".join(split_key(key)), "lower is better" if key in lower else "") for key in of_tasks]
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Task and metric of ``task.metric``."""
+    task, _, metric = key.rpartition(".")
+    return task, metric
+
+
 def stage_titles(data: RunData) -> list[str]:
     return [STAGE_TITLES.get(str(line.get("stage")), f"step {line.get('step', '?')}") for line in data.stages]
 
 
 def result_rows(data: RunData) -> list[Row]:
-    """The measures that any stage has, in the order of `MEASURES`, then those of the run's tasks."""
+    """The measures that any stage has, as `measures_of` orders them."""
     stages = data.stages
-    of_tasks = dict.fromkeys(key for line in stages for key in line if "." in key)
     rows = []
-    for measure in (*MEASURES, *(Measure(key, key.replace(".", ": ", 1), "") for key in of_tasks)):
+    for measure in measures_of(stages):
         numbers = [line.get(measure.key) for line in stages]
-        if any(number is not None for number in numbers):
-            values = tuple(_text(number, measure) for number in numbers)
-            errors = tuple(_text((line.get("standard_errors") or {}).get(measure.key), measure) for line in stages)
-            is_bucketed = measure.unit == "nats/token" and any(line.get("kl_is_bucketed") for line in stages)
-            title = measure.title + (" (bucketed)" if is_bucketed else "")
-            rows.append(Row(title, measure.unit, values, errors, change(numbers, is_share=measure.is_share)))
+        values = tuple(_text(number, measure) for number in numbers)
+        errors = tuple(_text((line.get("standard_errors") or {}).get(measure.key), measure) for line in stages)
+        is_bucketed = measure.unit == "nats/token" and any(line.get("kl_is_bucketed") for line in stages)
+        title = measure.title + (" (bucketed)" if is_bucketed else "")
+        rows.append(Row(title, measure.unit, values, errors, change(numbers, is_share=measure.is_share)))
     return rows
 
 
