@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,13 @@ def _without_end(folder: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "student")
     (folder / "student" / "chat_template.jinja").unlink()
+
+
+def _questions(folder: Path, field: str) -> None:
+    """A task of six questions, the last of which is long."""
+    (folder / "quiz.yaml").write_text(f"data: quiz.jsonl\nprompt: {field}\nchoices: [the, thin]\nanswer: answer\n")
+    rows = [{"question": "thing " * (600 if number == 5 else 3), "answer": "thin"} for number in range(6)]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 CASES = {
@@ -111,6 +120,18 @@ CASES = {
         "Replicas that differ",
         "Two replicas that describe themselves alike, one of which serves other weights.",
         (Teacher(), Teacher("changed")),
+    ),
+    "task_field": Case(
+        "A task that asks for a field which is not there",
+        "A run with `eval.tasks` would find out at its first evaluation; here nothing has been spent.",
+        sections={"eval": {"tasks": ["quiz.yaml"]}},
+        prepare=partial(_questions, field="text"),
+    ),
+    "task_room": Case(
+        "A task with an item that is too long for the student",
+        "It could be asked, without the beginning of its prompt.",
+        sections={"eval": {"tasks": ["quiz.yaml"]}},
+        prepare=partial(_questions, field="question"),
     ),
     "no_end": Case("A tokenizer without an end of text", "Its rollouts would never end.", prepare=_without_end),
 }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
+import socket
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +19,8 @@ from bbopd.data.prompts import PromptSet
 from bbopd.doctor.cost import forecast
 from bbopd.doctor.examine import CHECKS, examine_run
 from bbopd.doctor.findings import Check, SetUp, examine, passed
-from bbopd.errors import TeacherError
+from bbopd.doctor.trackers import check_trackers
+from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_model, load_tokenizer
 from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
@@ -70,6 +74,7 @@ def test_a_good_run_passes_every_check(findings, case):
         ("nobody", "teacher", ["grpc://127.0.0.1:9", "bbopd serve"]),
         ("replicas", "determinism", ["replicas of teacher differ", "max_replica_difference is 0.05"]),
         ("no_end", "tokenizer", ["eos_token"]),
+        ("task_field", "tasks", ["quiz.jsonl:1", "prompt needs a field 'text'", "this row has answer, question"]),
     ],
 )
 def test_a_broken_run_fails_one_check_and_says_the_way_out(findings, case, failing, words):
@@ -79,6 +84,91 @@ def test_a_broken_run_fails_one_check_and_says_the_way_out(findings, case, faili
         assert word in of(lines, failing).detail
     if failing != "configuration":
         assert [line.name for line in lines] == [check.name for check in CHECKS], "one failure hides no other line"
+
+
+def test_a_task_whose_items_are_too_long_warns(findings):
+    found = of(findings["task_room"], "tasks")
+    assert {line.status for line in findings["task_room"] if line is not found} == {"pass"}
+    assert found.status == "warn"
+    assert "quiz (multiple choice, 6 items of up to" in found.detail
+    assert "1 of 6 items of quiz, which has 257" in found.detail, "256 positions read, and one token more is predicted"
+
+
+async def test_other_kinds_of_tasks(here):
+    (here / "qa.jsonl").write_text(json.dumps({"prompt": "the", "answer": "thing"}) + "\n")
+    (here / "prose.jsonl").write_text(json.dumps({"text": "thing " * 400}) + "\n")
+    (here / "wordy.yaml").write_text("data: qa.jsonl\nprompt: prompt\nanswer: answer\nmax_new_tokens: 256\n")
+    asked = {"tasks": ["qa.jsonl", "prose.jsonl"], "keep_best": "qa.f1"}
+
+    async def said(evaluation):
+        return of(await examine_case(Case("", "", (), CASES["nobody"].sections | {"eval": evaluation})), "tasks")
+
+    assert "qa (generation, 1 items of up to 65 tokens), prose (text, 1 items of up to 1" in (await said(asked)).detail
+    wrong = await said(asked | {"keep_best": "other.f1"})
+    assert (wrong.status, "keep_best is other.f1" in wrong.detail) == ("fail", True)
+    wordy = await said({"tasks": ["wordy.yaml"]})
+    assert (wordy.status, "task wordy: max_new_tokens 256 leaves no room" in wordy.detail) == ("fail", True)
+
+
+@pytest.fixture
+def trackers(tmp_path, monkeypatch):
+    """Modules of the trackers' names to be found, and none of their settings."""
+    for name in ("wandb", "mlflow", "trackio"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI", "TRACKIO_SERVER_URL", "TRACKIO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield tmp_path
+    for name in ("wandb", "mlflow", "trackio"):
+        sys.modules.pop(name, None)
+
+
+def tracked(*names):
+    """What is said of a run with these trackers, and whether it passes."""
+    config = RunConfig.model_construct(track=names)
+    verdict = asyncio.run(check_trackers(SetUp(config, contextlib.AsyncExitStack(), None)))
+    return verdict.status, verdict.detail
+
+
+def test_a_tracker_needs_a_key_where_it_is_online(trackers, monkeypatch):
+    with pytest.raises(ConfigError, match=r"wandb has no key for https://api\.wandb\.ai: set WANDB_API_KEY"):
+        tracked("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert tracked("wandb") == ("pass", "wandb: offline, in the run's folder until `wandb sync`")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        with pytest.raises(ConfigError, match="no key for http://127"):
+            tracked("wandb")
+        (trackers / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+        assert tracked("wandb") == ("pass", f"wandb: to {address}, with a key")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert tracked("mlflow")[0] == "pass"
+    status, said = tracked("wandb", "mlflow")
+    assert status == "warn"
+    assert said.count("is not reached at 127.0.0.1") == 2
+
+
+def test_a_tracker_needs_a_place_for_its_files(trackers, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(trackers / "deep" / "below"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trackers}/mlflow.db")
+    status, said = tracked("mlflow", "trackio")
+    assert (status, str(trackers / "deep" / "below") in said) == ("pass", True)
+    assert not (trackers / "deep").exists(), "looked at, not made"
+    assert tracked() == ("pass", "TensorBoard's files in the run's folder alone")
+    (trackers / "file").write_text("")
+    monkeypatch.setenv("TRACKIO_DIR", str(trackers / "file" / "below"))
+    with pytest.raises(ConfigError, match="file is no folder"):
+        tracked("trackio")
+
+
+def test_a_tracker_that_is_not_installed():
+    if importlib.util.find_spec("trackio") is not None:
+        pytest.skip("it is")
+    with pytest.raises(ConfigError, match=r"pip install 'bbopd\[trackio\]'"):
+        tracked("trackio")
 
 
 def test_a_run_on_text_needs_no_token_in_common(findings):

@@ -13,6 +13,8 @@ from bbopd.doctor.cost import check_cost, check_disk
 from bbopd.doctor.findings import Check, Finding, SetUp, examine
 from bbopd.doctor.fit import check_formats, check_room, check_tokens
 from bbopd.doctor.parts import check_prompts, check_signal, check_student, check_teacher, check_tokenizer
+from bbopd.doctor.tasks import check_tasks
+from bbopd.doctor.trackers import check_trackers
 from bbopd.pipeline.folder import RunFolder
 
 __all__ = ["CHECKS", "examine_run"]
@@ -30,6 +32,8 @@ CHECKS = (
     Check("own words", check_own_words, ("prompts", "teacher", "want", "vocab_size", "steady")),
     Check("zero", check_zero, ("prompts", "teacher", "want", "vocab_size")),
     Check("agreement", check_agreement, ("prompts", "teacher", "model", "vocab_size", "steady")),
+    Check("tasks", check_tasks),
+    Check("track", check_trackers),
     Check("disk", check_disk, ("model",)),
     Check("cost", check_cost, ("tokenizer", "eos_token_id", "prompts", "model")),
 )

@@ -21,6 +21,7 @@ class Answered:
     wrote: str
     found: str
     answer: str
+    tokens: int  # that were written
 
     @property
     def is_right(self) -> bool:
@@ -76,11 +77,12 @@ async def exact_match(
         Ids to text, without special tokens.
     """
     greedy = Sampling(max_new_tokens=max_new_tokens, top_k=1)
-    written = {rollout.prompt.prompt_id: decode(rollout.token_ids) async for rollout in engine.generate(each(prompts), greedy)}
+    written = {rollout.prompt.prompt_id: rollout.token_ids async for rollout in engine.generate(each(prompts), greedy)}
     return [
-        Answered(prompt.prompt_id, text, _found(text, pattern), answers[prompt.prompt_id])
+        Answered(prompt.prompt_id, text, _found(text, pattern), answers[prompt.prompt_id], len(ids))
         for prompt in prompts
-        for text in [written.get(prompt.prompt_id, "")]
+        for ids in [written.get(prompt.prompt_id, ())]
+        for text in [decode(ids)]
     ]
 
 

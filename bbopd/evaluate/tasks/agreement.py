@@ -11,7 +11,7 @@ from bbopd.evaluate.bits_per_byte import token_byte_counts
 from bbopd.evaluate.services import Services
 from bbopd.evaluate.subject import Subject
 from bbopd.evaluate.suite import EvalSuite
-from bbopd.evaluate.tasks.base import Measured, TaskInfo
+from bbopd.evaluate.tasks.base import Measured, Room, TaskInfo
 from bbopd.evaluate.tasks.rows import Row, Template
 from bbopd.pipeline.preflight import check_lengths, check_vocabulary
 from bbopd.teachers.fitted import fitted
@@ -32,6 +32,13 @@ class TeacherAgreement:
         if (place := next((index for index, row in enumerate(self._rows) if not row[2]), None)) is not None:
             raise DataError(f"{rows[place].where}: the answer is empty: leave the row out")
 
+    def check_room(self, subject: Subject) -> Room:
+        """Of the given answers, or of the model's own where those may be longer."""
+        new = self._config.max_new_tokens
+        return Room.of(
+            (len(prompt.token_ids) + max(new, len(prompt.reference_ids or ())) for prompt in self._prompts(subject)), subject.positions
+        )
+
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises `TeacherError` for a teacher of another vocabulary, or as it does."""
         config = self._config
@@ -39,10 +46,7 @@ class TeacherAgreement:
         teacher = await services.teacher(config.teacher)
         head_rows = subject.model.get_output_embeddings().weight.shape[0]
         vocab_size = check_vocabulary(teacher.info, subject.tokenizer, head_rows)
-        prompts = [
-            Prompt(name, *subject.exchange(prompt, answer, chat=config.chat, delimiter=config.delimiter))
-            for name, prompt, answer in self._rows
-        ]
+        prompts = self._prompts(subject)
         check_lengths(teacher.info, prompts, max_new_tokens=config.max_new_tokens)
         suite = EvalSuite(
             prompts,
@@ -57,3 +61,7 @@ class TeacherAgreement:
             found = await suite.measure(subject.model)
             counts.tokens += sum(len(prompt.token_ids) for prompt in prompts) + sum(found.tokens.values())
         return Measured(found.scores, notes={"teacher": teacher.info.model, "kl_is_bucketed": suite.is_bucketed})
+
+    def _prompts(self, subject: Subject) -> list[Prompt]:
+        chat, delimiter = self._config.chat, self._config.delimiter
+        return [Prompt(name, *subject.exchange(prompt, answer, chat=chat, delimiter=delimiter)) for name, prompt, answer in self._rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,11 +31,33 @@ class Measured:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """``longest``: tokens of the longest item, prompt and answer together; ``room``: what the model takes; ``too_long``: items beyond it,
+    which lose the beginning of their prompt."""
+
+    longest: int
+    room: int
+    too_long: int
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], room: int) -> Room:
+        known = list(lengths)
+        return cls(max(known), room, sum(length > room for length in known))
+
+
 class Task(Protocol):
     """Made once from its files, then asked about one model after another."""
 
     @property
     def info(self) -> TaskInfo: ...
+
+    def check_room(self, subject: Subject) -> Room | None:
+        """Tokens of the longest item, and how many have no room in ``subject``, without asking it anything; None where it is not known.
+
+        Raises `DataError` for an item that cannot be asked at all.
+        """
+        ...
 
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises `ModelError` for a model that answers nothing, and what the engine raises."""

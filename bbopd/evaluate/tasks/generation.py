@@ -9,7 +9,7 @@ from bbopd.errors import ModelError
 from bbopd.evaluate.scores import Scores
 from bbopd.evaluate.services import Services
 from bbopd.evaluate.subject import Subject
-from bbopd.evaluate.tasks.base import Measured, TaskInfo
+from bbopd.evaluate.tasks.base import Measured, Room, TaskInfo
 from bbopd.evaluate.tasks.rows import Row, Template, unique_clusters
 from bbopd.evaluate.text_metrics import check_libraries, score_texts
 
@@ -31,6 +31,9 @@ class Generation:
         self._prompts = [prompt.text(row) for row in rows]
         self._accepted = [answer.texts(row) for row in rows]
 
+    def check_room(self, subject: Subject) -> Room:
+        return subject_room(subject, self._prompts, self._config)
+
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises `ModelError` where every answer is empty."""
         written = await answers(subject, self._prompts, self._config, self.info.name)
@@ -42,6 +45,12 @@ class Generation:
             for name, text, accepted in zip(self._names[:_SHOWN], written, self._accepted, strict=False)
         ]
         return Measured(scores, notes={"empty_answers": written.count(""), "samples": samples})
+
+
+def subject_room(subject: Subject, prompts: Sequence[str], config: TaskConfig) -> Room:
+    """Of prompts and their longest answers. Raises `DataError` for answers that leave no room, or a prompt that cannot be a chat."""
+    new = config.max_new_tokens
+    return Room.of((length + new for length in subject.prompt_lengths(prompts, chat=config.chat)), subject.prompt_room(new) + new)
 
 
 async def answers(subject: Subject, prompts: Sequence[str], config: TaskConfig, task: str) -> list[str]:

@@ -69,6 +69,9 @@ class HarnessTask:
             settings={"fewshot": options.fewshot, "chat": options.chat, "limit": options.limit, "members": list(members)},
         )
 
+    def check_room(self, subject: Subject) -> None:
+        """The harness makes its requests while it asks: lengths are not known before."""
+
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises `DataError` for what the harness or the task cannot do with this model."""
         from bbopd.evaluate.harness_model import HarnessModel

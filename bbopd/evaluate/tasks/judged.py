@@ -13,8 +13,8 @@ from bbopd.evaluate.length_control import length_controlled
 from bbopd.evaluate.scores import Scores
 from bbopd.evaluate.services import Services
 from bbopd.evaluate.subject import Subject
-from bbopd.evaluate.tasks.base import Measured, TaskInfo
-from bbopd.evaluate.tasks.generation import answers
+from bbopd.evaluate.tasks.base import Measured, Room, TaskInfo
+from bbopd.evaluate.tasks.generation import answers, subject_room
 from bbopd.evaluate.tasks.rows import Row, Template, unique_clusters
 from bbopd.evaluate.win_rate import QUESTION, Pair, judged
 
@@ -40,6 +40,9 @@ class Judged:
     def needs_baseline(self) -> bool:
         """Whether the first model's answers are what the others are compared with."""
         return self._config.answer is None
+
+    def check_room(self, subject: Subject) -> Room:
+        return subject_room(subject, self._prompts, self._config)
 
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises `ModelError` where every answer is empty, and what the judge raises."""

@@ -12,12 +12,14 @@ from bbopd.errors import DataError
 from bbopd.evaluate.scores import Scores
 from bbopd.evaluate.services import Services
 from bbopd.evaluate.subject import Subject
-from bbopd.evaluate.tasks.base import Measured, TaskInfo
+from bbopd.evaluate.tasks.base import Measured, Room, TaskInfo
 from bbopd.evaluate.tasks.rows import Row, Template, unique_clusters
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
+    """``right`` is the number of a choice."""
+
     prompt: str
     choices: tuple[str, ...]
     right: int
@@ -32,25 +34,30 @@ class MultipleChoice:
         assert config.choices is not None, "a multiple choice has choices"
         assert config.answer is not None, "a multiple choice has an answer"
         self.info = info
-        self._delimiter = config.delimiter
+        self.delimiter = config.delimiter
         self._names = [row.name for row in rows]
         self._clusters = unique_clusters(config.cluster, rows)
         prompt, answer = Template(config.prompt, "prompt"), Template(config.answer, "answer")
         listed = Template(config.choices, "choices") if isinstance(config.choices, str) else None
         each = [] if isinstance(config.choices, str) else [Template(choice, "choices", is_text=True) for choice in config.choices]
-        self._items = []
+        self.items: list[Item] = []
         for row in rows:
             choices = tuple(choice.text(row) for choice in each) if listed is None else tuple(listed.texts(row))
             if len(choices) < 2 or "" in choices:
                 raise DataError(f"{row.where}: choices {list(choices)} must be two or more, and none of them empty")
-            self._items.append(_Item(prompt.text(row), choices, _right(answer.text(row), choices, row.where)))
+            self.items.append(Item(prompt.text(row), choices, _right(answer.text(row), choices, row.where)))
+
+    def check_room(self, subject: Subject) -> Room:
+        """The longest choice of each item counts."""
+        pairs = [[subject.pair(item.prompt, self.delimiter + choice) for choice in item.choices] for item in self.items]
+        return Room.of((max(len(context) + len(choice) for context, choice in item) for item in pairs), subject.positions + 1)
 
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """Raises what `Subject.likelihoods` raises."""
-        pairs = [subject.pair(item.prompt, self._delimiter + choice) for item in self._items for choice in item.choices]
+        pairs = [subject.pair(item.prompt, self.delimiter + choice) for item in self.items for choice in item.choices]
         found = iter(subject.likelihoods(pairs))
         right: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
-        for item in self._items:
+        for item in self.items:
             nats = np.array([next(found).nats for _ in item.choices])
             for name, size in (("acc", None), ("acc_norm", len), ("acc_bytes", lambda choice: len(choice.encode()))):
                 by = nats if size is None else nats / np.array([size(choice) for choice in item.choices])

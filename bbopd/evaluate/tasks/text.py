@@ -13,7 +13,7 @@ from bbopd.evaluate.bits_per_byte import document_windows
 from bbopd.evaluate.scores import Scores, weighted_ratio
 from bbopd.evaluate.services import Services
 from bbopd.evaluate.subject import Subject
-from bbopd.evaluate.tasks.base import Measured, TaskInfo
+from bbopd.evaluate.tasks.base import Measured, Room, TaskInfo
 from bbopd.evaluate.tasks.rows import Row, Template, unique_clusters
 
 _LONGEST_WINDOW = 2048
@@ -35,6 +35,11 @@ class HeldOutText:
         self._texts = [text.text(row) for row in rows]
         if "" in self._texts:
             raise DataError(f"{rows[self._texts.index('')].where}: the text is empty: leave the row out")
+
+    def check_room(self, subject: Subject) -> Room:
+        """Windows always fit; what is longest is a text."""
+        tokens = [len(subject.tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in self._texts]
+        return Room(max(tokens), subject.positions, 0)
 
     async def measure(self, subject: Subject, services: Services) -> Measured:
         """``bits_per_byte`` over the UTF-8 bytes of the texts, ``perplexity`` per token. Raises what `Subject.likelihoods` raises."""
