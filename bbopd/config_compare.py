@@ -17,8 +17,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def is_share(measure: str) -> bool:
-    """Whether ``measure`` lies in [0, 1] and is better the higher it is; others are amounts, better the lower."""
-    return not measure.startswith(LOWER_IS_BETTER)
+    """Whether ``measure``, or ``task.measure``, lies in [0, 1] and is better the higher it is; others are amounts, better the lower."""
+    return not measure.rpartition(".")[2].startswith(LOWER_IS_BETTER)
 
 
 class EqualBudget(Section):
@@ -61,6 +61,8 @@ class MeasuresConfig(Section):
     """A regular expression; what its first group (or all of it) finds last in the text that was written is compared with ``answer``.
     None: all of the text, without white space around it."""
     max_new_tokens: Positive = 128
+    also: tuple[str, ...] = ()
+    """Task files whose metrics are in the table too, as ``task.metric``: what else a model has gained or lost."""
     test_limit: Positive | None = None
     """The first so many of the questions; None: all."""
     development_limit: Positive | None = None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ class InProcess:
     def __init__(self, data: dict[str, Any], *, interrupt_at: int | None = None, fail: str = "") -> None:
         self.trained: list[str] = []
         self.measured: list[str] = []
+        self.targets: list[object] = []
         self._interrupt_at, self._fail = interrupt_at, fail
         self.comparison = Comparison(parse_config(data, (), CompareConfig, "compare.yaml"), distill=self._distill, measure=self._measure)
         self.said: list[str] = []
@@ -88,6 +90,7 @@ class InProcess:
 
     def _distill(self, run: PlannedRun) -> None:
         self.trained.append(run.name)
+        self.targets.append(run.config.teacher.target)
         if len(self.trained) - 1 == self._interrupt_at:
             raise KeyboardInterrupt
         if run.name == self._fail:
@@ -309,3 +312,36 @@ def test_as_a_command(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "none-seed0: exact_match 0 on test" in done.stdout
     assert (tmp_path / "out" / "results" / "none-seed0.json").exists()
+
+
+# ------------------------------------------------------------ teachers, and tasks beside the test
+
+
+def test_runs_share_one_teacher_and_are_told_what_else_they_gained(folder: Path, tmp_path: Path) -> None:
+    """Two runs that would each start the same teacher get one; it ends with the comparison. A second task is in the table."""
+    (tmp_path / "words.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["y", "n"], "answer": "y"}) + "\n")
+    data = configuration(folder, tmp_path / "out", arms=["off_policy"], learning_rates=[], references={}, budget={"updates": 1})
+    data["measures"] = {"test": str(folder / "test.jsonl"), "max_new_tokens": 4, "also": [str(tmp_path / "words.jsonl")]}
+    teacher = {"serve": {"model": str(folder / "student"), "levels": ["full"]}, "signal": "full"}
+    data["base"] = {**data["base"], "teacher": teacher, "objective": {"name": "forward_kl", "temperature": 1.0, "ramp": 0}}
+    asked = InProcess(data)
+    (row,) = asked.run().rows
+    assert asked.targets[0] == asked.targets[1]
+    assert str(asked.targets[0]).startswith("grpc://127.0.0.1:")
+    assert [path.name for path in (tmp_path / "out").glob("teacher-*.log")] == ["teacher-0.log"]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(str(asked.targets[0]).rpartition(":")[2]))) != 0, "it has ended"
+    assert set(row.tested) == {"exact_match", "bits_per_byte", "words.acc", "words.acc_norm", "words.acc_bytes"}
+    assert row.cost["parameters"] == sum(parameter.numel() for parameter in tiny_llama(vocab_size=262).parameters())
+    assert row.cost["tokens_per_second"] > 0
+    assert row.cost["latency_seconds"] > 0
+    kept = asked.comparison.results.read("off_policy-seed0")
+    assert kept is not None
+    assert kept.config is not None
+    assert kept.config["teacher"]["serve"]["model"] == str(folder / "student"), "which teacher it was, and not only where"
+    again = InProcess(data)
+    again.run()
+    assert again.trained == []
+    data["base"]["teacher"] = {**teacher, "serve": {"model": "another", "levels": ["full"]}}
+    with pytest.raises(ConfigError, match=r"run with teacher\.serve\.model = .*student' and is now planned with 'another'"):
+        InProcess(data)

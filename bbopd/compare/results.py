@@ -15,6 +15,7 @@ from bbopd.evaluate.crossed import Matrix, as_matrix
 from bbopd.pipeline.folder import RunFolder, differences
 from bbopd.report.load import load_run
 
+_LENT = ("teacher.serve", None)  # of a run that was lent its teacher, beside what it would have started
 _MAY_DIFFER = ("output", "teacher.target", "train.checkpoint_every", "train.keep_checkpoints")
 _NOT_TRAINING = ("loading", "evaluation", "saving")
 _FIGURES = ("bits_per_byte", "kl_held_out", "kl_rollouts", "reverse_kl_held_out", "reverse_kl_rollouts", "top1_held_out", "top1_rollouts")
@@ -81,7 +82,8 @@ class ResultFolder:
 
     def of_run(self, run: PlannedRun) -> Result | None:
         """What is known of a run that has ended. Raises `ConfigError` where it was run with another configuration."""
-        result = self.read(run.name)
+        result, planned = self.read(run.name), run.config.model_dump(mode="json")
+        is_new = result is None
         if result is None:
             folder = RunFolder(Path(run.config.output))
             if not folder.is_finished:
@@ -89,12 +91,14 @@ class ResultFolder:
             result = _collect(run)
         assert result.config is not None, "a run has one"
         before = RunConfig.model_validate(result.config).model_dump(mode="json")
-        for key, then, now in differences(before, run.config.model_dump(mode="json")):
-            if not key.startswith(_MAY_DIFFER):
+        for key, then, now in differences(before, planned):
+            if not key.startswith(_MAY_DIFFER) and (key, then) != _LENT:
                 raise ConfigError(
                     f"{run.name} was run with {key} = {then!r} and is now planned with {now!r}: set output= to another folder, or remove "
                     f"{self.root / run.name}.json and {run.config.output} to run it again"
                 )
+        if is_new:
+            result.config = planned  # which says whom a teacher that was lent is
         return result
 
 

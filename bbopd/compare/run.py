@@ -13,6 +13,7 @@ from bbopd.compare import processes
 from bbopd.compare.measure import MeasureRequest
 from bbopd.compare.plan import Entrant, PlannedRun, make_plan
 from bbopd.compare.results import Result, ResultFolder, reference_name
+from bbopd.compare.shared_teachers import SharedTeachers
 from bbopd.compare.table import markdown
 from bbopd.compare.verdict import Pair, Row, make_pairs, make_row, to_json
 from bbopd.config_compare import CompareConfig, is_share
@@ -55,25 +56,26 @@ class Comparison:
     def run(self, say: Say) -> Outcome:
         """Train and measure what is missing. A process that fails costs its own run alone. Raises `KeyboardInterrupt`, with all kept."""
         failures: list[str] = []
-        for entrant in self.entrants:
-            self._run_entrant(entrant, say, failures)
-            self.write(self.outcome(failures))
+        with SharedTeachers(Path(self.config.output)) as teachers:
+            for entrant in self.entrants:
+                self._run_entrant(entrant, teachers, say, failures)
+                self.write(self.outcome(failures))
         for name, model in self.config.references.items():
             self._attempt(partial(self._measure_reference, name, model, say), say, failures)
         outcome = self.outcome(failures)
         self.write(outcome)
         return outcome
 
-    def _run_entrant(self, entrant: Entrant, say: Say, failures: list[str]) -> None:
+    def _run_entrant(self, entrant: Entrant, teachers: SharedTeachers, say: Say, failures: list[str]) -> None:
         for run in entrant.trials():
-            self._attempt(partial(self._complete, run, "development", say), say, failures)
+            self._attempt(partial(self._complete, run, "development", teachers, say), say, failures)
         rate = self.chosen_rate(entrant)
         if rate is None:
             return
         if len(entrant.learning_rates) > 1:
             say(f"{entrant.name}: learning rate {rate:g} is the best of {len(entrant.learning_rates)} on the development questions")
         for run in entrant.finals(rate):
-            self._attempt(partial(self._complete, run, "test", say), say, failures)
+            self._attempt(partial(self._complete, run, "test", teachers, say), say, failures)
         if not self.config.keep_models:
             for run in entrant.runs.values():
                 if self._is_measured(self.results.read(run.name), "test") or run not in entrant.finals(rate):
@@ -86,7 +88,7 @@ class Comparison:
             failures.append(str(error))
             say(str(error))
 
-    def _complete(self, run: PlannedRun, split: str, say: Say) -> None:
+    def _complete(self, run: PlannedRun, split: str, teachers: SharedTeachers, say: Say) -> None:
         """Train ``run`` where it is not trained, and measure it on ``split`` where it is not measured."""
         result = self.results.of_run(run)
         if self._is_measured(result, split):
@@ -97,7 +99,7 @@ class Comparison:
             shutil.rmtree(folder.root, ignore_errors=True)  # its model was removed after other questions: it is made again
         if result is None or not model.exists():
             say(f"{run.name}: training")
-            self._distill(run)
+            self._distill(teachers.lend(run))
             result = self.results.of_run(run)
             assert result is not None, "the process has ended well"
             self.results.write(result)
@@ -208,4 +210,5 @@ class Comparison:
             max_new_tokens=measures.max_new_tokens,
             device=student.device,
             dtype=student.dtype,
+            also=measures.also if split == "test" else (),
         )

@@ -12,6 +12,8 @@ from bbopd.config_compare import is_share
 from bbopd.errors import ConfigError
 from bbopd.evaluate.crossed import Interval, Matrix, holm, interval, ratios
 
+_COSTS = ("parameters", "tokens_per_second", "latency_seconds", "peak_memory_bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -26,6 +28,8 @@ class Row:
     spent: Mapping[str, float]
     tried: Mapping[str, float] = field(default_factory=dict)
     """By learning rate, the deciding measure on the development questions."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """Of the model under test, as far as it was measured: parameters, tokens a second, latency, peak memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,11 @@ def make_row(
         figures,
         {item.name: _mean([float(getattr(one, item.name)) for one in spent]) for item in fields(Spent)} if spent else {},
         {f"{rate:g}": value for rate, value in (tried or {}).items()},
+        {
+            name: _mean(known)
+            for name in _COSTS
+            if (known := [value for r in results if (value := r.measured["test"].get(name)) is not None])
+        },
     )
 
 
@@ -162,6 +171,7 @@ def to_json(rows: Sequence[Row], pairs: Sequence[Pair], measure: str, confidence
                 "figures": dict(row.figures),
                 "spent": dict(row.spent),
                 "tried": dict(row.tried),
+                "cost": dict(row.cost),
             }
             for row in rows
         ],
