@@ -27,7 +27,7 @@ from benchmarks.machine import describe
 from benchmarks.objective_models import ANSWER_TOKENS, prepare
 
 DIGITS = 3
-SIZES = {"narrow": 6000, "skill": 100, "prose": 24}  # lines
+SIZES = {"narrow": 6000, "skill": 60, "prose": 12}  # lines
 PROSE_CHARACTERS = 1500
 HELD_OUT = ("bridge", "candle", "desert", "dolphin", "feather", "harbour", "island", "museum", "piano", "rainbow", "storm", "village")
 """Subjects of questions that are asked in the test alone."""
@@ -62,7 +62,7 @@ def write_files(folder: Path, questions: Questions, teacher: Mapping[str, Any], 
     _write(folder / "forgotten.jsonl", ({"prompt": question, "response": answer} for question, answer in forgotten))
     _write(folder / "prose.jsonl", ({"text": text[:PROSE_CHARACTERS]} for text in islice(demo_topics().values(), sizes["prose"])))
     asked = {"prompt": "prompt", "answer": "response"}
-    sizes = {"max_new_tokens": ANSWER_TOKENS, "rollouts": 24}
+    sizes = {"max_new_tokens": ANSWER_TOKENS, "rollouts": 16}
     _task(folder / "forgotten.yaml", {**asked, "chat": True, **sizes, "teacher": {"signal": "full", **teacher}})
     _task(folder / "skill.yaml", {**asked, "metrics": ["exact_match"], "max_new_tokens": 40})
     _task(folder / "prose.yaml", {"text": "text", "window": 512})
