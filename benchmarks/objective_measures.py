@@ -108,6 +108,17 @@ def divergences(log_p_NV: Tensor, log_q_NV: Tensor, beta: float = 0.5, skew: flo
     }
 
 
+def on_candidates(log_p_NV: Tensor, log_q_NV: Tensor, count: int = TOP_K) -> Tensor:
+    """KL(q‖p) [N] over the student's ``count`` likeliest tokens and all the rest as one."""
+    ids_NK = log_q_NV.topk(min(count, log_q_NV.shape[1] - 1), dim=1).indices
+    bucketed = []
+    for log_NV in (log_p_NV, log_q_NV):
+        rest_N1 = log_NV.scatter(1, ids_NK, -torch.inf).logsumexp(dim=1, keepdim=True)
+        bucketed.append(torch.cat([log_NV.gather(1, ids_NK), rest_N1], dim=1))
+    log_p_NC, log_q_NC = bucketed
+    return (log_q_NC.exp() * (log_q_NC - log_p_NC)).sum(dim=1)
+
+
 class Yardstick:
     """Holds teachers and prompts of ``folder`` (see `objective_models`), and measures one student after another."""
 
@@ -139,7 +150,7 @@ class Yardstick:
         """Measures of the student in a folder, of some kinds.
 
         ``text``: ``text_*`` on held-out text and ``own_*`` on what the student writes to its beginnings, at temperature 1, divergences in
-        nats a token; ``bits_per_byte`` of the text; ``mixed``, the mean of that objective's two divergences.
+        nats a token, ``*_candidates`` that of `on_candidates`; ``bits_per_byte`` of the text; ``mixed``, the mean of that objective's two divergences.
         ``aligned``: ``own_aligned``, forward KL on the tokens that it has in common with a teacher of other tokens, ids and tail.
         ``questions``: ``answer_bits_per_byte`` of the teacher's answers to held-out questions; ``grade`` of the student's own.
         """
@@ -178,16 +189,17 @@ class Yardstick:
 
     @torch.no_grad()
     def _divergences(self, student: StudentView, model: Any, rollouts: Iterable[Rollout]) -> Values:
-        meters = {name: _Meter() for name in DIVERGENCES}
+        meters = {name: _Meter() for name in (*DIVERGENCES, "candidates")}
         for items in in_batches(rollouts):
             batch = assemble(items, None)
             heads = ((self._teacher, self._teacher_weight), (student, model.get_output_embeddings().weight))
-            found: dict[Divergence, list[Tensor]] = {name: [] for name in DIVERGENCES}
+            found: dict[str, list[Tensor]] = {name: [] for name in meters}
             hidden = [(view.hidden(batch).split(_ROWS), weight) for view, weight in heads]
             for rows in zip(*(parts for parts, _ in hidden), strict=True):
                 log_p, log_q = ((part @ weight.T).log_softmax(dim=1) for part, (_, weight) in zip(rows, hidden, strict=True))
                 for name, values in divergences(log_p, log_q).items():
                     found[name].append(values)
+                found["candidates"].append(on_candidates(log_p, log_q))
             for name, meter in meters.items():
                 meter.add(items, batch, torch.cat(found[name]))
         return {name: meter.means() for name, meter in meters.items()}

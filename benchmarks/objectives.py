@@ -32,13 +32,14 @@ from benchmarks.objective_measures import NEW_TOKENS, TOP_K, Kind, Values, Yards
 from benchmarks.objective_models import ANSWER_TOKENS, distill, prepare
 
 SEQUENCES = 16  # of an update
-UPDATES = 4
-LEARNING_RATE = 3e-4
+UPDATES = 12
+LEARNING_RATE = 1e-4
 RESULTS = Path(__file__).parent / "results"
 SHOWN = {
     "text_forward_kl": "KL(p‖q), text",
     "own_forward_kl": "KL(p‖q), own",
     "own_reverse_kl": "KL(q‖p), own",
+    "own_candidates": "KL(q‖p) on candidates, own",
     "own_jsd": "JSD, own",
     "own_aligned": "KL, common tokens, own",
     "bits_per_byte": "bits per byte, text",
@@ -71,7 +72,7 @@ ARMS: dict[str, Arm] = {
     "forward_kl": Arm("text_forward_kl", _on("full", "forward_kl", 0.5), "KL(p‖q), held-out text"),
     "forward_kl, top 64": Arm("text_forward_kl", _on("topk", "forward_kl", 0.5), "KL(p‖q), held-out text"),
     "reverse_kl": Arm("own_reverse_kl", _on("full", "reverse_kl"), "KL(q‖p), own text"),
-    "reverse_kl, 64 candidates": Arm("own_reverse_kl", _on("candidates", "reverse_kl"), "KL(q‖p), own text"),
+    "reverse_kl, 64 candidates": Arm("own_candidates", _on("candidates", "reverse_kl"), "KL(q‖p) on 64 candidates and the rest, own text"),
     "jsd": Arm("own_jsd", _on("full", "jsd"), "JSD, own text"),
     "skew_forward_kl": Arm("own_skew_forward_kl", _on("full", "skew_forward_kl"), "KL(p‖0.1 p + 0.9 q), own text"),
     "skew_reverse_kl": Arm("own_skew_reverse_kl", _on("full", "skew_reverse_kl"), "KL(q‖0.1 q + 0.9 p), own text"),

@@ -14,10 +14,10 @@ import torch
 from bbopd.config import RunConfig
 from bbopd.modeling import load_model, load_tokenizer
 from bbopd.ops import linear_distill
-from bbopd.types import FullTeacher
+from bbopd.types import FullTeacher, TopKTeacher
 from benchmarks import adoption, objectives
 from benchmarks.grader import grade, grading
-from benchmarks.objective_measures import DIVERGENCES, Yardstick, compare, divergences
+from benchmarks.objective_measures import DIVERGENCES, Yardstick, compare, divergences, on_candidates
 from benchmarks.objective_models import EXAMPLES, SYSTEM, forget_merges, with_examples
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
@@ -49,6 +49,18 @@ def test_divergences_are_those_that_runs_minimise():
         settings = {"temperature": 1.0, "ce_weight": 0.0, "kd_weight": 1.0, "divergence": name}
         expected = linear_distill(hidden_ND, weight_VD, FullTeacher(logits=teacher_NV), **settings).kd
         torch.testing.assert_close(found[name], expected.double(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_divergence_on_candidates_is_the_one_that_runs_minimise():
+    torch.manual_seed(6)
+    hidden_ND, weight_VD = torch.randn(7, 8).double(), torch.randn(40, 8).double()
+    log_p_NV, log_q_NV = (torch.randn(7, 40).double() * 3).log_softmax(dim=1), (hidden_ND @ weight_VD.T).log_softmax(dim=1)
+    ids_NK = log_q_NV.topk(5, dim=1).indices
+    log_tail_N = torch.log1p(-log_p_NV.gather(1, ids_NK).exp().sum(dim=1))
+    teacher = TopKTeacher(ids_NK, log_p_NV.gather(1, ids_NK), log_tail_N, 1.0)
+    settings = {"temperature": 1.0, "ce_weight": 0.0, "kd_weight": 1.0, "divergence": "reverse_kl"}
+    expected = linear_distill(hidden_ND, weight_VD, teacher, **settings).kd
+    torch.testing.assert_close(on_candidates(log_p_NV, log_q_NV, 5), expected.double(), rtol=1e-9, atol=1e-12)
 
 
 def test_grades_fall_with_every_word_and_come_over_http():
@@ -103,7 +115,7 @@ def test_all_measures_of_a_student_and_how_far_the_teacher_is_from_itself(tmp_pa
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     yardstick = Yardstick(tmp_path)
     found, same = yardstick.measure(tmp_path / "student"), yardstick.measure(tmp_path / "teacher", ("text",))
-    distances = [f"{where}_{name}" for where in ("text", "own") for name in DIVERGENCES] + ["mixed"]
+    distances = [f"{where}_{name}" for where in ("text", "own") for name in (*DIVERGENCES, "candidates")] + ["mixed"]
     assert found.keys() == {*distances, "bits_per_byte", "own_aligned", "answer_bits_per_byte", "grade"}
     for name in distances:
         assert min(found[name].values()) > 1e-3
@@ -120,7 +132,7 @@ def test_every_arm_is_a_run_and_improves_something_that_is_measured(name, tmp_pa
     config = RunConfig.model_validate(objectives.config_of(name, 1, tmp_path, target, 1e-4))
     assert config.objective.name in name
     assert config.train.total_steps == objectives.UPDATES
-    measures = {f"{where}_{divergence}" for where in ("text", "own") for divergence in DIVERGENCES}
+    measures = {f"{where}_{divergence}" for where in ("text", "own") for divergence in (*DIVERGENCES, "candidates")}
     assert objectives.ARMS[name].target in measures | {"bits_per_byte", "answer_bits_per_byte", "grade", "own_aligned", "mixed"}
 
 
