@@ -150,7 +150,8 @@ class Yardstick:
         """Measures of the student in a folder, of some kinds.
 
         ``text``: ``text_*`` on held-out text and ``own_*`` on what the student writes to its beginnings, at temperature 1, divergences in
-        nats a token, ``*_candidates`` that of `on_candidates`; ``bits_per_byte`` of the text; ``mixed``, the mean of that objective's two divergences.
+        nats a token, ``*_candidates`` that of `on_candidates`; ``bits_per_byte`` of the text; ``mixed``, the mean of that objective's two
+        divergences.
         ``aligned``: ``own_aligned``, forward KL on the tokens that it has in common with a teacher of other tokens, ids and tail.
         ``questions``: ``answer_bits_per_byte`` of the teacher's answers to held-out questions; ``grade`` of the student's own.
         """
