@@ -149,6 +149,11 @@ def test_cpp_and_numpy_take_and_refuse_the_same_rows():
     run(settings(max_examples=FEW, derandomize=True))
 
 
+def test_the_response_token_is_held_to_its_logprob_wherever_it_stands(monkeypatch):
+    """Also where an id is there twice: candidates are held to the ids that were asked about, and not to being different."""
+    compare(monkeypatch, (4, "candidates", 4, 8, 100, False, ["nothing", "same id"]))
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(3600)
 def test_cpp_and_numpy_take_and_refuse_the_same_rows_many_times():

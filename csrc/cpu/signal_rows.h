@@ -67,7 +67,7 @@ class SignalChecker {
     const bool is_sent = a_.half_logprobs_out != nullptr;
     vi good = vi{} - 1;
     vf sum{};
-    Index own_at = -1;
+    bool own_agrees = true;
     for (Index i = 0; i < padded_; i += kLanes) {
       const vf x = load(&logprobs_[i]);
       vi id;
@@ -79,14 +79,16 @@ class SignalChecker {
       }
       if (is_sent) good &= (x >= smallest) | (x == -std::numeric_limits<float>::infinity());
       sum += exponential(x);
-      if (const std::uint32_t found = lanes_of(id == target); found != 0 && own_at < 0)
-        own_at = i + __builtin_ctz(found);
+      for (std::uint32_t found = lanes_of(id == target); found != 0; found &= found - 1) {
+        const Index at = i + __builtin_ctz(found);
+        own_agrees &= at >= a_.K || agrees(logprobs_[at], own);
+      }
     }
     if (any(~good) || !(tail <= kAboveZero) || !(own <= kAboveZero)) return false;
     if (a_.is_ranked && has_repeated_id()) return false;
     const float mass = sum_lanes(sum) + std::exp(tail);
     if (!(std::fabs(mass - 1.0F) <= most_off_)) return false;
-    if (own_at >= 0 && !agrees(logprobs_[own_at], own)) return false;
+    if (!own_agrees) return false;
     write_row(row, std::log(mass));
     return true;
   }
