@@ -32,7 +32,7 @@ def run(
     """
     student, device, widest = case.student, case.ce.device, case.vocabulary.widest
     N, V = student.hidden.shape[0], student.weight.shape[0]
-    chunk = min(chunk_tokens or max(_CHUNK_TOKENS, CHUNK_LOGITS // (widest or V)), max(N, 1))
+    chunk = min(chunk_tokens or tokens_of_chunk(widest or V), max(N, 1))
     hidden_dtype, weight_dtype = (gradient_dtype(tensor.dtype) for tensor in (student.hidden, student.weight))
     # the ranks' parts are added up before they are rounded
     dH_dtype = hidden_dtype if widest is None else torch.float32
@@ -45,6 +45,11 @@ def run(
     if needs_hidden:
         case.vocabulary.sum_in_place(dH_ND)
     return dH_ND.to(hidden_dtype), dW_VD.to(weight_dtype), db_V
+
+
+def tokens_of_chunk(vocabulary: int) -> int:
+    """How many tokens have their logits at a time, of a head with ``vocabulary`` rows."""
+    return max(_CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
 def _run_chunks(

@@ -16,12 +16,12 @@ import yaml
 from bbopd.cli.main import main
 from bbopd.config import RunConfig
 from bbopd.data.prompts import PromptSet
-from bbopd.doctor.cost import forecast
 from bbopd.doctor.examine import CHECKS, examine_run
 from bbopd.doctor.findings import Check, SetUp, examine, passed
 from bbopd.doctor.trackers import check_trackers
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.modeling import load_model, load_tokenizer
+from bbopd.planning.tokens import Lengths, forecast
 from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
 from bbopd.types import Prompt, SignalSpec
@@ -312,7 +312,7 @@ def test_the_forecast_counts_tokens_as_a_run_would():
         "train": {"on_policy_tokens": 5000, "cold_start_tokens": 600},
     }
     config = RunConfig.model_validate(sections)
-    total = forecast(config, PromptSet(prompts, prompts[:1]), 50.0)
+    total = forecast(config, Lengths.of(config, PromptSet(prompts, prompts[:1]), 50.0))
     answers, references = 5000 / 50, 600 / 30 + 5000 / 50 * 6 / 2
     assert total.written_tokens == pytest.approx(5000)
     assert total.response_tokens == pytest.approx(5000 + 30 * references)
@@ -321,7 +321,8 @@ def test_the_forecast_counts_tokens_as_a_run_would():
     asked = total.asked(SignalSpec("sampled", rollouts_only=True), config)
     assert (asked.response_tokens, asked.sequence_tokens) == pytest.approx((5000, 5000 + 10 * answers))
     sections["train"] = {**sections["train"], "total_steps": 2, "batch_tokens": 1460, "on_policy_tokens": 5000}
-    half = forecast(RunConfig.model_validate(sections), PromptSet(prompts, prompts[:1]), 50.0)
+    shorter = RunConfig.model_validate(sections)
+    half = forecast(shorter, Lengths.of(shorter, PromptSet(prompts, prompts[:1]), 50.0))
     assert half.response_tokens == pytest.approx(2 * 1460)
 
 
@@ -335,7 +336,7 @@ def test_a_game_asks_for_one_answer_beside_each_group():
     }
     config = RunConfig.model_validate(sections)
     prompts = [Prompt(f"p{n}", (1, 2, 3, 4), (5, 6)) for n in range(4)]
-    total = forecast(config, PromptSet(prompts, prompts[:1]), 50.0)
+    total = forecast(config, Lengths.of(config, PromptSet(prompts, prompts[:1]), 50.0))
     assert (total.answers, total.written_tokens, total.response_tokens) == (80, 4000, 5000)
     asked = total.asked(SignalSpec("text"), config)
     assert asked.response_tokens == pytest.approx(1000 + 4000 / 8)

@@ -19,12 +19,12 @@ from bbopd.errors import EngineError, TeacherError, TrainingError
 from bbopd.pipeline.books import Books
 from bbopd.pipeline.ledger import Ledger
 from bbopd.pipeline.state import RunState
+from bbopd.planning.virtual_clock import run_virtually
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.types import Prompt, Rollout
 from tests.simulated import Durations, OpenGate, Simulation, Stream, TimedTeacher, heavy_tail, simulate, simulated_config
 from tests.test_loop import VOCAB, Rig, run_config
-from tests.virtual_clock import run_virtually
 
 BALANCED = Durations(token=0.6, slots=64, trained_token=0.0184, teacher=heavy_tail)
 

@@ -16,9 +16,9 @@ from bbopd.objectives.group_advantages import group_advantages
 from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.rewards import GroupRewards
 from bbopd.pipeline.state import RunState
+from bbopd.planning.virtual_clock import run_virtually
 from bbopd.types import Prompt, Reward, Rollout, ScoredRollout, SignalSpec, Unscored
 from tests.simulated import Durations, OpenGate, Simulation, simulate, simulated_config
-from tests.virtual_clock import run_virtually
 
 TEXT = SignalSpec("text")
 

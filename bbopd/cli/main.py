@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, compare, demo, distill, doctor, eval, eval_human, objectives, report, sample_server, serve
+from bbopd.cli import cache, check_teacher, compare, demo, distill, doctor, eval, eval_human, objectives, plan, report, sample_server, serve
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
     "distill": (distill, "run a distillation from a YAML file"),
     "compare": (compare, "train and measure the arms of a comparison alike, and say what differs"),
+    "plan": (plan, "say what a run holds, takes and costs, before any of it is loaded, and how it would scale"),
     "doctor": (doctor, "check a run before it spends anything, and say what it will take"),
     "objectives": (objectives, "say what each objective needs, computes and costs, and which ones a teacher can serve"),
     "serve": (serve, "host a teacher over gRPC"),

@@ -6,14 +6,11 @@ import asyncio
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from bbopd.config import RunConfig
 from bbopd.data.assemble import Item, assemble, rollout_of, split_into_steps
-from bbopd.data.prompts import PromptSet
 from bbopd.data.streams import each
 from bbopd.doctor.findings import SetUp, Verdict, passed, warned
 from bbopd.errors import TeacherError
@@ -25,6 +22,8 @@ from bbopd.pipeline.prompt_groups import PromptGroups
 from bbopd.pipeline.student import bytes_beside, end_of_answer_ids
 from bbopd.pipeline.teacher import text_teacher, writing_teacher
 from bbopd.pipeline.texts import place_for_label
+from bbopd.planning.tokens import Forecast, Lengths, Prices, forecast, mean, price
+from bbopd.planning.words import in_words, size
 from bbopd.rollouts.hf import HFEngine
 from bbopd.rpc.answers import token_bytes
 from bbopd.teachers.grades import render
@@ -32,7 +31,7 @@ from bbopd.trainer.checkpoint import require_space
 from bbopd.trainer.step import Trainer
 from bbopd.types import Rollout, Sampling, ScoredRollout, SignalSpec
 
-__all__ = ["Forecast", "check_cost", "check_disk", "forecast"]
+__all__ = ["check_cost", "check_disk"]
 
 _PROBE_SEQUENCES = 8
 _PROBE_TOKENS = 128  # of an answer
@@ -55,7 +54,8 @@ async def check_disk(setup: SetUp) -> Verdict:
     cache = config.teacher.cache
     if cache is None or setup.want is None or setup.prompts is None or setup.teacher is None:
         return passed(found)
-    asked = forecast(config, setup.prompts, config.rollouts.max_new_tokens).asked(setup.want, config)
+    lengths = Lengths.of(config, setup.prompts, config.rollouts.max_new_tokens)
+    asked = forecast(config, lengths).asked(setup.want, config)
     expected = asked.response_tokens * _bytes_per_token(setup)
     allowed = min(_free_bytes(Path(cache.path)), cache.max_bytes or math.inf)
     if expected <= allowed:
@@ -76,63 +76,6 @@ def _bytes_per_token(setup: SetUp) -> int:
     assert setup.teacher is not None
     assert setup.want is not None
     return token_bytes(setup.want, setup.teacher.info.vocab_size, setup.config.candidates)
-
-
-# ------------------------------------------------------------ tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Of a whole run: the student's answers and their tokens, without and with prompts; then those of all responses."""
-
-    answers: float
-    written_tokens: float
-    written_sequence_tokens: float
-    response_tokens: float
-    sequence_tokens: float
-
-    def asked(self, want: SignalSpec, config: RunConfig) -> Forecast:
-        """What of it the teacher is asked about: of a game, one answer of its own beside each group of the student's."""
-        if want.rollouts_only:
-            return replace(self, response_tokens=self.written_tokens, sequence_tokens=self.written_sequence_tokens)
-        if config.objective.name != "gad":
-            return self
-        spared = 1 - 1 / config.rollouts.samples_per_prompt
-        return replace(
-            self,
-            response_tokens=self.response_tokens - spared * self.written_tokens,
-            sequence_tokens=self.sequence_tokens - spared * self.written_sequence_tokens,
-        )
-
-
-def forecast(config: RunConfig, prompts: PromptSet, answer_tokens: float) -> Forecast:
-    """Tokens of ``config``'s run where an answer has ``answer_tokens`` in the mean. Evaluation is not counted."""
-    train, rollouts = config.train, config.rollouts
-    prompt = _mean([len(prompt.token_ids) for prompt in prompts.to_train])
-    is_written = config.teacher_writes
-    labelled = [prompt for prompt in prompts.to_train if prompt.reference_ids or is_written]
-    reference = answer_tokens if is_written else _mean([len(one.reference_ids or ()) for one in labelled])
-    labelled_prompt = _mean([len(one.token_ids) for one in labelled])
-    per_cycle = config.rollouts_per_cycle
-    answers = train.on_policy_tokens / answer_tokens if config.writes_rollouts else 0.0
-    references = train.cold_start_tokens / reference if reference else 0.0
-    if config.writes_rollouts:
-        references += answers * (rollouts.per_update - per_cycle) / per_cycle
-    elif reference and train.labelled_tokens is not None:
-        references += train.labelled_tokens / reference
-    elif train.total_steps is not None:
-        references += train.total_steps * train.batch_tokens / max(1.0, reference)
-    written, known = answers * answer_tokens, references * reference
-    share = 1.0
-    if train.total_steps is not None:  # the other limit: whichever is reached first
-        share = min(1.0, train.total_steps * train.batch_tokens / max(1.0, written + known))
-    with_prompts = written + answers * prompt
-    sequences = with_prompts + known + references * labelled_prompt
-    return Forecast(share * answers, share * written, share * with_prompts, share * (written + known), share * sequences)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 # ------------------------------------------------------------ time and money
@@ -169,7 +112,7 @@ async def check_cost(setup: SetUp) -> Verdict:
     await _cycle(setup, trainer)  # what happens once, such as compiling, is not the run's pace
     measured = await _cycle(setup, trainer)
     rates = measured.rates()
-    total = forecast(config, setup.prompts, measured.answer_tokens or config.rollouts.max_new_tokens)
+    total = forecast(config, Lengths.of(config, setup.prompts, measured.answer_tokens or config.rollouts.max_new_tokens))
     asked = total if setup.want is None else total.asked(setup.want, config)
     seconds = {
         "sampling": total.written_tokens / rates["sampling"] if "sampling" in rates else 0.0,
@@ -179,10 +122,10 @@ async def check_cost(setup: SetUp) -> Verdict:
     pace = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items())
     parts = [
         f"about {total.response_tokens:,.0f} tokens trained ({total.written_tokens:,.0f} of them written by the student)",
-        f"{_duration(sum(seconds.values()))} without evaluation ({pace})",
+        f"{in_words(sum(seconds.values()))} without evaluation ({pace})",
     ]
     if "scoring" in rates:
-        parts.append(f"{asked.sequence_tokens:,.0f} tokens scored, {_size(asked.response_tokens * _bytes_per_token(setup))} of answers")
+        parts.append(f"{asked.sequence_tokens:,.0f} tokens scored, {size(asked.response_tokens * _bytes_per_token(setup))} of answers")
         assert setup.teacher is not None
         cost, currency = _money(setup, asked)
         parts.append(f"{cost:,.2f} {currency}".rstrip() if cost else "no price is known (teacher.prices)")
@@ -200,20 +143,16 @@ async def check_cost(setup: SetUp) -> Verdict:
 
 
 def _money(setup: SetUp, total: Forecast) -> tuple[float, str]:
-    """What the teacher will cost, and in which currency; 0 where no price is known. What it scores is priced as prompts are."""
+    """What the teacher will cost, and in which currency; 0 where no price is known."""
     assert setup.teacher is not None
-    info, prices = setup.teacher.info, setup.config.teacher.prices
-    prompt, answer, currency = info.price_per_million_tokens, info.price_per_million_tokens, info.currency
-    if prices is not None:
-        prompt, answer, currency = prices.prompt, prices.answer, prices.currency
-    grading = setup.config.teacher.grading
-    if grading is not None and setup.config.objective.judges_groups:
+    info, config = setup.teacher.info, setup.config
+    given, grading, asked = config.teacher.prices, config.teacher.grading, 0
+    own = info.price_per_million_tokens
+    prices = Prices(own, own, info.currency) if given is None else Prices(given.prompt, given.answer, given.currency)
+    if grading is not None and config.objective.judges_groups:
         assert setup.tokenizer is not None
         asked = len(setup.tokenizer(render(grading, "", "", None))["input_ids"])
-        read, replies = total.sequence_tokens + total.answers * asked, total.answers * setup.config.teacher.answers.max_new_tokens
-        return (read * prompt + replies * answer) / 1e6, currency
-    written = total.response_tokens if setup.config.teacher.signal == "text" else 0.0
-    return ((total.sequence_tokens - written) * prompt + written * answer) * setup.config.teacher.answers.samples / 1e6, currency
+    return price(config, total, prices, rubric_tokens=asked), prices.currency
 
 
 async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
@@ -257,7 +196,7 @@ async def _cycle(setup: SetUp, trainer: Trainer) -> _Measured:
         measured.scoring = (sum(len(one.rollout) for one in scored), time.perf_counter() - started)
         items = [*scored, *unasked]
     if setup.want is not None and setup.want.level == "text" and items and not config.writes_rollouts:
-        measured.answer_tokens = _mean([len(rollout_of(item)) for item in items])
+        measured.answer_tokens = mean([len(rollout_of(item)) for item in items])
     if items:
         measured.training = await asyncio.to_thread(_train, setup, trainer, items)
     return measured
@@ -282,7 +221,7 @@ async def _write(setup: SetUp, measured: _Measured) -> list[Rollout]:
     started = time.perf_counter()
     written = [rollout async for rollout in engine.generate(each(questions), sampling)]
     measured.sampling = (sum(map(len, written)), time.perf_counter() - started)
-    measured.answer_tokens = _mean([rollouts.max_new_tokens if one.finish_reason == "length" else len(one) for one in written])
+    measured.answer_tokens = mean([rollouts.max_new_tokens if one.finish_reason == "length" else len(one) for one in written])
     return [ready for rollout in written for ready in groups.accept(rollout)]
 
 
@@ -293,17 +232,3 @@ def _train(setup: SetUp, trainer: Trainer, items: list[Item]) -> tuple[int, floa
     steps = split_into_steps(items, train.batch_tokens, train.micro_batch_tokens, train.max_seq_len)
     tokens = sum(trainer.train_step([assemble(batch, setup.want) for batch in step]).tokens for step in steps)
     return tokens, time.perf_counter() - started
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -3,7 +3,7 @@
 from bbopd.modeling.copies import FrozenCopy, copy_of_trained, trained_bytes, trained_weights
 from bbopd.modeling.head import output_head
 from bbopd.modeling.layers import keep_layers
-from bbopd.modeling.load import compute_dtype, load_model, load_tokenizer, max_positions, resolve_device
+from bbopd.modeling.load import compute_dtype, empty_model, load_model, load_tokenizer, max_positions, resolve_device
 from bbopd.modeling.lora import adapter_parameters, add_lora, is_adapted, merge_lora, merged_weights, save_adapter
 from bbopd.modeling.packed import can_share_prefixes, packed_attention, packed_hidden
 from bbopd.modeling.placement import to_device
@@ -18,6 +18,7 @@ __all__ = [
     "chat_template_sha256",
     "compute_dtype",
     "copy_of_trained",
+    "empty_model",
     "is_adapted",
     "keep_layers",
     "load_model",

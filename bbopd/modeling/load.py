@@ -105,6 +105,41 @@ def load_model(
     return model.to(place).eval()
 
 
+def empty_model(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    keep_layers: Sequence[int] | None = None,
+) -> PreTrainedModel:
+    """A causal language model in float32 without values, on torch's device of now: ``meta``, or a fake one, where nothing may take memory.
+
+    Parameters
+    ----------
+    source
+        As for `load_model`, of which only the configuration is read; or a ``config.json`` by itself.
+    keep_layers
+        As for `load_model`.
+
+    Raises
+    ------
+    ModelError
+        No configuration of a causal language model that transformers knows, or a hub that cannot be reached.
+    """
+    if (adapted := adapter_base(source)) is not None:
+        source, revision = adapted
+    path = Path(source).expanduser()
+    is_config = path.suffix == ".json" and path.is_file()
+    where = _Location(str(path)) if is_config else _locate(source, ("config.json",), "configuration")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **where.options}
+    with quiet(), where.muted(), _explained(source, "configuration"):
+        config = AutoConfig.from_pretrained(where.name, **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    if keep_layers is not None:
+        prune_layers(model, keep_layers)
+    return model
+
+
 def load_tokenizer(
     source: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
 from bbopd.errors import ModelError
@@ -86,7 +87,7 @@ def packed_hidden(
         Activation checkpointing outside `packed_attention`: the layers would run again without knowing of the packing.
     """
     body = decoder(model)
-    lengths = torch.diff(boundaries_S1).tolist()
+    lengths = [end - start for start, end in itertools.pairwise(boundaries_S1.tolist())]
     assert prefixes is None or can_share_prefixes(model), "ask can_share_prefixes first"
     if body.is_gradient_checkpointing and body.training and torch.is_grad_enabled() and body.config._attn_implementation != _IMPLEMENTATION:
         raise ModelError("activation checkpointing with packed sequences needs the backward pass inside packed_attention(model)")
@@ -158,7 +159,8 @@ def _is_flash(body: PreTrainedModel) -> bool:
 
 def _can_pack(body: PreTrainedModel) -> bool:
     if body not in _packable:
-        _packable[body] = _declares_support(body) and _agrees_with_padding(body)
+        has_values = not isinstance(body.get_input_embeddings().weight, FakeTensor)  # of shapes alone there is nothing to compare
+        _packable[body] = _declares_support(body) and (not has_values or _agrees_with_padding(body))
     return _packable[body]
 
 

@@ -9,7 +9,8 @@ as well, so a student would write as one model and be trained as another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,15 @@ Quantization = Literal["nf4", "int8"]
 _BLOCK = 64  # weights that share a scale
 _SCALE_BLOCK = 256  # scales that share a scale of their own
 _LARGEST_INT8 = 127.0
+
+
+def quantized_bytes(shape: Sequence[int], kind: Quantization) -> int:
+    """What the codes of a matrix of ``shape`` take, with all that turns them into it."""
+    rows, size = shape[0], math.prod(shape)
+    if kind == "int8":
+        return size + 4 * rows
+    blocks = math.ceil(size / _BLOCK)
+    return math.ceil(size / 2) + blocks + 4 * math.ceil(blocks / _SCALE_BLOCK) + 4
 
 
 class QuantizedLinear(nn.Linear):

@@ -23,7 +23,7 @@ from bbopd.errors import ModelError, RankError, TrainingError
 from bbopd.pipeline.books import Books, Draw
 from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.cycle import CycleItems, collect_cycle, sampling_of
-from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.metrics import Recorder
 from bbopd.pipeline.overlap import Overlap
 from bbopd.pipeline.parts import Parts, to_the_end
 from bbopd.pipeline.progress import Progress
@@ -45,7 +45,7 @@ class Loop:
         parts: Parts,
         state: RunState,
         *,
-        metrics: RunMetrics,
+        metrics: Recorder,
         timeline: Timeline,
         progress: Progress,
         evaluate: Evaluate,

@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from bbopd.errors import CheckpointError
 from bbopd.pipeline.energy import Counter, EnergyMeter, energy_counters
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.trackers import TensorBoard, Tracker
+
+
+class Recorder(Protocol):
+    """Who hears the figures of a run: `RunMetrics`, which says what each is, or a list in memory."""
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
+    def evaluation(self, line: Mapping[str, Any]) -> None: ...
+    def trace(self, content: Mapping[str, Any]) -> None: ...
+    def has_evaluation(self, stage: str, step: int) -> bool: ...
 
 
 class RunMetrics:

@@ -69,6 +69,7 @@ class Overlap:
         self._tasks = asyncio.TaskGroup()
         self._changed = Changes()
         self._written: deque[Rollout] = deque()
+        self._written_tokens = 0  # of those that the student wrote; counted as they come and go, since every change looks at it
         self._scored = BatchQueue(room=self._per_cycle, batch_tokens=config.train.batch_tokens)
         self._sampling = timeline.items("sampling")
         self._scoring = timeline.items("scoring", idle="nothing to score")
@@ -120,7 +121,7 @@ class Overlap:
 
     def _runs_empty(self) -> bool:
         """Whether no more is begun: it was asked for, or what is under way spends the budget."""
-        tokens = self._scored.rollout_tokens + sum(len(rollout) for rollout in self._written if not rollout.is_labelled)
+        tokens = self._scored.rollout_tokens + self._written_tokens
         self._is_running_empty = self._is_running_empty or self._budgets.is_spent(on_policy_tokens_under_way=tokens)
         return self._is_running_empty
 
@@ -193,6 +194,7 @@ class Overlap:
         with self._timeline.wait("sampling", "the teacher's queue is full"):
             await self._changed.until(lambda: len(self._written) < self._per_cycle)
         self._written.append(rollout)
+        self._written_tokens += 0 if rollout.is_labelled else len(rollout)
         self._changed.tell()
 
     def _drop(self, number: int) -> None:
@@ -223,6 +225,7 @@ class Overlap:
         while True:
             await self._changed.until(lambda: bool(self._written))
             rollout = self._written.popleft()
+            self._written_tokens -= 0 if rollout.is_labelled else len(rollout)
             self._changed.tell()
             if rollout.is_labelled and want.rollouts_only:
                 await self._pass_on(rollout)

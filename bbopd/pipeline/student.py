@@ -13,12 +13,28 @@ import torch
 from bbopd.config import RunConfig, StudentConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.errors import ConfigError
-from bbopd.modeling import add_lora, load_model, max_positions, plain_sizes, resolve_device, trained_bytes
+from bbopd.modeling import add_lora, empty_model, load_model, max_positions, plain_sizes, resolve_device, trained_bytes
 from bbopd.modeling.lora import adapter_base
 from bbopd.trainer.optimizer import MOMENT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def empty_student(config: StudentConfig, source: str | None = None) -> PreTrainedModel:
+    """The student without values, on torch's device of now, adapters included. Matrices that would be quantised are plain ones.
+
+    ``source`` is read in place of the model's own configuration.
+    """
+    model = empty_model(
+        source or config.model,
+        revision=config.revision if source is None else None,
+        trust_remote_code=config.trust_remote_code,
+        keep_layers=config.init.keep_layers,
+    )
+    if config.lora is not None:
+        add_lora(model, config.lora, base=config.model)
+    return model
 
 
 def load_student(config: StudentConfig, seed: int, deterministic: bool, is_split: bool = False) -> PreTrainedModel:

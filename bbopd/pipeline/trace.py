@@ -7,7 +7,7 @@ it a complete event ("X"); what overlaps with its like, such as rollouts being w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -79,3 +79,18 @@ class Trace:
 
     def _microseconds(self, seconds: float) -> float:
         return round((seconds - self._start) * 1e6, 1)
+
+
+def read_spans(trace: Mapping[str, Any]) -> list[Span]:
+    """The spans of a trace in the Trace Event Format; asynchronous ones are put together from their two events."""
+    events: Sequence[Mapping[str, Any]] = trace.get("traceEvents") or ()
+    spans, begun = [], {}
+    for event in events:
+        if event["ph"] == "X":
+            start, seconds = event["ts"] / 1e6, event["dur"] / 1e6
+            spans.append(Span(event["cat"], event["name"], start, start + seconds, True, event["args"]))
+        elif event["ph"] == "b":
+            begun[event["cat"], event["id"]] = event
+        elif event["ph"] == "e" and (first := begun.pop((event["cat"], event["id"]), None)) is not None:
+            spans.append(Span(event["cat"], event["name"], first["ts"] / 1e6, event["ts"] / 1e6, False, first["args"]))
+    return spans

@@ -14,7 +14,7 @@ from bbopd.data.shares import share_over_ranks
 from bbopd.errors import TrainingError
 from bbopd.pipeline.books import Books
 from bbopd.pipeline.budgets import Budgets
-from bbopd.pipeline.metrics import RunMetrics
+from bbopd.pipeline.metrics import Recorder
 from bbopd.pipeline.parts import Parts, to_the_end
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.reward_figures import reward_figures
@@ -36,7 +36,7 @@ class Updates:
         state: RunState,
         books: Books,
         *,
-        metrics: RunMetrics,
+        metrics: Recorder,
         timeline: Timeline,
         progress: Progress,
     ) -> None:

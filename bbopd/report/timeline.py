@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from bbopd.pipeline.trace import Span, read_spans
 from bbopd.report.drawing import FAINT, SERIES, STYLE, to_svg
 from bbopd.report.load import RunData
 
@@ -33,16 +33,6 @@ class StageShare:
     stage: str
     busy: float
     waits: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    lane: str
-    name: str
-    start: float  # seconds from the session's start
-    end: float
-    is_alone: bool
-    about: Mapping[str, Any]
 
 
 def stage_shares(data: RunData) -> list[StageShare]:
@@ -72,21 +62,6 @@ def timeline_drawings(data: RunData) -> list[tuple[str, str]]:
         title = f"Cycles {first} to {last}, stage by stage" if last > first else f"Cycle {first}, stage by stage"
         found.append((title, _draw_window(title, spans, start, end)))
     return found
-
-
-def read_spans(trace: Mapping[str, Any]) -> list[Span]:
-    """The spans of a trace in the Trace Event Format; asynchronous ones are put together from their two events."""
-    events: Sequence[Mapping[str, Any]] = trace.get("traceEvents") or ()
-    spans, begun = [], {}
-    for event in events:
-        if event["ph"] == "X":
-            start, seconds = event["ts"] / 1e6, event["dur"] / 1e6
-            spans.append(Span(event["cat"], event["name"], start, start + seconds, True, event["args"]))
-        elif event["ph"] == "b":
-            begun[event["cat"], event["id"]] = event
-        elif event["ph"] == "e" and (first := begun.pop((event["cat"], event["id"]), None)) is not None:
-            spans.append(Span(event["cat"], event["name"], first["ts"] / 1e6, event["ts"] / 1e6, False, first["args"]))
-    return spans
 
 
 def _window(spans: Sequence[Span]) -> tuple[int, int, float, float] | None:

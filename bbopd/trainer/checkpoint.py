@@ -109,8 +109,7 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int 
     CheckpointError
         Too little free space, or none to be asked about.
     """
-    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    one = stored_bytes(model) + moments + beside + SPARE_BYTES
+    one = checkpoint_bytes(model, beside)
     with explained(root):
         folders = max(1, keep + 1 - len(checkpoint_folders(root)))
         disk = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
@@ -122,6 +121,12 @@ def require_space(root: Path, *, model: PreTrainedModel, keep: int, beside: int 
             f"and one being written), and the model at the end, need {needed:,}: free some space, lower train.keep_checkpoints, "
             "or set output to another disk"
         )
+
+
+def checkpoint_bytes(model: PreTrainedModel, beside: int = 0) -> int:
+    """Of one checkpoint of ``model``, which may be on the meta device, with two float32 moments and ``beside`` bytes of other models."""
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return stored_bytes(model) + moments + beside + SPARE_BYTES
 
 
 def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
