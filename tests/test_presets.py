@@ -62,7 +62,7 @@ def run_small(config: dict[str, Any], folder: Path, target: str) -> dict[str, An
         teacher["cache"] = {"path": str(folder / "answers.db")}
     samples = 4 if config["objective"]["name"] == "gad" else config["rollouts"]["samples_per_prompt"]
     kept = {key: config["rollouts"][key] for key in ("on_policy_fraction", "max_staleness") if key in config["rollouts"]}
-    train = config["train"] | {"batch_tokens": 40, "micro_batch_tokens": 64, "max_seq_len": 48, "on_policy_tokens": 60}
+    train = config["train"] | {"batch_tokens": 40, "micro_batch_tokens": 64, "max_seq_len": 48, "on_policy_tokens": 24}
     if "cold_start_tokens" in train:
         train["cold_start_tokens"] = 20
     small = {

@@ -1,7 +1,7 @@
 """Memory of one GPU by part, from shapes: what a run holds while it trains, and while its student writes.
 
-What is sharded is cut evenly over all GPUs, as FSDP does. Only what the library itself allocates is counted part by part; `LIBRARIES`
-stands for the rest.
+It is that of the fullest one, rank 0's, where there are several. Only what the library itself allocates is counted part by part;
+`LIBRARIES` stands for the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bbopd.modeling.shapes import Activations, ModelShape
 from bbopd.planning.machine import GIB, Machine
 from bbopd.trainer.optimizer import MOMENT_BYTES
 
-__all__ = ["LIBRARIES", "Memory", "Part", "Shapes", "memory_of"]
+__all__ = ["LIBRARIES", "Memory", "Part", "Shapes", "engine_is_on_cpu", "host_bytes", "memory_of"]
 
 LIBRARIES = 1.5 * GIB
 """The context of CUDA, its libraries' workspaces, and NCCL: about as much."""
 
 _ENGINE_BESIDE = 1.5 * GIB  # vLLM's own context, graphs and workspaces
-_FLOAT32 = 4
+_FLOAT32, _BFLOAT16 = 4, 2
 _ROWS = 64  # answers that an engine writes side by side on one GPU, where nothing else says how many
 _CACHED_TOKENS = 65_536  # rows times columns of its cache, at most
 _ID_BYTES = 12  # of one id of a signal: int64 and float32
@@ -53,12 +53,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one GPU. ``absent`` is what one float32 tensor of tokens x vocabulary would take, which there never is."""
+    """Of one GPU; ``host`` of a node's own memory. ``absent`` is what one float32 tensor of tokens x vocabulary would take, which there
+    never is."""
 
     parts: tuple[Part, ...]
     absent: float
     engine_tokens: float
     """Tokens whose keys and values the engine has room for; negative where not even its weights fit."""
+    host: float = 0.0
 
     def of(self, phase: Phase) -> float:
         return sum(part.size for part in self.parts if part.phase in ("always", phase))
@@ -77,30 +79,67 @@ def memory_of(config: RunConfig, shapes: Shapes, machine: Machine) -> Memory:
     parts = [
         *_weights(config, shapes, ranks),
         *_activations(config, shapes, tokens),
-        *_head(student, tokens, item),
+        *_head(student, tokens, item, ranks if ranks > 1 and config.train.parallel.head == "split" else 1),
         *_signal(config, student.vocabulary, tokens),
         *_beside(config, student, ranks),
         *engine,
         *_teacher(config, shapes, machine),
         Part("libraries", LIBRARIES, "always", "context of CUDA, workspaces, NCCL (assumed)"),
     ]
-    return Memory(tuple(part for part in parts if part.size), _FLOAT32 * tokens * student.vocabulary, engine_tokens)
+    return Memory(
+        tuple(part for part in parts if part.size),
+        _FLOAT32 * tokens * student.vocabulary,
+        engine_tokens,
+        host_bytes(config, shapes, machine),
+    )
 
 
 def _weights(config: RunConfig, shapes: Shapes, ranks: int) -> Iterable[Part]:
-    student, item, shared = shapes.student, shapes.compute_bytes, "" if ranks == 1 else f" over {ranks} GPUs"
-    yield Part("weights", student.trained_bytes / ranks, "always", f"{student.trained:,} float32 masters{shared}")
-    held = config.student.quantize or "float32"
-    yield Part("frozen weights", student.frozen_bytes / ranks, "always", f"{student.parameters:,} in {held}{shared}")
-    gathered = item * (2 * student.largest_layer + student.outside_layers)
     if ranks > 1:
-        yield Part("gathered weights", gathered, "training", "two layers, embeddings and head in the compute dtype")
-    elif shapes.activations is not None and config.student.quantize is None:
-        yield Part("cast weights", shapes.activations.cast_weights, "training", "copies in the compute dtype, kept until the backward pass")
-    gradients = student.trained_bytes / ranks + (0 if ranks == 1 else (_FLOAT32 + item) * student.largest_layer)
-    yield Part("gradients", gradients, "training", f"float32{shared}" + ("" if ranks == 1 else ", and one layer's before it is shared out"))
-    moments = MOMENT_BYTES[config.train.optimizer] * student.trained / ranks
-    yield Part("optimizer", moments, "always", f"two moments of {config.train.optimizer}{shared}")
+        yield from _split_weights(config, shapes, ranks)
+        return
+    student, kept = shapes.student, shapes.activations
+    yield Part("weights", student.trained_bytes, "always", f"{student.trained:,} float32 masters")
+    held = config.student.quantize or "float32"
+    yield Part("frozen weights", student.frozen_bytes, "always", f"{student.parameters:,} in {held}")
+    if kept is not None and config.student.quantize is None:
+        yield Part("cast weights", kept.cast_weights, "training", "copies in the compute dtype, kept until the backward pass")
+    yield Part("gradients", student.trained_bytes, "training", "float32")
+    yield Part("optimizer", MOMENT_BYTES[config.train.optimizer] * student.trained, "always", f"two moments of {config.train.optimizer}")
+
+
+def _split_weights(config: RunConfig, shapes: Shapes, ranks: int) -> Iterable[Part]:
+    """Of a rank: a slice of everything, and for the time of its use a layer as it is gathered; of rank 0 the whole student too."""
+    student, parallel, kept = shapes.student, config.train.parallel, shapes.activations
+    item = _FLOAT32 if parallel.gather == "float32" else _BFLOAT16
+    slices = max(1, ranks // parallel.replicas)
+    where = f"over {slices} GPUs"
+    if not parallel.cpu_offload:
+        yield Part("weights", student.trained_bytes / slices, "always", f"{student.trained:,} float32 masters {where}")
+        yield Part("optimizer", MOMENT_BYTES[config.train.optimizer] * student.trained / slices, "always", f"two moments {where}")
+    outside = student.outside_layers - (student.vocabulary * student.hidden if parallel.head == "split" else 0)
+    gathered = item * (2 * student.largest_layer + outside)
+    yield Part("gathered weights", gathered, "training", f"two layers, and what is of no layer, in {parallel.gather}")
+    if kept is not None and parallel.gather == "float32":
+        yield Part("cast weights", kept.cast_weights, "training", "copies in the compute dtype, kept until the backward pass")
+    gradients = _FLOAT32 * (student.largest_layer + outside)
+    gradients += 0 if parallel.cpu_offload else student.trained_bytes / slices
+    yield Part("gradients", gradients, "training", f"float32 {where}, and of what was gathered before it is shared out")
+    if parallel.whole_on == "device":
+        yield Part("whole student", _FLOAT32 * student.parameters, "always", "rank 0's copy, in float32 (train.parallel.whole_on)")
+
+
+def host_bytes(config: RunConfig, shapes: Shapes, machine: Machine) -> float:
+    """Of the first node's own memory while ranks load the student: each reads it whole, and rank 0 has a copy until it is placed."""
+    if machine.gpus == 1:
+        return 0.0
+    ranks, whole = min(machine.gpus, machine.gpus_of_node), _FLOAT32 * shapes.student.parameters
+    held = (ranks + 1) * whole
+    if not config.train.parallel.cpu_offload:
+        return held
+    slices = max(1, machine.gpus // config.train.parallel.replicas)
+    after = ranks * (2 * _FLOAT32 + MOMENT_BYTES[config.train.optimizer]) * shapes.student.trained / slices
+    return max(held, after + whole)
 
 
 def _activations(config: RunConfig, shapes: Shapes, tokens: int) -> Iterable[Part]:
@@ -112,12 +151,13 @@ def _activations(config: RunConfig, shapes: Shapes, tokens: int) -> Iterable[Par
     yield Part("backward pass", kept.of_layer * tokens, "training", "one layer at a time")
 
 
-def _head(student: ModelShape, tokens: int, item: int) -> Iterable[Part]:
-    chunk = min(tokens, tokens_of_chunk(student.vocabulary))
-    entries = student.vocabulary * student.hidden
-    buffers = _FLOAT32 * chunk * student.vocabulary + item * entries + 2 * item * tokens * student.hidden
+def _head(student: ModelShape, tokens: int, item: int, shards: int) -> Iterable[Part]:
+    """Of a head whose rows lie on so many ``shards``, each of which then meets the tokens of all."""
+    rows, tokens = student.vocabulary // shards, tokens * shards
+    chunk = min(tokens, tokens_of_chunk(rows))
+    buffers = _FLOAT32 * chunk * rows + item * rows * student.hidden + 2 * item * tokens * student.hidden
     if student.head_is_trained:
-        buffers += (_FLOAT32 + item) * entries
+        buffers += (_FLOAT32 + item) * rows * student.hidden
     yield Part("loss head", buffers, "training", f"logits of {chunk:,} tokens at a time, the head and its gradient")
 
 
@@ -140,12 +180,18 @@ def _beside(config: RunConfig, student: ModelShape, ranks: int) -> Iterable[Part
         yield Part("average", one, "always", "of the weights, in float32")
 
 
+def engine_is_on_cpu(config: RunConfig, machine: Machine) -> bool:
+    """Whether an engine beside the run goes where rank 0's whole student is, and that is in the host's memory."""
+    return machine.gpus > 1 and config.train.parallel.whole_on == "cpu" and config.rollouts.target is None
+
+
 def _engine(config: RunConfig, shapes: Shapes, machine: Machine, phase: Phase) -> tuple[list[Part], float]:
     """What the student's engine takes of each GPU, and the tokens that it has room for."""
     student, rollouts = shapes.student, config.rollouts
     of_token = student.kv_entries * shapes.compute_bytes
     rows = min(_ROWS, config.rollouts_per_cycle)
-    if not config.writes_rollouts or rollouts.target is not None:
+    is_elsewhere = rollouts.target is not None or engine_is_on_cpu(config, machine)
+    if not config.writes_rollouts or is_elsewhere:
         return [], 0.0
     if rollouts.engine == "hf":
         cached = min(_CACHED_TOKENS, rows * config.train.max_seq_len)

@@ -14,10 +14,11 @@ from bbopd.errors import ConfigError
 from bbopd.modeling import empty_model
 from bbopd.modeling.shapes import Activations, ModelShape, measure_activations, shape_of
 from bbopd.objectives import make_objective, signal_for
+from bbopd.pipeline.ranked import check_ranked
 from bbopd.pipeline.student import bytes_beside, empty_student
 from bbopd.planning.assumed import assumed_rates
 from bbopd.planning.machine import Machine
-from bbopd.planning.memory import Memory, Shapes, memory_of
+from bbopd.planning.memory import Memory, Shapes, engine_is_on_cpu, memory_of
 from bbopd.planning.pace import Pace, pace_of
 from bbopd.planning.rates import Rates
 from bbopd.planning.tokens import Cycle, Forecast, Lengths, Prices, cycle_of, forecast, price
@@ -79,7 +80,9 @@ class Plan:
             )
         rollouts = self.config.rollouts
         beside = self.config.writes_rollouts and rollouts.engine == "vllm" and rollouts.target is None
-        if beside and self.memory.engine_tokens < self.config.train.max_seq_len:
+        if self.config.writes_rollouts and engine_is_on_cpu(self.config, self.machine):
+            found.append("train.parallel.whole_on cpu leaves the student to write on a processor: set rollouts.target")
+        elif beside and self.memory.engine_tokens < self.config.train.max_seq_len:
             found.append(
                 f"rollouts.gpu_memory {rollouts.gpu_memory:g} leaves vLLM, beside its weights, room for "
                 f"{max(0.0, self.memory.engine_tokens):,.0f} tokens, and one sequence may have {self.config.train.max_seq_len:,}"
@@ -100,6 +103,7 @@ class Plan:
                 "peak": self.memory.peak,
                 "logits_that_are_not_there": self.memory.absent,
                 "engine_tokens": self.memory.engine_tokens,
+                "host_of_a_node": self.memory.host,
             },
             "fits": None if self.machine.gpu_bytes is None else not self.problems,
             "problems": list(self.problems),
@@ -141,7 +145,9 @@ class Planner:
         self._teachers: dict[str, ModelShape] = {}
 
     def plan(self, config: RunConfig, machine: Machine) -> Plan:
-        """Raises `BbopdError` for a model whose configuration cannot be read, or a signal that the objective cannot use."""
+        """Raises `BbopdError` for a model whose configuration cannot be read, or what the run itself would be refused for."""
+        if machine.gpus > 1:
+            check_ranked(config)
         want = signal_for(make_objective(config.objective), config.teacher)
         rates = self._rates
         known = rates or Rates()

@@ -12,6 +12,7 @@ __all__ = ["Remedy", "find_remedies"]
 
 _MOST_GPUS = 4096
 _BESIDE_THE_TRAINER = {"rollouts.gpu_memory", "rollouts.sleep"}  # no use where the engine is elsewhere
+_SERVER = "grpc://localhost:7071"  # as `bbopd sample-server` has it, where nothing else is said
 _SHARES = tuple(round(0.05 * step, 2) for step in range(2, 19))  # of a GPU, for vLLM
 
 
@@ -60,12 +61,21 @@ def _options(plan: Plan) -> Iterator[_Option]:
     if beside:
         nearest = sorted(_SHARES, key=lambda share: abs(share - rollouts.gpu_memory))
         yield _Option("more or fewer answers side by side", tuple({"rollouts.gpu_memory": share} for share in nearest))
+    if plan.machine.gpus > 1 and train.parallel.gather == "float32":
+        yield _Option("the residual stream in bfloat16", ({"train.parallel.gather": "bfloat16"},))
+    if plan.machine.gpus > 1 and train.parallel.whole_on == "device":
+        elsewhere = {"rollouts.target": _SERVER} if beside else {}
+        yield _Option("rank 0 evaluates on its processor", ({"train.parallel.whole_on": "cpu", **elsewhere},))
+    if plan.machine.gpus > 1 and train.parallel.head == "gathered":
+        yield _Option("all ranks meet in the loss", ({"train.parallel.head": "split"},))
     if train.optimizer == "adamw":
         yield _Option("moments are rounded at every step", ({"train.optimizer": "adamw_8bit"},))
     if beside and not rollouts.sleep:
         yield _Option("cycles take turns", ({"rollouts.sleep": True, "rollouts.max_staleness": 0},))
     if beside:
-        yield _Option("a `bbopd sample-server` on GPUs of its own", ({"rollouts.target": "grpc://localhost:7071"},))
+        yield _Option("a `bbopd sample-server` on GPUs of its own", ({"rollouts.target": _SERVER},))
+    if plan.machine.gpus > 1 and not train.parallel.cpu_offload:
+        yield _Option("updates in the host's memory", ({"train.parallel.cpu_offload": True},))
     more = [plan.machine.gpus << times for times in range(1, 13) if plan.machine.gpus << times <= _MOST_GPUS]
     yield _Option("more GPUs", gpus=tuple(more))
     if student.lora is None:
