@@ -1,4 +1,4 @@
-"""Rates as a run had them, read from the timeline that it left: tokens and seconds of every cycle, and of these the median."""
+"""Rates as a run had them, read from the timeline that it left: tokens and seconds of every cycle, and of these the middle half."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 from bbopd.config import RunConfig
 from bbopd.errors import ConfigError
@@ -28,6 +27,7 @@ _GROUP = "group "  # how the spans of a sampler begin that works ahead
 class _Cycle:
     """From the end of the training before it to the end of its own: tokens and seconds by stage, and of what is no stage."""
 
+    whole: float
     tokens: dict[str, int]
     seconds: dict[str, float]
     push: float
@@ -38,8 +38,8 @@ class _Cycle:
 def rates_of_run(root: str | Path, *, gpus: int = 1, engines: int = 1) -> Rates:
     """As the run in the folder ``root`` had them on so many GPUs, from its second cycle on: the first one pays for what happens once.
 
-    Where its stages took turns, a stage's seconds are those in which nothing else was under way. Raises `ConfigError` where the folder
-    holds too little of a run.
+    Of the others the middle half counts. Where stages took turns, a stage's seconds are those in which nothing else was under way. Raises
+    `ConfigError` where the folder holds too little of a run.
     """
     folder = RunFolder(Path(root))
     trace, known = folder.read_json("trace.json"), folder.read_json("run.json")
@@ -49,15 +49,16 @@ def rates_of_run(root: str | Path, *, gpus: int = 1, engines: int = 1) -> Rates:
     if not cycles:
         raise ConfigError(f"the run in {root} has trained no more than one update cycle: let it go on a little longer")
     written = [cycle for cycle in cycles if cycle.tokens["sampling"]] or cycles  # none of the cold start
+    usual = _usual(written)
     answers = [tokens for cycle in written for tokens in cycle.answers]
     prompt, reference = _lengths(folder, RunConfig.model_validate(known["config"]))
-    found = {stage: _median_rate(written, stage) for stage in _STAGES}
+    found = {stage: _rate(usual, stage) for stage in _STAGES}
     return Rates(
         sampling=found["sampling"],
         scoring=found["scoring"],
         training=found["training"],
-        push=median(cycle.push for cycle in written),
-        other=median(cycle.other for cycle in written),
+        push=mean([cycle.push for cycle in usual]),
+        other=mean([cycle.other for cycle in usual]),
         answer_tokens=mean(answers) or None,
         prompt_tokens=prompt,
         reference_tokens=reference,
@@ -78,9 +79,16 @@ def _lengths(folder: RunFolder, config: RunConfig) -> tuple[float | None, float 
     return prompts, sum(line["labelled_tokens"] for line in lines) / (cycles * labelled) if labelled else None
 
 
-def _median_rate(cycles: Sequence[_Cycle], stage: str) -> float | None:
-    rates = [cycle.tokens[stage] / cycle.seconds[stage] for cycle in cycles if cycle.tokens[stage] and cycle.seconds[stage]]
-    return median(rates) if rates else None
+def _usual(cycles: Sequence[_Cycle]) -> list[_Cycle]:
+    """The middle half of them, by seconds for a trained token: neither what was lucky nor what was disturbed."""
+    ordered = sorted(cycles, key=lambda cycle: cycle.whole / max(1, cycle.tokens["training"]))
+    quarter = len(ordered) // 4
+    return ordered[quarter : len(ordered) - quarter]
+
+
+def _rate(cycles: Sequence[_Cycle], stage: str) -> float | None:
+    tokens, seconds = sum(cycle.tokens[stage] for cycle in cycles), sum(cycle.seconds[stage] for cycle in cycles)
+    return tokens / seconds if tokens and seconds else None
 
 
 def _cycles(spans: Sequence[Span]) -> list[_Cycle]:
@@ -110,7 +118,7 @@ def _cycle(spans: Sequence[Span], seconds_of_cycle: float, overlaps: bool) -> _C
     answers = [int(span.about["tokens"]) for span in items["sampling"]]
     push = _covered([span for span in alone if span.name == _PUSH])
     other = 0.0 if overlaps else max(0.0, seconds_of_cycle - _covered(alone))
-    return _Cycle(tokens, seconds, push, other, answers)
+    return _Cycle(seconds_of_cycle, tokens, seconds, push, other, answers)
 
 
 def _covered(spans: Sequence[Span]) -> float:

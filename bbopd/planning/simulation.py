@@ -56,7 +56,7 @@ class Simulation:
         async def blocking(call: Callable[..., Any], /, *arguments: Any) -> Any:
             result = call(*arguments)
             if isinstance(result, Gradients):  # they take the time, the update none
-                await asyncio.sleep(self.trainer.seconds_of(sum(batch.response_tokens for batch in result.micro_batches)))
+                await asyncio.sleep(self.trainer.seconds_of(result.tokens.tokens))
             return result
 
         async def evaluate(stage: str, step: int) -> Mapping[str, Any]:

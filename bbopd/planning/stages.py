@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bbopd.data.rejected import Rejection
-from bbopd.trainer.step import Gradients, StepMetrics
+from bbopd.trainer.step import Gradients, StepMetrics, StepTokens
 from bbopd.types import DistillBatch, Offer, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherInfo, TeacherSignal
 
 __all__ = ["Durations", "Lengths", "Lines", "OpenGate", "Quiet", "Stream", "TimedEngine", "TimedTeacher", "TimedTrainer"]
@@ -156,31 +156,25 @@ class TimedTrainer:
         self.tokens: list[int] = []
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients:
-        return Gradients(micro_batches, {}, {}, 0, 0, 1.0, 1.0, 0.0)
+        return Gradients(StepTokens.of(micro_batches), {}, {}, 0.5, 0.5, 0.0)
 
     def update(self, gradients: Gradients) -> StepMetrics:
-        micro_batches = gradients.micro_batches
         self.steps_done += 1
-        tokens = sum(batch.response_tokens for batch in micro_batches)
-        rollout_tokens = sum(batch.rollout_tokens for batch in micro_batches)
-        self.tokens.append(tokens)
+        tokens = gradients.tokens
+        self.tokens.append(tokens.tokens)
         return StepMetrics(
-            self.steps_done,
-            1.0,
-            1.0,
-            1.0,
-            1e-3,
-            1.0,
-            0.5,
-            0.5,
-            tokens,
-            tokens - rollout_tokens,
-            tokens,
-            rollout_tokens,
-            tokens,
-            0.0,
-            None,
-            0,
+            step=self.steps_done,
+            loss=1.0,
+            ce=1.0,
+            kd=1.0,
+            lr=1e-3,
+            grad_norm=1.0,
+            ce_weight=gradients.ce_weight,
+            kd_weight=gradients.kd_weight,
+            **asdict(tokens),
+            seconds=gradients.seconds,
+            teacher_tail_mass=None,
+            floored=0,
         )
 
     def seconds_of(self, tokens: int) -> float:
