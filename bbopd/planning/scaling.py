@@ -43,7 +43,7 @@ class Mishaps:
 
     answer_spread: float = 0.6
     """Of the lengths of answers: sigma of a log-normal distribution, cut off at the longest."""
-    teacher_seconds: float = 0.5
+    teacher_seconds: float = 0.05
     """Of the quickest answer of the teacher; others follow Pareto's law with exponent 1, up to a hundred times it."""
     teacher_failures: float = 1e-3
     """Share of the teacher's answers that never come and are asked for again after ``teacher_timeout`` seconds."""
