@@ -122,7 +122,7 @@ def _split_weights(config: RunConfig, shapes: Shapes, ranks: int) -> Iterable[Pa
     yield Part("gathered weights", gathered, "training", f"two layers, and what is of no layer, in {parallel.gather}")
     if kept is not None and parallel.gather == "float32":
         yield Part("cast weights", kept.cast_weights, "training", "copies in the compute dtype, kept until the backward pass")
-    gradients = _FLOAT32 * (student.largest_layer + outside)
+    gradients: float = _FLOAT32 * (student.largest_layer + outside)
     gradients += 0 if parallel.cpu_offload else student.trained_bytes / slices
     yield Part("gradients", gradients, "training", f"float32 {where}, and of what was gathered before it is shared out")
     if parallel.whole_on == "device":
