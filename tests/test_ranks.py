@@ -32,8 +32,6 @@ from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.trainer_ranks import CASES, RESUMED, STEPS, WORLDS
 
 LIMIT_S = 180
-SAME = 2e-5
-"""Of losses and norms, relative; sums are only taken in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +79,11 @@ def found(folder: Path, world: str, rank: int = 0) -> Any:
     return torch.load(f"{place}.pt", weights_only=False)
 
 
-def assert_same_steps(ours: list[Any], expected: list[Any]) -> None:
+def assert_same_steps(ours: list[Any], expected: list[Any], same: float = 2e-5) -> None:
     for one, other in zip(ours, expected, strict=True):
         for name in ("loss", "ce", "kd", "grad_norm", "teacher_tail_mass"):
             expected_figure = getattr(other, name)
-            assert getattr(one, name) == (expected_figure and pytest.approx(expected_figure, rel=SAME)), name
+            assert getattr(one, name) == (expected_figure and pytest.approx(expected_figure, rel=same)), name
         for name in ("step", "lr", "tokens", "labelled_tokens", "signal_tokens", "rollout_tokens", "packed_tokens", "floored"):
             assert getattr(one, name) == getattr(other, name), name
         assert {**other.more, **one.more} == pytest.approx(other.more, rel=1e-3)
@@ -102,11 +100,11 @@ def test_ranks_together_make_the_update_of_one_process(folder: Path, name: str) 
     assert expected[-1].grad_norm > case.options()["train"].clip, "clipping is a part of it"
     for world in case.worlds:
         ours = found(folder, str(world))[name]
-        assert_same_steps(ours["steps"], expected)
+        assert_same_steps(ours["steps"], expected, case.same)
         assert ours["weights"].keys() == dict(alone.weights()).keys() == set(ours["tensors"])
         for key, weight in alone.weights():
             torch.testing.assert_close(
-                ours["weights"][key], weight, rtol=1e-4, atol=1e-4, msg=lambda text, at=(world, key): f"{at}: {text}"
+                ours["weights"][key], weight, rtol=5 * case.same, atol=5 * case.same, msg=lambda text, at=(world, key): f"{at}: {text}"
             )
 
 
@@ -114,6 +112,12 @@ def test_a_batch_that_one_rank_cannot_train_on_is_an_error_of_all_and_leaves_the
     ours = found(folder, "2")["bad batch"]
     assert ours["said"] == "on rank 1: the batch is spoilt"
     assert_same_steps([ours["step"]], [CASES["tied"].alone().train_step(CASES["tied"].micro_batches(0))])
+
+
+def test_pushes_and_checkpoints_may_come_from_another_thread_meanwhile(folder: Path) -> None:
+    ours, alone = found(folder, "2")["at once"], CASES["tied"].alone()
+    assert_same_steps(ours["steps"], [alone.train_step(CASES["tied"].micro_batches(step)) for step in range(STEPS)])
+    assert ours["pulled"] >= len(dict(alone.weights()))
 
 
 def test_a_batch_comes_out_of_its_message_as_it_went_in() -> None:

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Case:
     checkpointing: bool = False
     parallel: dict[str, Any] = field(default_factory=dict)
     worlds: tuple[int, ...] = (1, 2, 4)
+    dtype: torch.dtype = torch.float32
+    same: float = 2e-5  # of losses and norms, relative; sums are only taken in another order
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(alpha=0.3, temperature=2.0, ramp=0))
 
     def micro_batches(self, step: int) -> list[DistillBatch]:
@@ -58,6 +61,7 @@ class Case:
             "train": TrainConfig(lr=1e-2, warmup=4, schedule="cosine", clip=0.5, parallel=parallel),
             "objective_config": self.objective,
             "planned_steps": 20,
+            "compute_dtype": self.dtype,
             "activation_checkpointing": self.checkpointing,
         }
 
@@ -75,6 +79,7 @@ CASES = {
         tiny_qwen2, parallel={"head": "split"}, worlds=(4,), objective=ObjectiveConfig(name="jsd", temperature=1.0, ramp=0)
     ),
     "fewer batches than ranks": Case(lambda: tiny_llama(tied=False), batches=1, worlds=(2,)),
+    "in bfloat16": Case(tiny_llama, parallel={"gather": "bfloat16"}, worlds=(2,), dtype=torch.bfloat16, checkpointing=True, same=2e-2),
     "offloaded": Case(tiny_llama, parallel={"cpu_offload": True}, worlds=(2,)),
 }
 RESUMED = CASES["biases, layers run again"]
@@ -141,6 +146,23 @@ def bad_batch(ranks: Ranks, folder: Path) -> Any:
     step = trainer.train_step(case.micro_batches(0))
     ranks.dismiss(None)
     return {"said": said, "step": step}
+
+
+def at_once(ranks: Ranks, folder: Path) -> Any:
+    """Steps in one thread, while another pulls weights and saves, as where cycles overlap."""
+    case = CASES["tied"]
+    trainer = ranked(case, ranks)
+    if ranks.rank:
+        trainer.follow()
+        return None
+    pulled = 0
+    with ThreadPoolExecutor(1) as executor:
+        training = executor.submit(lambda: [trainer.train_step(case.micro_batches(step)) for step in range(STEPS)])
+        while not training.done():
+            pulled += len(dict(trainer.weights()))
+            trainer.save(folder / "at-once", pulled, tiny_tokenizer(), {}, keep=1)
+    ranks.dismiss(None)
+    return {"steps": training.result(), "pulled": pulled}
 
 
 def begin(ranks: Ranks, folder: Path) -> Any:
@@ -256,6 +278,7 @@ class World:
 
 TASKS = {
     "bad batch": (bad_batch,),
+    "at once": (at_once,),
     "begin": (begin,),
     "from one": (go_on, "alone/step-00000002", 1),
     "another model": (another_model,),
@@ -263,7 +286,7 @@ TASKS = {
 }
 WORLDS = {
     "1": World(1, one_after_another),
-    "2": World(2, one_after_another, ("bad batch", "begin", "from one", "another model")),
+    "2": World(2, one_after_another, ("bad batch", "at once", "begin", "from one", "another model")),
     "4": World(4, one_after_another, ("go on",)),
     "first fails": World(2, failing, (ZeroDivisionError("broken"), 0)),
     "second fails": World(2, failing, (ZeroDivisionError("broken"), 1)),
@@ -279,6 +302,8 @@ def main(folder: Path) -> None:
 
     Each rank leaves ``<world>.<rank>.pt`` with what it has found, and what it has printed beside it.
     """
+    import bbopd.cli.ranked  # noqa: F401  (once, for all whole runs)
+
     ports = json.loads((folder / "ports.json").read_text())
     for name, world in WORLDS.items():
         children = []

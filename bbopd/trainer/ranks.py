@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ from bbopd.types import DistillBatch
 
 _PATIENCE = timedelta(days=7)  # rank 0 may sample, score and evaluate for long between two orders
 _FAILURE = "failure"
-_WAIT_FOR_CAUSE = timedelta(seconds=1)
+_WAIT_FOR_CAUSE_S = 1.0
 _LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "refused", "socket", "peer")
 
 
@@ -159,15 +160,25 @@ class Ranks:
     def _cause(self, error: RuntimeError) -> str | None:
         """Why a call of the backend has failed, where that is another rank's doing."""
         line = _first_line(error)
-        with suppress(RuntimeError):
-            self._store.wait([_FAILURE], _WAIT_FOR_CAUSE)
-            said = json.loads(self._store.get(_FAILURE))
+        said = self._left_word()
+        if said is not None:
             return None if said["rank"] == self.rank else f"rank {said['rank']} has failed: {said['error']}"
         if any(word in line.lower() for word in _LOST):
             return (
                 f"rank {self.rank} has lost another rank, which ended without a word or did not answer within train.parallel.timeout "
                 f"({self._timeout} s): {line}; the same command goes on from the last checkpoint"
             )
+        return None
+
+    def _left_word(self) -> dict[str, Any] | None:
+        """What `fail` was told on any rank, which has a moment to get to it."""
+        deadline = time.monotonic() + _WAIT_FOR_CAUSE_S
+        with suppress(RuntimeError):  # the store is gone with whoever held it
+            while time.monotonic() < deadline:
+                if self._store.check([_FAILURE]):
+                    said: dict[str, Any] = json.loads(self._store.get(_FAILURE))
+                    return said
+                time.sleep(0.02)
         return None
 
     # ------------------------------------------------------------ the end
