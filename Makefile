@@ -21,11 +21,12 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
+.PHONY: vllm test-slow test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
-	@echo "make test    formatting, types, import floors and all tests"
+	@echo "make test    formatting, types, import floors and the tests"
+	@echo "make test-slow the tests that take longest: whole runs as processes, killed and gone on with"
 	@echo "make fuzz    over a hundred thousand random messages against every decoder, and a run of two replicas (minutes)"
 	@echo "make soak    ten minutes of faults between a client and three replicas (SOAK_SECONDS=...); every rollout accounted for at the end"
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
@@ -87,6 +88,10 @@ test-browser: $(DEVELOPED)
 # Two files at a time, by name: by their number of tests the longest would come last, and alone. Threads that have nothing to do leave their core to the other one's.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes longest: whole runs as processes, killed and gone on with; minutes.
+test-slow: $(DEVELOPED)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 fuzz: $(DEVELOPED)
 	$(BIN)/python -m pytest -q -m thorough tests

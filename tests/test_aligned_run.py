@@ -35,6 +35,7 @@ def backend_of(tokenizer, **options) -> HFBackend:
     return HFBackend(tiny_llama(len(tokenizer) + 7, seed=3, max_positions=options.pop("positions", 256)), tokenizer, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
 def test_bbopd_distill_from_a_teacher_of_another_family(tmp_path, capsys):
     student = save_folder(tmp_path / "student", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())

@@ -169,6 +169,7 @@ def test_the_gpu_suite_measures_every_kind_of_teacher_on_every_shape() -> None:
         assert kinds == {"none", "full", "full_hidden", "topk", "sampled"}
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_dry_and_outlives_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter, where it is there; else a row says why not."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")

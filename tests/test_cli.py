@@ -213,6 +213,7 @@ def test_a_run_leaves_a_card_and_answers_token_by_token(finished):
     assert all(line["rollout_length_mean"] <= 16 for line in steps(run) if line["rollout_tokens"])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, text, served, tmp_path):
     whole, _ = finished
     config = write_config(tmp_path, model, text, teacher=served)
@@ -234,6 +235,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, model, tex
     assert measures(run) == measures(whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_goes_on(finished, model, text, served, tmp_path):
     whole, _ = finished
     config = write_config(tmp_path, model, text, teacher=served, train={"checkpoint_every": 1000})
@@ -340,6 +342,7 @@ def test_sft_runs_without_a_teacher(model, text, tmp_path):
     assert measures(tmp_path / "run")[-1][1] < measures(tmp_path / "run")[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
 def test_bad_input_is_named_before_anything_is_spent(model, text, served, tmp_path, capsys):
     config = str(write_config(tmp_path, model, text, teacher=served))

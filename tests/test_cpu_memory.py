@@ -75,6 +75,7 @@ def gradient_megabytes(N: int, D: int, V: int) -> float:
     return 2 * (N + V) * D / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("N", "D", "V"),
     [(2048, 576, 49152), (8192, 64, 32768), (300, 2048, 16384), (100, 640, 262144), (4096, 4096, 512), (513, 33, 50257)],
@@ -91,6 +92,7 @@ def test_a_teacher_with_its_own_head_needs_no_logits_in_memory() -> None:
     assert peak_megabytes(TEACHER_HEAD, N, D, V, 0, 0) - gradient_megabytes(N, D, V) < limit
 
 
+@pytest.mark.slow
 def test_a_stash_takes_what_it_was_allowed() -> None:
     """Float16 of all logits would be 128 MB; 40 MB are allowed."""
     N, D, V = 2048, 64, 32768

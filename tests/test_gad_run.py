@@ -79,6 +79,7 @@ def repeatable(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name in kept or name.startswith("discriminator_")} for line in lines_of(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
 def test_a_run_plays_the_game_and_goes_on_with_it_where_it_was_killed(tmp_path, capsys):
     server = teacher()

@@ -133,6 +133,7 @@ def test_own_multiple_choice_is_the_harness(folder: Path, tmp_path: Path) -> Non
         assert found.standard_error == pytest.approx(mean_stderr(row.measured.scores[metric].table[:, 0].tolist()))
 
 
+@pytest.mark.slow
 def test_a_group_pools_its_items(folder: Path) -> None:
     row = measured("tiny_group", TaskOptions(path=folder / "tasks"))
     assert set(row.measured.notes["members"]) == {"tiny_choices", "tiny_written"}
@@ -141,6 +142,7 @@ def test_a_group_pools_its_items(folder: Path) -> None:
     assert members["acc"] == pytest.approx(measured(str(folder / "tasks" / "choices.yaml")).measured.scores["acc"].estimate().value)
 
 
+@pytest.mark.slow
 def test_what_the_harness_cannot_do_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"task 'hellaswagg' is neither a file here nor a task of lm_eval: did you mean hellaswag"):
         load_tasks(["hellaswagg"])

@@ -10,7 +10,7 @@ from bbopd.config import ObjectiveConfig, TrainConfig
 from bbopd.errors import CheckpointError
 from bbopd.objectives import make_objective
 from bbopd.trainer import Trainer, build_optimizer, load_checkpoint
-from bbopd.trainer.checkpoint import _moment_bytes
+from bbopd.trainer.checkpoint import moment_bytes
 from tests.test_checkpoint import OBJECTIVE, batch_of, load, save
 from tests.test_lora import adapted
 from tests.tiny_models import tiny_llama
@@ -64,7 +64,7 @@ def test_the_moments_take_a_quarter_of_the_memory():
     for name in ("adamw", "adamw_8bit"):
         trainer = make_trainer(train=EIGHT_BITS.model_copy(update={"optimizer": name}), hidden=128)
         trainer.train_step([batch_of(0)])
-        held[name] = _moment_bytes(trainer.optimizer)
+        held[name] = moment_bytes(trainer.optimizer)
     assert held["adamw_8bit"] / held["adamw"] == pytest.approx(0.25, abs=0.06)  # norms, and the tables of codes, are small only here
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests.soak import check_outcome, soak
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 async def test_every_rollout_is_accounted_for_whatever_happens():
