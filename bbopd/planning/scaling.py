@@ -46,8 +46,8 @@ class Mishaps:
     teacher_seconds: float = 0.05
     """Of the quickest answer of the teacher; others follow Pareto's law with exponent 1, up to a hundred times it."""
     teacher_failures: float = 1e-3
-    """Share of the teacher's answers that never come and are asked for again after ``teacher_timeout`` seconds."""
-    teacher_timeout: float = 60.0
+    """Share of the teacher's answers that never come and are asked for again after ``teacher_retry`` seconds."""
+    teacher_retry: float = 2.0
     gpu_hours: float = 50_000.0
     """Between two failures of a GPU. One that samples loses what it was writing, one that trains stops the run for
     ``restart_seconds``, which then begins again from its last checkpoint."""
@@ -225,7 +225,7 @@ class _Cluster:
         mishaps = self._mishaps
         seconds = 0.0
         while random.random() < mishaps.teacher_failures:
-            seconds += mishaps.teacher_timeout
+            seconds += mishaps.teacher_retry
         return seconds + float(min(_SLOWEST * mishaps.teacher_seconds, mishaps.teacher_seconds * (1.0 + random.pareto(1.0))))
 
     def _teacher_places(self) -> int:
