@@ -83,6 +83,9 @@ ARMS: dict[str, Arm] = {
     "sft": Arm("bits_per_byte", _on("none", "sft"), "bits per byte, held-out text"),
     "seqkd": Arm("answer_bits_per_byte", _on("text", "seqkd"), "bits per byte, held-out answers of the teacher", asks=True),
     "verbal": Arm("grade", _on("text", "verbal"), "mean grade, 1 to 10", teacher="grader", asks=True, lower_is_better=False),
+    "verbal, KL to the start": Arm(
+        "grade", _on("text", "verbal", kl_weight=0.5), "mean grade, 1 to 10", teacher="grader", asks=True, lower_is_better=False
+    ),
 }
 
 
