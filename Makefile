@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PACKAGED := $(VENV)/.packaged
 DEVELOPED := $(VENV)/.developed
 BENCHED := $(VENV)/.benched
+DOCUMENTED := $(VENV)/.documented
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard protos/*.proto kernels/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +22,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-slow test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full lint format wheel package sanitize clean help
+.PHONY: vllm test-slow test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full docs lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
@@ -35,6 +36,7 @@ help:
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
+	@echo "make docs    the documentation site, into build/site/; every link and anchor is checked"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops, and of answers checked in C++, with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
@@ -118,6 +120,13 @@ gpu gpu-full:
 	    if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	        exec $$python -m benchmarks.on_gpu $(if $(filter gpu-full,$@),--full) $(GPU_FLAGS); fi; done; \
 	echo "no GPU for the torch of $(PYTHON), python3, python or $(BIN)/python: name a Python with a CUDA torch, make $@ PYTHON=..."; exit 1
+
+$(DOCUMENTED): $(PACKAGED)
+	$(BIN)/pip install -q -c constraints.txt 'bbopd[docs]'
+	@touch $@
+
+docs: $(DOCUMENTED)
+	$(BIN)/python -m website
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .

@@ -69,6 +69,8 @@ MEASURES = (
 
 
 class EvalConfig(Section):
+    """What is measured of the student while it trains, and how often."""
+
     every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between evaluations; 0 evaluates at the start, after the cold start and at the end."""
     sequences: Positive = 16
@@ -76,6 +78,7 @@ class EvalConfig(Section):
     rollouts: Positive = 16
     """Rollouts written to measure the KL on the student's own text."""
     max_new_tokens: Positive = 128
+    """Tokens of such a rollout, at most."""
     samples: Annotated[int, Field(ge=0)] = 3
     """Held-out prompts whose answers the report shows: the student's before and after, beside its teacher, and the teacher's own."""
     tasks: tuple[str, ...] = ()
@@ -106,15 +109,23 @@ class RunConfig(Section):
     """One run: ``bbopd distill run.yaml``."""
 
     student: StudentConfig
+    """The model that learns."""
     teacher: TeacherConfig = TeacherConfig(signal="none")
+    """The model that is asked; a run of ``objective.name: sft`` needs none."""
     teachers: Mapping[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], TeacherConfig] = Field(default_factory=dict)
     """More teachers, by the names that ``data.prompts`` calls them; each with the tokens of ``teacher``, and asked for the same signal."""
     rollouts: RolloutsConfig = RolloutsConfig()
+    """How the student writes."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
     train: TrainConfig = TrainConfig()
+    """How the student is updated, and for how long."""
     data: DataConfig = DataConfig()
+    """Where prompts come from, and which answers are worth a teacher's time."""
     eval: EvalConfig = EvalConfig()
+    """What is measured of the student while it trains."""
     output: str = "runs/latest"
+    """The run's folder: metrics, checkpoints, the report and, at the end, the student in ``model/``; a stopped run goes on from it."""
     track: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
     """Experiment trackers that hear the figures too, beside TensorBoard; each is set up by its own environment variables."""
 

@@ -61,12 +61,15 @@ class MeasuresConfig(Section):
     """A regular expression; what its first group (or all of it) finds last in the text that was written is compared with ``answer``.
     None: all of the text, without white space around it."""
     max_new_tokens: Positive = 128
+    """Tokens of an answer to a question, at most."""
     also: tuple[str, ...] = ()
     """Task files whose metrics are in the table too, as ``task.metric``: what else a model has gained or lost."""
     test_limit: Positive | None = None
     """The first so many of the questions; None: all."""
     development_limit: Positive | None = None
+    """The same of the questions for choosing the learning rate."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of every interval in the table."""
 
     @field_validator("pattern")
     @classmethod
@@ -112,13 +115,17 @@ class CompareConfig(Section):
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Tried in every arm with the first of ``seeds``; the best one on ``measures.development`` is taken. None: the run's own."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
+    """``train.seed`` of the runs of every arm."""
     budget: EqualBudget
+    """What every arm may spend."""
     measures: MeasuresConfig
+    """What decides, and on which questions."""
     pairs: tuple[tuple[str, str], ...] | None = None
     """Arms or references to be held against each other; None: each with each."""
     keep_models: bool = True
     """False removes a student once it is measured."""
     output: str = "runs/compare"
+    """The comparison's folder: runs, measurements, the table and the page."""
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -14,11 +14,15 @@ class FiltersConfig(Section):
     """Which rollouts are not worth a teacher's time. Every rejected one is kept in rejected.jsonl with its reason."""
 
     min_tokens: Annotated[int, Field(ge=0)] = 4
+    """Answers of fewer tokens are rejected."""
     max_tokens: Positive | None = None
+    """Answers of more tokens are rejected; None: any length."""
     reject_truncated: bool = False
+    """Reject answers that were cut off at ``rollouts.max_new_tokens``."""
     max_repetition: Fraction = 0.6
     """Largest share of repeated n-grams in one answer."""
     repetition_ngram: Annotated[int, Field(ge=2)] = 4
+    """Tokens of an n-gram that is looked for again."""
     reject_duplicates: bool = True
     """Equal answers to one prompt in one update cycle."""
     reject_no_eos: bool = False
@@ -40,6 +44,7 @@ class FiltersConfig(Section):
     min_kept: Fraction = 0.05
     """Share of the last ``kept_window`` rollouts that must pass, or the run stops."""
     kept_window: Positive = 200
+    """Rollouts that ``min_kept`` looks back on."""
     quarantine_bytes: Positive = 64 * 2**20
     """Largest size of rejected.jsonl."""
 
@@ -58,7 +63,9 @@ class PromptSource(Section):
     dataset: str | None = None
     """A name or folder for datasets.load_dataset, whose rows are read as they are drawn; a folder may hold JSONL or Parquet files."""
     subset: str | None = None
+    """The configuration of a ``dataset`` that has several."""
     split: str = "train"
+    """Which part of a ``dataset`` is read."""
     column: str | None = None
     """Column of rows that is read: a chat where it holds a list, else running text. None takes ``messages``, ``conversations``, ``prompt``
     or ``text``, whichever is there."""
@@ -93,7 +100,10 @@ class PromptSource(Section):
 
 
 class DataConfig(Section):
+    """Where prompts come from, how long they are, and which answers are kept."""
+
     prompts: tuple[PromptSource, ...] = (PromptSource(demo=True),)
+    """Sources of prompts, one or more; the default is the demo's."""
     prompt_tokens: Positive = 64
     """Tokens of a document that become the prompt."""
     response_tokens: Positive = 192
@@ -108,7 +118,9 @@ class DataConfig(Section):
     rank: Annotated[int, Field(ge=0)] = 0
     """Which of ``world_size`` disjoint shares of the draws this run takes."""
     world_size: Positive = 1
+    """Runs that share the draws among them, each with a ``rank`` of its own."""
     filters: FiltersConfig = FiltersConfig()
+    """Which rollouts are turned away."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> DataConfig:

@@ -42,6 +42,7 @@ class GradingConfig(Section):
     """How a teacher is asked for grades (``objective.name: verbal``); ``teacher.answers`` says how it writes them."""
 
     criteria: Annotated[tuple[CriterionConfig, ...], Field(min_length=1)]
+    """What is graded, one criterion or more."""
     scale: tuple[float, float] | Literal["verdict"] = (1, 10)
     """The lowest and the highest grade; ``verdict``: yes or no. Either way the reward is a grade's place on its scale, from 0 to 1."""
     show_reference: bool = False

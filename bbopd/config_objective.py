@@ -19,10 +19,13 @@ class SideConfig(Section):
     """One side of ``objective.name: mixed``. Two numbers are those of the run's beginning and end, with a straight line between them."""
 
     name: Divergence
+    """The divergence of this side."""
     weight: Weight | tuple[Weight, Weight] = 1.0
     """Times kd_weight, which both sides have in common."""
     skew: Skew | tuple[Skew, Skew] = 0.1
+    """Share of the other distribution that is mixed in (lambda of DistiLLM), for the skewed divergences."""
     beta: Fraction = 0.5
+    """Of ``jsd``: the teacher's share in the mixture."""
     gap: Annotated[float, Field(gt=0, lt=1)] | None = None
     """A skew for every sample (DistiLLM-2): at a lead of this much in probability a sample has ``skew``, nearer ones less, down to 0.01.
     The mean lead, by which to choose it, is in the metrics. None: one skew for all."""
@@ -51,14 +54,21 @@ class ObjectiveConfig(Section):
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
+    """Of ``mixed``: the side of the student's own answers."""
     alpha: Fraction | None = None
     """Short for ce_weight = alpha, kd_weight = 1 - alpha. 0.5 where nothing is given."""
     ce_weight: Annotated[float, Field(ge=0)] | None = None
+    """Factor of cross-entropy on labelled tokens; with ``kd_weight`` in place of ``alpha``."""
     kd_weight: Annotated[float, Field(ge=0)] | None = None
+    """Factor of the teacher's term, once the ramp has risen."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    """T of both distributions in the teacher's term; above 1 only with ``teacher.signal: full``."""
     t2_scaling: bool = True
+    """Multiply the teacher's term by T^2, so that its gradient keeps its size beside cross-entropy as T changes."""
     beta: Fraction = 0.5
+    """Of ``jsd``: the teacher's share in the mixture. 0 is forward KL, 1 reverse KL."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of the skewed divergences: share of the other distribution that is mixed in (lambda of DistiLLM)."""
     clip: ClipSide | tuple[ClipSide, Annotated[float, Field(gt=0)]] | None = 0.2
     """Of a policy gradient: how far the importance ratio may leave 1 before it stops counting, or ``[below, above]``. None: any way."""
     divide_by_std: bool = True
@@ -79,6 +89,7 @@ class ObjectiveConfig(Section):
     ramp_kind: Literal["kd_weight", "alpha"] = "kd_weight"
     """``kd_weight`` rises from 0 while ce_weight keeps its own; ``alpha`` is the literal reading: alpha rises from 0."""
     gad: GadConfig = GadConfig()
+    """Of ``gad``."""
 
     @model_validator(mode="after")
     def _weights_given_once(self) -> ObjectiveConfig:

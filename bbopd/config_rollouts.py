@@ -42,13 +42,19 @@ class RolloutsConfig(Section):
     sleep: bool = False
     """Whether vllm gives its memory on the GPU to the trainer while that trains; needs max_staleness 0 and an engine beside the run."""
     agreement: EngineAgreementConfig = EngineAgreementConfig()
+    """Whether an engine with weights of its own computes what the trainer does."""
     per_update: Positive = 16
     """Sequences of one update cycle, rollouts and labelled ones together."""
     samples_per_prompt: Positive = 2
+    """Answers that the student writes to one prompt."""
     max_new_tokens: Positive = 512
+    """Tokens of one answer, at most."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """At which tokens are sampled; 1 is the student's own distribution."""
     top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
+    """Sample from the fewest best tokens that hold this share of the probability; 1 leaves none out."""
     top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from so many best tokens; 0 leaves none out."""
     on_policy_fraction: Fraction | tuple[Fraction, Fraction] = 0.5
     """Share of a cycle's sequences that the student writes (GKD's lambda). Two numbers: from the first to the second, as the tokens of
     ``train.on_policy_tokens`` are trained; a cycle has one rollout or more."""
@@ -89,9 +95,12 @@ class SampleServerConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 7071
     """0 takes a free port."""
     tls: ServerTlsConfig | None = None
+    """Needed, with a token, on every address but loopback."""
     token_file: str | None = None
     """Tokens, one a line, any of which lets a run in."""
     token_env: str | None = None
+    """The same from an environment variable, by its name."""
     device: str = "auto"
+    """Where vllm runs: ``cpu``, ``cuda``; ``auto`` takes a GPU where there is one."""
     trust_remote_code: bool = False
     """Whether a run may have code loaded that its student's files name."""

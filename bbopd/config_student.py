@@ -46,7 +46,9 @@ class LoRAConfig(Section):
     """
 
     rank: Positive = 32
+    """Rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The factor of an adapter's output is ``alpha / rank``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of what goes into the adapters, while training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
@@ -67,18 +69,24 @@ class StudentConfig(Section):
     """Hub id, folder, or a GGUF file; or a folder with a LoRA adapter in PEFT's format, which goes on being trained where ``lora`` is
     set, and is merged into its base model otherwise."""
     init: InitConfig = InitConfig()
+    """What is left out of the model before it learns."""
     lora: LoRAConfig | None = None
     """None trains all weights."""
     quantize: Literal["nf4", "int8"] | None = None
     """How the linear layers of the body are held, which are frozen beside ``lora``: in 4.13 bits a weight (QLoRA) or in 8, where None is
     32. Needs the extra ``bbopd[quantize]``."""
     revision: str | None = None
+    """A commit, tag or branch on the hub; None: the main one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights are always float32. ``auto``: bfloat16 where the hardware multiplies it, else float32."""
     device: str = "auto"
+    """``cpu``, ``cuda`` or ``cuda:1``; ``auto`` takes a GPU where there is one."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """How attention is computed; ``auto`` takes flash-attn on a GPU where it is installed, else PyTorch's own."""
     activation_checkpointing: bool = False
+    """Keep only what enters each layer, and compute the rest again in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
+    """Load code that the model's files name. It runs with all your rights."""
 
     @model_validator(mode="after")
     def _quantized_is_frozen(self) -> StudentConfig:

@@ -41,6 +41,7 @@ class TaskConfig(Section):
     metrics: tuple[Metric, ...] = ("exact_match", "f1")
     """Of generation."""
     max_new_tokens: Positive = 64
+    """Tokens of an answer, at most."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are no part of it."""
     chat: bool = False

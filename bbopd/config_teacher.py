@@ -36,6 +36,7 @@ class ClientTlsConfig(Section):
     certificate: str | None = None
     """The client's own certificate, for a teacher that wants one (mTLS)."""
     key: str | None = None
+    """Its private key, without a password."""
     server_name: str | None = None
     """The name in the teacher's certificate, where it is not the host of the target (a tunnel, an IP address)."""
 
@@ -50,11 +51,13 @@ class ServeConfig(Section):
     """A teacher that this library hosts: the file of ``bbopd serve``, or ``teacher.serve`` to start one beside a run."""
 
     model: str
+    """Hub id, folder or GGUF file."""
     engine: Literal["hf", "vllm"] = "hf"
     """``hf``: transformers, every level. ``vllm``: top-k, sampled and text, at temperature 1, the tail derived as 1 minus the sum."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of the GPU's memory that vllm may count on."""
     host: str = "127.0.0.1"
+    """The address to listen on. Any but loopback needs tls and a token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7070
     """0 takes a free port."""
     tls: ServerTlsConfig | None = None
@@ -64,10 +67,15 @@ class ServeConfig(Section):
     token_env: str | None = None
     """The same from an environment variable, by its name."""
     revision: str | None = None
+    """A commit, tag or branch on the hub; None: the main one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What it computes in; ``auto``: bfloat16 where the hardware multiplies it, else float32."""
     device: str = "auto"
+    """``cpu``, ``cuda`` or ``cuda:1``; ``auto`` takes a GPU where there is one."""
     levels: tuple[Level, ...] = ("full", "candidates", "topk", "sampled", "text")
+    """What it tells (docs/objective.md): leave out what nobody should see."""
     max_top_k: Positive = 1024
+    """Ids a token that a client may ask for."""
     max_sequence_tokens: Positive | None = None
     """Prompt and answer together; None takes the model's own limit."""
     batch_tokens: Positive = 2048
@@ -93,6 +101,7 @@ class ServeConfig(Section):
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
     """On SIGTERM, how long answers under way may take."""
     trust_remote_code: bool = False
+    """Load code that the model's files name. It runs with all your rights."""
 
 
 class CacheConfig(Section):
@@ -114,6 +123,7 @@ class ApiConfig(Section):
     writing: Literal["auto", "completions", "chat"] = "auto"
     """How it writes: from token ids, or from messages; ``auto`` gives ids to an endpoint that scores by ids, messages to others."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Requests that may be sent in a minute; None: any number."""
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Prompt and answer together, the answer counted as long as it may be."""
     max_sequence_tokens: Positive | None = None
@@ -124,8 +134,11 @@ class PricesConfig(Section):
     """What a teacher costs, for a million tokens."""
 
     prompt: Annotated[float, Field(ge=0)] = 0.0
+    """Of tokens that are sent."""
     answer: Annotated[float, Field(ge=0)] = 0.0
+    """Of tokens that come back."""
     currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
+    """Three letters; no rate between currencies is known here."""
 
 
 class BudgetConfig(Section):
@@ -143,7 +156,9 @@ class AnswersConfig(Section):
     max_new_tokens: Positive = 256
     """Of the teacher's tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """At which the teacher samples."""
     top_p: Annotated[float, Field(gt=0, le=1.0)] = 1.0
+    """It samples from the fewest best tokens that hold this share of the probability; 1 leaves none out."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """1 is greedy."""
     samples: Positive = 1
@@ -197,6 +212,7 @@ class TeacherConfig(Section):
     prices: PricesConfig | None = None
     """None: what the teacher says of itself."""
     budget: BudgetConfig | None = None
+    """What may be spent; None: no limit."""
     serve: ServeConfig | None = None
     """Start one beside the run, as a process of its own, on loopback."""
     self: SelfConfig | None = None
@@ -226,6 +242,7 @@ class TeacherConfig(Section):
     inflight_tokens: Positive = 8192
     """Tokens of rollouts sent to one replica and not yet answered."""
     cache: CacheConfig | None = None
+    """Where answers are kept; None: nowhere, unless they are paid for."""
     max_replica_difference: Fraction = 0.05
     """Share of the probability of a token by which replicas may differ (total variation), measured at the start of a run."""
 

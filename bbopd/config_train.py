@@ -47,13 +47,21 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """``adamw_8bit`` keeps both moments in eight bits, a quarter of the memory. Needs the extra ``bbopd[quantize]``."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
+    """The learning rate once the warm-up is over."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of it after that: it stays, or falls to 0 at the end in a line or along a cosine."""
     warmup: StepsOrFraction = 0.02
+    """Steps, or share of the run, over which it rises from 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW: how much of the mean gradient, and of its mean square, stays at each step."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Of AdamW: added to the root of the mean square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of AdamW."""
     decay_exempt: Literal["biases_and_norms", "biases"] = "biases_and_norms"
+    """What does not decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     on_policy_tokens: Annotated[int, Field(ge=0)] = 1_000_000
     """Trained response tokens of rollouts: the budget of the run."""
     cold_start_tokens: Annotated[int, Field(ge=0)] = 0
@@ -65,9 +73,13 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 100
     """Optimizer steps."""
     keep_checkpoints: Positive = 2
+    """The newest ones that stay."""
     seed: int = 0
+    """Of the order of the data and of sampling."""
     deterministic: bool = True
+    """The same run gives the same weights, to the last bit, on the same machine."""
     parallel: ParallelConfig = ParallelConfig()
+    """How several processes share the work."""
 
 
 def resolve_steps(value: int | float, planned_steps: int) -> int:
