@@ -22,7 +22,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-slow test-vllm test-browser demo test fuzz soak bench bench-teacher gpu gpu-full docs lint format wheel package sanitize clean help
+.PHONY: vllm test-slow test-vllm test-browser test-trackers demo test fuzz soak bench bench-teacher gpu gpu-full docs lint format wheel package sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
@@ -33,6 +33,7 @@ help:
 	@echo "make vllm    an environment (.venv-vllm) with vLLM's CPU build; make demo ENGINE=vllm samples with it"
 	@echo "make test-vllm the tests that need the real vLLM"
 	@echo "make test-browser the pages that people read and rate on, driven in a headless Chromium (installed from Debian's packages where missing)"
+	@echo "make test-trackers figures sent to the real wandb (offline), trackio and MLflow"
 	@echo "make bench   the kernels beside their peers; tables in benchmarks/results/ (BENCH_FLAGS=--quick: the smaller sizes)"
 	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
@@ -86,6 +87,15 @@ test-browser: $(DEVELOPED)
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null
 	$(BIN)/pip install -q -c constraints.txt 'bbopd[browser]'
 	$(BIN)/python -m pytest -q -m browser tests/test_browser_human.py tests/test_browser_report.py
+
+# The real libraries want a Pillow of their own, so they lie in an environment of theirs, over the other one.
+test-trackers: $(DEVELOPED)
+	rm -rf build/trackers && $(PYTHON) -m venv build/trackers
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > $$(build/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/bbopd.pth
+	grep -v '^pillow==' constraints.txt > build/trackers/constraints.txt
+	build/trackers/bin/pip install -q -c build/trackers/constraints.txt 'bbopd[wandb,trackio,mlflow]' sqlalchemy alembic
+	build/trackers/bin/python -m pytest -q tests/test_trackers.py
 
 # Two files at a time, by name: by their number of tests the longest would come last, and alone. Threads that have nothing to do leave their core to the other one's.
 test: lint

