@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from bbopd.config_base import Positive, Section
+from bbopd.config_base import Options, Section, known_in
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
+from bbopd.config_eval import EvalConfig
 from bbopd.config_gad import GadConfig, with_gad_defaults
 from bbopd.config_objective import ObjectiveConfig, value_at
 from bbopd.config_rollouts import EngineAgreementConfig, RolloutsConfig, SampleServerConfig
@@ -31,6 +32,7 @@ from bbopd.config_teacher import (
 )
 from bbopd.config_teachers import check_teachers
 from bbopd.config_train import ParallelConfig, TrainConfig, resolve_steps
+from bbopd.plugins import GROUPS, PluginUse, TrackerName
 
 __all__ = [
     "AnswersConfig",
@@ -62,49 +64,6 @@ __all__ = [
 ]
 
 
-MEASURES = (
-    *("bits_per_byte", "kl_held_out", "kl_rollouts", "reverse_kl_held_out", "reverse_kl_rollouts"),
-    *("top1_held_out", "top1_rollouts", "win_rate"),
-)
-
-
-class EvalConfig(Section):
-    """What is measured of the student while it trains, and how often."""
-
-    every: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between evaluations; 0 evaluates at the start, after the cold start and at the end."""
-    sequences: Positive = 16
-    """Held-out sequences."""
-    rollouts: Positive = 16
-    """Rollouts written to measure the KL on the student's own text."""
-    max_new_tokens: Positive = 128
-    """Tokens of such a rollout, at most."""
-    samples: Annotated[int, Field(ge=0)] = 3
-    """Held-out prompts whose answers the report shows: the student's before and after, beside its teacher, and the teacher's own."""
-    tasks: tuple[str, ...] = ()
-    """Tasks to ask the student at every evaluation: paths of task files, JSONL files or texts, or names of lm-evaluation-harness."""
-    keep_best: str | None = None
-    """Keep the student of the best evaluation by this measure in ``best/`` of the run's folder: one of `MEASURES`, or ``TASK.METRIC``."""
-    judge: TeacherConfig | None = None
-    """Of a gad run: who compares the student's answers with the teacher's. ``target`` and how it is reached; its cost is not counted."""
-
-    @field_validator("judge", mode="before")
-    @classmethod
-    def _judge_in_words(cls, value: Any) -> Any:
-        return {"signal": "text", **value} if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _judge_is_there(self) -> EvalConfig:
-        judge = self.judge
-        if judge is not None and (judge.target is None or judge.signal != "text" or judge.prices or judge.budget):
-            raise ValueError("judge is a running teacher that replies in words: give its target, with no signal, prices or budget")
-        if self.keep_best is not None and self.keep_best not in MEASURES and not (self.tasks and "." in self.keep_best):
-            raise ValueError(f"keep_best {self.keep_best} is no measure: take one of {', '.join(MEASURES)}, or TASK.METRIC of eval.tasks")
-        if self.keep_best == "win_rate" and judge is None:
-            raise ValueError("keep_best win_rate needs a judge: give judge.target")
-        return self
-
-
 class RunConfig(Section):
     """One run: ``bbopd distill run.yaml``."""
 
@@ -126,8 +85,10 @@ class RunConfig(Section):
     """What is measured of the student while it trains."""
     output: str = "runs/latest"
     """The run's folder: metrics, checkpoints, the report and, at the end, the student in ``model/``; a stopped run goes on from it."""
-    track: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
-    """Experiment trackers that hear the figures too, beside TensorBoard; each is set up by its own environment variables."""
+    track: tuple[Annotated[TrackerName | str, known_in("trackers")], ...] = ()
+    """Experiment trackers that hear the figures too, beside TensorBoard; each is set up by its own environment variables. Plug-ins too."""
+    track_options: Mapping[str, Options] = Field(default_factory=dict)
+    """Of trackers that are plug-ins, by their names: what each knows, as it documents it."""
 
     @field_validator("track")
     @classmethod
@@ -135,6 +96,15 @@ class RunConfig(Section):
         if len(set(value)) < len(value):
             raise ValueError(f"each tracker hears a run once: name {', '.join(dict.fromkeys(value))}, and none of them twice")
         return value
+
+    @model_validator(mode="after")
+    def _options_have_a_tracker(self) -> RunConfig:
+        takers = [name for name in self.track if name not in GROUPS["trackers"].built_in]
+        if idle := [name for name in self.track_options if name not in takers]:
+            raise ValueError(
+                f"track_options.{idle[0]}: options are for trackers in track that are plug-ins, which are {', '.join(takers) or 'none'}"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -198,7 +168,7 @@ class RunConfig(Section):
             )
         if self.teacher.writes_labels and self.teacher.signal == "none":
             raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
-        if objective.name == "policy_gradient":
+        if objective.name == "policy_gradient" or (objective.plugin_use is not None and self.teacher.signal == "sampled"):
             self._samples_as_the_objective_says()
             if objective.baseline == "kl" and self.teacher.signal == "sampled":
                 raise ValueError(
@@ -320,6 +290,17 @@ class RunConfig(Section):
     @property
     def writes_rollouts(self) -> bool:
         return not self.objective.is_cross_entropy and max(self._fractions) > 0
+
+    @property
+    def plugins(self) -> tuple[PluginUse, ...]:
+        """What of the run other packages bring."""
+        teachers = [teacher.plugin_use for teacher in (self.teacher, *self.teachers.values())]
+        trackers = [name for name in self.track if name not in GROUPS["trackers"].built_in]
+        return (
+            *(use for use in (*teachers, self.rollouts.plugin_use, self.objective.plugin_use) if use is not None),
+            *self.data.filters.plugin_uses,
+            *(PluginUse("trackers", name, self.track_options.get(name, {}), f"track_options.{name}") for name in trackers),
+        )
 
     @property
     def names_teachers(self) -> bool:

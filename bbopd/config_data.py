@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bbopd.config_base import Fraction, Positive, Section, Similarity
+from bbopd.config_base import Fraction, Options, Positive, Section, Similarity, known_in
+from bbopd.plugins import PluginUse
 
 
 class FiltersConfig(Section):
@@ -41,12 +42,18 @@ class FiltersConfig(Section):
     """Accepted answers that are remembered for it, the last ones."""
     hooks: tuple[str, ...] = ()
     """Functions of your own, as ``module:function`` or ``path.py:function``: trusted code, run inside the run."""
+    plugins: Mapping[Annotated[str, known_in("filters")], Options] = Field(default_factory=dict)
+    """Filters of other packages, by their names, each with its options, ``{}`` for none; the name is the reason of what they reject."""
     min_kept: Fraction = 0.05
     """Share of the last ``kept_window`` rollouts that must pass, or the run stops."""
     kept_window: Positive = 200
     """Rollouts that ``min_kept`` looks back on."""
     quarantine_bytes: Positive = 64 * 2**20
     """Largest size of rejected.jsonl."""
+
+    @property
+    def plugin_uses(self) -> tuple[PluginUse, ...]:
+        return tuple(PluginUse("filters", name, options, f"data.filters.plugins.{name}") for name, options in self.plugins.items())
 
 
 class PromptSource(Section):

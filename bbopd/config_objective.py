@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bbopd.config_base import Fraction, Section, StepsOrFraction
+from bbopd.config_base import Fraction, Options, Section, StepsOrFraction, known_in
 from bbopd.config_gad import GadConfig
+from bbopd.plugins import GROUPS, ObjectiveName, PluginUse
 from bbopd.types import Divergence
 
 ClipSide = Annotated[float, Field(gt=0, lt=1)]
@@ -46,11 +47,14 @@ def value_at(value: float | tuple[float, float], progress: float) -> float:
 class ObjectiveConfig(Section):
     """What is minimised: ``ce_weight * CE + kd_weight * T^2 * KD``."""
 
-    name: Divergence | Literal["aligned", "mixed", "policy_gradient", "sft", "seqkd", "verbal", "gad"] = "forward_kl"
+    name: Annotated[ObjectiveName | str, known_in("objectives")] = "forward_kl"
     """A divergence; ``mixed``, one on labelled sequences and another on rollouts; ``policy_gradient``, reverse KL from one logprob of the
     teacher for each sampled token; ``aligned``, for a teacher with another tokenizer; or cross-entropy alone: ``sft`` on labelled text,
     without a teacher, ``seqkd`` on answers that the teacher writes; or ``verbal``: policy gradient on grades that the teacher gives to the
-    student's answers; or ``gad``: the student's answers against the teacher's, by a discriminator that learns to tell them apart."""
+    student's answers; or ``gad``: the student's answers against the teacher's, by a discriminator that learns to tell them apart. Or the
+    name of a plug-in, an objective on the teacher's signals on tokens."""
+    options: Options = Field(default_factory=dict)
+    """Of a plug-in: what it knows, as it documents it."""
     labelled: SideConfig = SideConfig(name="skew_forward_kl")
     """Of ``mixed``, with ``rollouts``. Their defaults are DistiLLM-2's (2503.07067)."""
     rollouts: SideConfig = SideConfig(name="skew_reverse_kl")
@@ -100,6 +104,12 @@ class ObjectiveConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_belong_to_a_plugin(self) -> ObjectiveConfig:
+        if self.options and self.plugin_use is None:
+            raise ValueError(f"options belong to a plug-in, and {self.name} is none: its settings are keys of objective itself")
+        return self
+
+    @model_validator(mode="after")
     def _sides_belong_to_mixed(self) -> ObjectiveConfig:
         if self.name != "mixed" and self._changed("labelled", "rollouts"):
             raise ValueError(f"labelled and rollouts belong to objective.name=mixed, not {self.name}")
@@ -117,6 +127,13 @@ class ObjectiveConfig(Section):
     def _changed(self, *names: str) -> bool:
         """Whether one of these is not its default; a resolved configuration names all of them."""
         return any(getattr(self, name) != type(self).model_fields[name].default for name in names)
+
+    @property
+    def plugin_use(self) -> PluginUse | None:
+        """The objective, where another package brings it."""
+        if self.name in GROUPS["objectives"].built_in:
+            return None
+        return PluginUse("objectives", self.name, self.options, "objective.options")
 
     @property
     def judges_groups(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from bbopd.config_base import Fraction, Positive, Section
+from bbopd.config_base import Fraction, Options, Positive, Section, known_in
 from bbopd.config_teacher import ClientTlsConfig, ServerTlsConfig
+from bbopd.plugins import GROUPS, EngineName, PluginUse
 
 
 class EngineAgreementConfig(Section):
@@ -25,8 +26,11 @@ class EngineAgreementConfig(Section):
 class RolloutsConfig(Section):
     """How the student writes."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """``hf``: transformers, on the trainer's own weights. ``vllm``: a process beside the run, which gets new weights after every update."""
+    engine: Annotated[EngineName | str, known_in("engines")] = "hf"
+    """``hf``: transformers, on the trainer's own weights. ``vllm``: a process beside the run, which gets new weights after every update. Or
+    the name of a plug-in, which gets them too."""
+    options: Options = Field(default_factory=dict)
+    """Of an engine that is a plug-in: what it knows, as it documents it."""
     target: str | None = None
     """``grpc://host:port`` of a `bbopd sample-server` whose vllm writes for this run; None starts one beside the run."""
     tls: ClientTlsConfig | None = None
@@ -75,6 +79,12 @@ class RolloutsConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_belong_to_a_plugin(self) -> RolloutsConfig:
+        if self.options and self.plugin_use is None:
+            raise ValueError(f"options belong to an engine that is a plug-in, and {self.engine} is none: leave them out")
+        return self
+
+    @model_validator(mode="after")
     def _sleep_fits(self) -> RolloutsConfig:
         if self.sleep and (self.engine != "vllm" or self.target is not None):
             where = f"target {self.target}" if self.target is not None else f"engine {self.engine}"
@@ -85,6 +95,13 @@ class RolloutsConfig(Section):
                 "max_staleness: 0, or leave sleep out"
             )
         return self
+
+    @property
+    def plugin_use(self) -> PluginUse | None:
+        """The engine, where another package brings it."""
+        if self.engine in GROUPS["engines"].built_in:
+            return None
+        return PluginUse("engines", self.engine, self.options, "rollouts.options")
 
 
 class SampleServerConfig(Section):

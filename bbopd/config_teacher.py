@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bbopd.config_base import Fraction, Positive, Section
+from bbopd.config_base import Fraction, Options, Positive, Section, known_in
 from bbopd.config_grading import GradingConfig
+from bbopd.plugins import PluginUse
 from bbopd.types import Level
 
 OWN_TEACHER = "own"
@@ -217,6 +218,10 @@ class TeacherConfig(Section):
     """Start one beside the run, as a process of its own, on loopback."""
     self: SelfConfig | None = None
     """No other model: the student's own weights."""
+    plugin: Annotated[str, known_in("teachers")] | None = None
+    """A teacher of another package, by the name that this registers."""
+    options: Options = Field(default_factory=dict)
+    """Of ``plugin``: what it knows, as it documents it."""
     tls: ClientTlsConfig | None = None
     """Needed for every target but loopback."""
     token_file: str | None = None
@@ -255,10 +260,13 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_way_in(self) -> TeacherConfig:
-        if self.signal != "none" and [self.target, self.serve, self.self].count(None) != 2:
+        if self.signal != "none" and [self.target, self.serve, self.self, self.plugin].count(None) != 3:
             raise ValueError(
-                "give exactly one of target (a running teacher), serve (start one beside the run) and self (the student's own weights)"
+                "give exactly one of target (a running teacher), serve (start one beside the run), self (the student's own weights) and "
+                "plugin (a teacher of another package)"
             )
+        if self.plugin is None and self.options:
+            raise ValueError("options belong to a teacher that is a plug-in: name it in plugin, or leave them out")
         if self.target is not None and (not self.targets or len(set(self.targets)) != len(self.targets)):
             raise ValueError(f"{list(self.targets)} must be one or more addresses, each once")
         for target in self.targets:
@@ -273,6 +281,8 @@ class TeacherConfig(Section):
             raise ValueError("model and api belong to an OpenAI-compatible target (openai://… or https://…)")
         if self.serve is not None and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: a teacher that is started beside the run answers on loopback alone")
+        if self.plugin is not None and (self.tls or self.token_file or self.token_env):
+            raise ValueError("tls and tokens belong to target: how a plug-in reaches its teacher is among its own options")
         return self
 
     @model_validator(mode="after")
@@ -289,6 +299,11 @@ class TeacherConfig(Section):
         if given:
             raise ValueError(f"{given[0]} is for a teacher elsewhere, and self is none: leave it out")
         return self
+
+    @property
+    def plugin_use(self) -> PluginUse | None:
+        """The teacher, where another package brings it."""
+        return None if self.plugin is None else PluginUse("teachers", self.plugin, self.options, "teacher.options")
 
     @property
     def is_api(self) -> bool:

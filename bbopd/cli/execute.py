@@ -100,7 +100,7 @@ async def _turn(
     config, folder, state = session.config, session.folder, session.state
     timeline.carry_on(state.seconds, state.busy_seconds)
     known = folder.read_json("run.json")
-    trackers = open_trackers(config.track, tracked_run(folder.root, known["started"], known["config"]))
+    trackers = open_trackers(config.track, tracked_run(folder.root, known["started"], known["config"]), config.plugins)
     metrics = RunMetrics(folder, from_step=state.step, trackers=trackers, note=display.note)
     measured = session.teacher
     if measured is not None and signal_to_measure(measured.info) is None:
@@ -177,6 +177,7 @@ def _summary(
         "energy": _energy(metrics.energy),
         "teacher": None if session.teacher_info is None else _teacher(session.teacher_info),
         "samples": read_samples(folder),
+        "plugins": known.get("plugins", []),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }
 

@@ -7,7 +7,22 @@ import sys
 from collections.abc import Sequence
 
 from bbopd import __version__
-from bbopd.cli import cache, check_teacher, compare, demo, distill, doctor, eval, eval_human, objectives, plan, report, sample_server, serve
+from bbopd.cli import (
+    cache,
+    check_teacher,
+    compare,
+    demo,
+    distill,
+    doctor,
+    eval,
+    eval_human,
+    objectives,
+    plan,
+    plugins,
+    report,
+    sample_server,
+    serve,
+)
 from bbopd.errors import BbopdError, CheckpointError
 
 _COMMANDS = {
@@ -17,6 +32,7 @@ _COMMANDS = {
     "plan": (plan, "say what a run holds, takes and costs, before any of it is loaded, and how it would scale"),
     "doctor": (doctor, "check a run before it spends anything, and say what it will take"),
     "objectives": (objectives, "say what each objective needs, computes and costs, and which ones a teacher can serve"),
+    "plugins": (plugins, "list the teachers, engines, objectives, filters and trackers there are, those of other packages too"),
     "serve": (serve, "host a teacher over gRPC"),
     "sample-server": (sample_server, "host vLLM for runs on other machines, which push their weights into it"),
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),

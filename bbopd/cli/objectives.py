@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from bbopd import __version__
 from bbopd.cli.access import add_access_arguments, read_access
 from bbopd.errors import ConfigError, TeacherError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bbopd.config import RunConfig
+    from bbopd.objectives import Facts
+    from bbopd.plugins import Plugin
     from bbopd.types import Level, TeacherInfo
 
 _VOCABULARY = 128_256  # Llama 3's, where nothing names another
@@ -68,10 +72,13 @@ def _rows(teacher: _Teacher | None, vocabulary: int, top_k: int) -> list[dict[st
     from bbopd.rpc.answers import token_bytes
     from bbopd.types import SignalSpec
 
-    fit = fitting(teacher.levels) if teacher is not None else {}
+    plugged = _plugged()
+    known = {**FACTS, **{plugin.name: facts for plugin, facts in plugged.items()}}
+    packages = {plugin.name: f"{plugin.package} {plugin.version}" for plugin in plugged}
+    fit = fitting(teacher.levels, known) if teacher is not None else {}
     rows = []
-    for name, facts in FACTS.items():
-        row = {"name": name, **asdict(facts)}
+    for name, facts in known.items():
+        row = {"name": name, "package": packages.get(name, f"bbopd {__version__}"), **asdict(facts)}
         row["bytes_per_token"] = {level: token_bytes(SignalSpec(level, top_k=top_k), vocabulary, top_k) for level in facts.needs}
         if teacher is not None:
             row["fits"] = name in fit and not (facts.same_tokens and teacher.same_tokens is False)
@@ -80,9 +87,24 @@ def _rows(teacher: _Teacher | None, vocabulary: int, top_k: int) -> list[dict[st
     return rows
 
 
+def _plugged() -> dict[Plugin, Facts]:
+    """Those of other packages; one that does not work is named on the error stream, and left out."""
+    from bbopd.objectives import plugin_facts
+    from bbopd.plugins import find, installed
+
+    found = {}
+    for plugin in installed("objectives"):
+        try:
+            found[find("objectives", plugin.name)] = plugin_facts(plugin)
+        except ConfigError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
 def _lines(row: dict[str, Any], top_k: int, chosen: str | None) -> Iterator[str]:
     """What is printed of one objective."""
-    marks = ["the run's"] if row["name"] == chosen else []
+    marks = [f"of {row['package']}"] if not row["package"].startswith("bbopd ") else []
+    marks += ["the run's"] if row["name"] == chosen else []
     if "fits" in row:
         marks.append(("fits, with " + " or ".join(row["signals"]) if row["signals"] else "fits") if row["fits"] else "does not fit")
     yield row["name"] + (f"  [{'; '.join(marks)}]" if marks else "")
@@ -122,11 +144,15 @@ async def _subject(args: argparse.Namespace) -> tuple[RunConfig | None, _Teacher
 async def _info(args: argparse.Namespace, config: RunConfig | None, stack: AsyncExitStack) -> TeacherInfo:
     """What the teacher says of itself. Raises `TeacherError` where it does not answer."""
     from bbopd.modeling import load_tokenizer
+    from bbopd.pipeline.plugged import open_plugged_teacher
     from bbopd.pipeline.progress import Silent
     from bbopd.pipeline.teacher import open_api
     from bbopd.rpc.security import ClientAccess
     from bbopd.teachers.remote import RemoteTeacher
 
+    if args.teacher is None and config is not None and config.teacher.plugin is not None:
+        tokenizer = load_tokenizer(config.student.model, revision=config.student.revision)
+        return (await open_plugged_teacher(config.teacher, tokenizer, len(tokenizer), stack, Silent())).info
     if args.teacher is None and config is not None and config.teacher.is_api:
         tokenizer = load_tokenizer(config.teacher.tokenizer or config.student.model)
         return (await open_api(config.teacher, tokenizer, len(tokenizer), None, stack, Silent())).info

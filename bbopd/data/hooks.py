@@ -31,17 +31,22 @@ def load_hook(name: str) -> Callable[[Rollout, str], Rejection | None]:
         From the returned filter, where the function raises, or returns neither None nor text.
     """
     function, attribute = _function(name, "data.filters.hooks")
+    return in_words(function, f"hook:{attribute}", f"the hook {name}")
+
+
+def in_words(function: Callable[[Rollout, str], str | None], reason: str, called: str) -> Callable[[Rollout, str], Rejection | None]:
+    """A filter that says in words why it rejects, counted under ``reason``. It raises `DataError`, in which it is ``called`` that."""
 
     def check(rollout: Rollout, text: str) -> Rejection | None:
         try:
             answer = function(rollout, text)
         except Exception as error:
-            raise DataError(f"the hook {name} failed on rollout {rollout.rollout_id}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{called} failed on rollout {rollout.rollout_id}: {type(error).__name__}: {error}") from error
         if answer is None:
             return None
         if not isinstance(answer, str):
-            raise DataError(f"the hook {name} returned {answer!r} for rollout {rollout.rollout_id}: None accepts it, text says why not")
-        return Rejection(f"hook:{attribute}", detail=answer)
+            raise DataError(f"{called} returned {answer!r} for rollout {rollout.rollout_id}: None accepts it, text says why not")
+        return Rejection(reason, detail=answer)
 
     return check
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import regex
 
 from bbopd.config import FiltersConfig
-from bbopd.data.hooks import load_hook
+from bbopd.data.hooks import in_words, load_hook
 from bbopd.data.rejected import Rejection
 from bbopd.errors import ConfigError
 from bbopd.extras import need
@@ -23,13 +23,14 @@ _LETTERS_TO_JUDGE = 20  # fewer say too little of a language
 
 
 def text_checks(config: FiltersConfig) -> tuple[TextCheck, ...]:
-    """The checks that ``config`` asks for. Raises `ConfigError` for one that cannot work: its library, a code, a script, a hook."""
+    """The checks that ``config`` asks for. Raises `ConfigError` for one that cannot work: a library, code, script, hook or plug-in."""
     checks: list[TextCheck] = []
     if config.charset:
         checks.append(_charset_check(config.charset, config.max_foreign))
     if config.languages:
         checks.append(_language_check(config.languages, config.min_language))
     checks.extend(load_hook(name) for name in config.hooks)
+    checks.extend(in_words(use.make().check, use.name, str(use.check())) for use in config.plugin_uses)
     if config.near_duplicates is not None:
         need("rensa", "data.filters.near_duplicates")  # now, and not when the first rollout has been paid for
     return tuple(checks)

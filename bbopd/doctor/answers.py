@@ -155,6 +155,8 @@ async def check_zero(setup: SetUp) -> Verdict:
         case _:
             return Verdict("skip", f"a {setup.want.level} signal is no distribution")
     objective = setup.config.objective
+    if objective.plugin_use is not None:
+        return Verdict("skip", f"whether {objective.name}, a plug-in, is 0 for a student that equals the teacher is its own affair")
     name = "reverse_kl" if objective.name == "policy_gradient" else objective.name  # which a policy gradient goes down
     sides: list[SideConfig | ObjectiveConfig] = [objective.labelled, objective.rollouts] if objective.name == "mixed" else [objective]
     found = [

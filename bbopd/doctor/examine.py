@@ -12,7 +12,7 @@ from bbopd.doctor.answers import check_agreement, check_determinism, check_own_w
 from bbopd.doctor.cost import check_cost, check_disk
 from bbopd.doctor.findings import Check, Finding, SetUp, examine
 from bbopd.doctor.fit import check_formats, check_room, check_tokens
-from bbopd.doctor.parts import check_prompts, check_signal, check_student, check_teacher, check_tokenizer
+from bbopd.doctor.parts import check_plugins, check_prompts, check_signal, check_student, check_teacher, check_tokenizer
 from bbopd.doctor.tasks import check_tasks
 from bbopd.doctor.trackers import check_trackers
 from bbopd.pipeline.folder import RunFolder
@@ -20,6 +20,7 @@ from bbopd.pipeline.folder import RunFolder
 __all__ = ["CHECKS", "examine_run"]
 
 CHECKS = (
+    Check("plug-ins", check_plugins),
     Check("tokenizer", check_tokenizer),
     Check("prompts", check_prompts, ("tokenizer", "eos_token_id")),
     Check("student", check_student),

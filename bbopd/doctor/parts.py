@@ -13,6 +13,7 @@ from bbopd.errors import DataError, EngineError
 from bbopd.modeling import compute_dtype, load_tokenizer, plain_sizes
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.parts import at_once
+from bbopd.pipeline.plugged import open_plugged_teacher, record_of
 from bbopd.pipeline.preflight import check_candidates
 from bbopd.pipeline.progress import Silent
 from bbopd.pipeline.student import check_positions, end_of_text, load_student
@@ -20,7 +21,7 @@ from bbopd.pipeline.teacher import load_teacher_tokenizer, open_api, open_budget
 from bbopd.pipeline.texts import check_labels, read_prompts
 from bbopd.types import Teacher
 
-__all__ = ["check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]
+__all__ = ["check_plugins", "check_prompts", "check_signal", "check_student", "check_teacher", "check_tokenizer"]
 
 _ANY_LENGTH = 2**31
 
@@ -43,6 +44,13 @@ async def check_tokenizer(setup: SetUp) -> Verdict:
             "instruction-tuned version"
         )
     return passed(f"{known}; it has a chat template")
+
+
+async def check_plugins(setup: SetUp) -> Verdict:
+    """What other packages bring can be imported, and takes its options."""
+    found = [f"{one['name']} of {one['package']} {one['version']}" for one in record_of(setup.config)]
+    make_objective(setup.config.objective)
+    return passed(", ".join(found) or "none")
 
 
 async def check_prompts(setup: SetUp) -> Verdict:
@@ -116,14 +124,17 @@ async def check_teacher(setup: SetUp) -> Verdict:
         return _own_teacher(setup, config.teacher.self)
     teacher: Teacher | None
     teacher, _ = await start_teacher(config.teacher, setup.scratch, setup.stack, Silent())
-    if config.teacher.is_api:
+    if config.teacher.is_api or config.teacher.plugin is not None:
         if setup.model is None or setup.tokenizer is None:
-            return Verdict("skip", "an OpenAI-compatible endpoint is asked about the student's tokens: needs the student")
-        budget = open_budget(config.teacher, None, setup.scratch, setup.stack)
+            return Verdict("skip", "this teacher is asked about the student's tokens: needs the student")
         theirs = load_teacher_tokenizer(config)
         rows = setup.model.get_input_embeddings().weight.shape[0]
         spoken, count = (setup.tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
-        teacher = await open_api(config.teacher, spoken, count, budget, setup.stack, Silent())
+        if config.teacher.plugin is not None:
+            teacher = await open_plugged_teacher(config.teacher, spoken, count, setup.stack, Silent())
+        else:
+            budget = open_budget(config.teacher, None, setup.scratch, setup.stack)
+            teacher = await open_api(config.teacher, spoken, count, budget, setup.stack, Silent())
     if teacher is None:
         return Verdict("skip", "the run has none")
     setup.teacher = teacher

@@ -27,6 +27,9 @@ async def check_trackers(setup: SetUp) -> Verdict:
     require_trackers(names)
     said, doubts = [], []
     for name in names:
+        if name not in _LOOKS:
+            said.append(f"{name}: a plug-in, which is not looked into")
+            continue
         where, address = _LOOKS[name]()
         said.append(f"{name}: {where}")
         if address is not None and (doubt := await _unreachable(name, address)):

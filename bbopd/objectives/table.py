@@ -8,6 +8,7 @@ from bbopd.config import ObjectiveConfig, TeacherConfig
 from bbopd.errors import ConfigError, TeacherError
 from bbopd.objectives import aligned, gad, mixed, sampled_kl, seqkd, sft, token_level, verbal
 from bbopd.objectives.base import Facts, Objective
+from bbopd.plugins import Plugin
 from bbopd.types import Level, SignalSpec, TeacherInfo
 
 FACTS: Mapping[str, Facts] = {
@@ -33,16 +34,38 @@ OBJECTIVES: Mapping[str, Callable[[ObjectiveConfig], Objective]] = {
     "gad": gad.Gad,
 }
 
+_TOKEN_LEVELS: tuple[Level, ...] = ("full", "candidates", "topk", "sampled")
+
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that ``config`` names, with its settings."""
-    return OBJECTIVES[config.name](config)
+    """The objective that ``config`` names, with its settings. Raises `ConfigError` for a plug-in that does not work."""
+    use = config.plugin_use
+    if use is None:
+        return OBJECTIVES[config.name](config)
+    plugin = use.check()
+    plugin_facts(plugin)
+    made: Objective = use.make(config)
+    plugin.require(made, ("name", "needs"))
+    return made
 
 
-def fitting(levels: Collection[Level]) -> dict[str, tuple[Level, ...]]:
-    """Of every objective the levels among ``levels`` that it can use, the best first; those that can use none are left out."""
-    usable = {name: tuple(level for level in facts.needs if level in levels) for name, facts in FACTS.items()}
-    return {name: found for name, found in usable.items() if found or not FACTS[name].needs}
+def plugin_facts(plugin: Plugin) -> Facts:
+    """What an objective of another package says of itself. Raises `ConfigError` where that is not what the loop can serve."""
+    facts = plugin.load().FACTS  # type: ignore[attr-defined]
+    if not isinstance(facts, Facts):
+        raise ConfigError(f"{plugin}: {plugin.value}.FACTS is {facts!r}, and no bbopd.objectives.Facts")
+    if not facts.needs or set(facts.needs) - set(_TOKEN_LEVELS):
+        raise ConfigError(
+            f"{plugin}: {plugin.value}.FACTS.needs is {facts.needs!r}; a plug-in hears the teacher's signals on tokens, "
+            f"one or more of {', '.join(_TOKEN_LEVELS)}"
+        )
+    return facts
+
+
+def fitting(levels: Collection[Level], known: Mapping[str, Facts] = FACTS) -> dict[str, tuple[Level, ...]]:
+    """Of every objective in ``known`` the levels among ``levels`` that it can use, the best first; those that can use none are left out."""
+    usable = {name: tuple(level for level in facts.needs if level in levels) for name, facts in known.items()}
+    return {name: found for name, found in usable.items() if found or not known[name].needs}
 
 
 def signal_for(objective: Objective, teacher: TeacherConfig) -> SignalSpec | None:

@@ -12,6 +12,7 @@ from bbopd.config import RunConfig
 from bbopd.data.prompts import PromptSet
 from bbopd.modeling import is_adapted, max_positions
 from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.plugged import EngineSetting, open_plugged_engine
 from bbopd.pipeline.progress import Progress
 from bbopd.rollouts.agreement import AgreementCheck
 from bbopd.rollouts.candidates import CandidateChooser
@@ -43,6 +44,12 @@ async def open_engine(
             compute_dtype=dtype,
             candidates=min(config.candidates, vocab_size),
         )
+    longest = max(len(prompt.token_ids) for prompt in prompts.known)
+    wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
+    max_sequence_tokens = min(wanted, max_positions(model) or wanted)
+    if (use := config.rollouts.plugin_use) is not None:
+        setting = EngineSetting(model, dtype, vocab_size, tuple(stop_token_ids), max_sequence_tokens, folder.root)
+        return await open_plugged_engine(use, setting, stack, progress)
     from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 
     server = None
@@ -53,11 +60,9 @@ async def open_engine(
         rollouts = config.rollouts
         server = EngineServer(target, ClientAccess.read(rollouts.tls, rollouts.token_file, rollouts.token_env, "rollouts."))
     progress.activity("loading", f"vLLM, at {target}" if target else "vLLM, in its own process")
-    longest = max(len(prompt.token_ids) for prompt in prompts.known)
-    wanted = max(config.train.max_seq_len, longest + max(config.rollouts.max_new_tokens, config.eval.max_new_tokens))
     options = VLLMOptions(
         vocab_size=vocab_size,
-        max_sequence_tokens=min(wanted, max_positions(model) or wanted),
+        max_sequence_tokens=max_sequence_tokens,
         dtype=dtype,
         gpu_memory=config.rollouts.gpu_memory,
         timeout=config.rollouts.timeout,

@@ -34,6 +34,8 @@ _MAY_CHANGE = (
     "track",
     "teacher.target",
     "teacher.serve",
+    "teacher.plugin",
+    "teacher.options",
     "teacher.timeout",
     "teacher.start_timeout",
     "teacher.inflight_tokens",
@@ -43,6 +45,7 @@ _MAY_CHANGE = (
     "teacher.cache",
     "teacher.max_replica_difference",
     "rollouts.engine",
+    "rollouts.options",
     "rollouts.target",
     "rollouts.tls",
     "rollouts.token_file",
@@ -76,11 +79,14 @@ class RunFolder:
         self.teacher_log = root / "teacher.log"
 
     @classmethod
-    def open(cls, config: RunConfig, *, command: str, data_fingerprint: str = "") -> tuple[RunFolder, list[str]]:
+    def open(
+        cls, config: RunConfig, *, command: str, data_fingerprint: str = "", plugins: Sequence[Mapping[str, str]] = ()
+    ) -> tuple[RunFolder, list[str]]:
         """Create the run's folder, or return to it; with it, what of the configuration has changed since, for a person to read.
 
         Before the first checkpoint everything may change, and the run begins anew. After it, only what decides where and how
-        carefully a run goes on (`_MAY_CHANGE`). Raises `ConfigError` for any other difference, by its key, and for a finished run.
+        carefully a run goes on (`_MAY_CHANGE`), and the versions of ``plugins``. Raises `ConfigError` for any other difference, by its key,
+        and for a finished run.
         """
         folder = cls(Path(config.output))
         known = folder.read_json("run.json")
@@ -90,6 +96,7 @@ class RunFolder:
             "command": command,
             "config": config.model_dump(mode="json"),
             "data_sha256": data_fingerprint,
+            "plugins": list(plugins),
             "machine": describe_machine(),
             "source": describe_source(),
         }
@@ -112,8 +119,13 @@ class RunFolder:
                 f"the data of the run in {folder.root} has changed since it began, so its order could not be kept: "
                 "set output= to another folder, or bring the data back"
             )
+        before_by_class = {one["class"]: one for one in known.get("plugins", ())}
+        for one in plugins:
+            before = before_by_class.get(one["class"], one)["version"]
+            if before != one["version"]:
+                changes.append((f"the version of {one['package']}, which brings {one['name']},", before, one["version"]))
         if changes:
-            folder.write_json("run.json", {**known, "config": record["config"]})
+            folder.write_json("run.json", {**known, "config": record["config"], "plugins": record["plugins"]})
         return folder, [f"{key} is now {now!r}, and was {before!r}" for key, before, now in changes]
 
     def _begin(self, record: Mapping[str, Any]) -> None:

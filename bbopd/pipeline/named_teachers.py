@@ -11,6 +11,7 @@ from bbopd.config import RunConfig
 from bbopd.errors import TeacherError
 from bbopd.objectives import Objective, check_offer
 from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.plugged import open_plugged_teacher
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.teacher import open_api, remembering, start_teacher
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NamedTeachers:
-    """``asked``: each as the loop asks it, by its name. ``connections``: the same as they are, for their counters."""
+    """``asked``: each as the loop asks it, by its name. ``connections``: those that are services, for their counters."""
 
     asked: dict[str, Teacher]
     connections: tuple[RemoteTeacher | OpenAITeacher, ...]
@@ -58,8 +59,13 @@ async def open_named_teachers(
     connections: list[RemoteTeacher | OpenAITeacher] = []
     for name, one in config.teachers.items():
         try:
-            remote, _ = await start_teacher(one, folder, stack, progress)
-            teacher = remote or await open_api(one, tokenizer, rows, None, stack, progress)
+            teacher: Teacher
+            if one.plugin is not None:
+                teacher = await open_plugged_teacher(one, tokenizer, rows, stack, progress)
+            else:
+                remote, _ = await start_teacher(one, folder, stack, progress)
+                teacher = counted = remote or await open_api(one, tokenizer, rows, None, stack, progress)
+                connections.append(counted)
             check_offer(objective, teacher.info, want)
             check_candidates(teacher.info, config.candidates)
             vocab_size = check_vocabulary(teacher.info, tokenizer, rows)
@@ -74,5 +80,4 @@ async def open_named_teachers(
         kept = remembering(teacher, None, one, folder, stack)
         assert kept is not None, "there is a teacher"
         asked[name] = fitted(kept, vocab_size)
-        connections.append(teacher)
     return NamedTeachers(asked, tuple(connections))

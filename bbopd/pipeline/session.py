@@ -33,6 +33,7 @@ from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.named_teachers import NamedTeachers, open_named_teachers
 from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
+from bbopd.pipeline.plugged import open_plugged_teacher, record_of
 from bbopd.pipeline.preflight import check_candidates, check_lengths, check_vocabulary
 from bbopd.pipeline.progress import Progress
 from bbopd.pipeline.referenced import ReferencedScores
@@ -142,13 +143,14 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         student = config.student
         checks = text_checks(config.data.filters)
         require_trackers(config.track)
+        plugins = record_of(config)
         progress.activity("loading", "tokenizer and text")
         tokenizer = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
         prompts = await asyncio.to_thread(read_prompts, config, tokenizer)
         check_labels(config, prompts)
         if prompts.skipped:
             progress.note(f"left out of the data: {', '.join(f'{reason} {count}' for reason, count in sorted(prompts.skipped.items()))}")
-        folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint)
+        folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint, plugins=plugins)
         stack.enter_context(folder.lock())
         for change in changes:
             progress.note(f"going on with another configuration: {change}")
@@ -163,12 +165,14 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         if is_adapted(model):
             progress.note(trained_share(model, config.train.optimizer))
         remote, process = await starting
-        budget = open_budget(config.teacher, remote, folder, stack)
         counted: RemoteTeacher | OpenAITeacher | None = remote
         teacher: Teacher | None = remote
         rows = model.get_input_embeddings().weight.shape[0]
+        spoken, count = (tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
+        if config.teacher.plugin is not None:
+            teacher = await open_plugged_teacher(config.teacher, spoken, count, stack, progress)
+        budget = open_budget(config.teacher, teacher, folder, stack)
         if config.teacher.is_api:
-            spoken, count = (tokenizer, rows) if theirs is None else (theirs[0], len(theirs[0]))
             teacher = counted = await open_api(config.teacher, spoken, count, budget, stack, progress)
         to_split = None
         if ranks is not None:

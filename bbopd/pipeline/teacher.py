@@ -130,7 +130,7 @@ async def open_judge(
     return kept
 
 
-def open_budget(config: TeacherConfig, teacher: RemoteTeacher | None, folder: RunFolder, stack: AsyncExitStack) -> Budget | None:
+def open_budget(config: TeacherConfig, teacher: Teacher | None, folder: RunFolder, stack: AsyncExitStack) -> Budget | None:
     """Where what the teacher costs is counted; None where it costs nothing that is known."""
     if config.prices is not None:
         prices = Prices(config.prices.prompt, config.prices.answer, config.prices.currency)
@@ -156,8 +156,8 @@ def remembering(
     What is paid for is kept in any case: in the run's folder, where the configuration names no place.
     """
     asked: Teacher | None = teacher
-    if isinstance(teacher, RemoteTeacher) and budget is not None:
-        asked = PaidTeacher(teacher, budget)
+    if asked is not None and budget is not None and not config.is_api:
+        asked = PaidTeacher(asked, budget)
     cache = config.cache
     if cache is None and budget is not None:
         cache = CacheConfig(path=str(folder.root / "answers.db"))

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from bbopd.errors import ConfigError
 from bbopd.extras import need
+from bbopd.plugins import PluginUse
 
 PROJECT = "bbopd"
 _MLFLOW_CHARACTERS = 6000  # of a parameter's value
@@ -121,15 +122,20 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"wandb": WeightsAndBiase
 def require_trackers(names: Sequence[str]) -> None:
     """Raises `ConfigError`, with the command that installs it, for a tracker that is not there: before anything is loaded."""
     for name in names:
-        need(name, "track", extra=name)
+        if name in TRACKERS:
+            need(name, "track", extra=name)
 
 
-def open_trackers(names: Sequence[str], run: TrackedRun) -> list[tuple[str, Tracker]]:
-    """The trackers that ``track`` names. Raises `ConfigError` for one that does not start; those before it are closed."""
+def open_trackers(names: Sequence[str], run: TrackedRun, plugins: Sequence[PluginUse] = ()) -> list[tuple[str, Tracker]]:
+    """The trackers that ``track`` names, of which some are ``plugins``.
+
+    Raises `ConfigError` for one that does not start; those before it are closed.
+    """
+    brought = {use.name: use for use in plugins if use.group == "trackers"}
     opened: list[tuple[str, Tracker]] = []
     for name in names:
         try:
-            opened.append((name, TRACKERS[name](run)))
+            opened.append((name, brought[name].make(run) if name in brought else TRACKERS[name](run)))
         except Exception as error:  # whatever its library raises
             for _, tracker in opened:
                 with suppress(Exception):

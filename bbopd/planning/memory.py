@@ -197,6 +197,8 @@ def _engine(config: RunConfig, shapes: Shapes, machine: Machine, phase: Phase) -
         cached = min(_CACHED_TOKENS, rows * config.train.max_seq_len)
         return [Part("KV cache", of_token * cached, phase, f"{cached:,} tokens of the hf engine")], float(cached)
     weights = shapes.compute_bytes * student.parameters
+    if rollouts.plugin_use is not None:
+        return [Part("engine's weights", weights, phase, f"of {rollouts.engine}, in the compute dtype (its cache: not known)")], 0.0
     share = None if machine.gpu_bytes is None else rollouts.gpu_memory * machine.gpu_bytes
     if share is None:
         share = weights + _ENGINE_BESIDE + of_token * config.train.max_seq_len * rows

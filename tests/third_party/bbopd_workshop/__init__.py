@@ -1,0 +1,1 @@
+"""Plug-ins for bbopd, as a package of their own would bring them."""
