@@ -74,12 +74,27 @@ class TrainConfig(Section):
     """Optimizer steps."""
     keep_checkpoints: Positive = 2
     """The newest ones that stay."""
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    """What follows an update whose loss or gradient is NaN or infinite, which is never applied. ``skip`` goes on without its sequences,
+    ``roll_back`` from the last checkpoint with other prompts."""
+    on_spike: Literal["none", "skip", "roll_back", "stop"] = "none"
+    """What follows an update whose loss or gradient norm is far above those before; ``none`` applies it and does not look."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """How far is far: the median of the window and so many of its standard deviations, as the median absolute deviation tells them."""
+    spike_window: Annotated[int, Field(ge=8)] = 64
+    """Updates that were applied before, of the same phase; nothing is a spike before half of them are there."""
+    bad_updates_in_a_row: Positive = 3
+    """So many may be skipped or rolled back, with none between that got further than the one before; the next one stops the run."""
     seed: int = 0
     """Of the order of the data and of sampling."""
     deterministic: bool = True
     """The same run gives the same weights, to the last bit, on the same machine."""
     parallel: ParallelConfig = ParallelConfig()
     """How several processes share the work."""
+
+    @property
+    def rolls_back(self) -> bool:
+        return "roll_back" in (self.on_nonfinite, self.on_spike)
 
 
 def resolve_steps(value: int | float, planned_steps: int) -> int:

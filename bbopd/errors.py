@@ -49,6 +49,10 @@ class TrainingError(BbopdError):
     exit_code = 4
 
 
+class DivergedError(TrainingError):
+    """Training goes wrong again each time it goes on from its last checkpoint, which stands: what came after it is not saved."""
+
+
 class RolloutsRejectedError(TrainingError):
     """The filters let too few rollouts through for the run to be worth its time."""
 

@@ -14,6 +14,7 @@ from bbopd.data.filters import RolloutFilter
 from bbopd.data.rejected import RejectedLog
 from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
 from bbopd.objectives import make_objective
+from bbopd.pipeline.checkpoints import RunCheckpoints
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.loop import Loop
@@ -24,7 +25,7 @@ from bbopd.pipeline.timing import Timeline
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.rollouts.hf import HFEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
-from bbopd.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.trainer.step import Trainer
 from bbopd.types import Prompt
 from tests.tiny_models import tiny_llama, tiny_tokenizer
@@ -94,25 +95,22 @@ class Rig:
         model = tiny_llama(vocab_size=VOCAB)
         objective = make_objective(config.objective)
         trainer = Trainer(model, objective, train=config.train, objective_config=config.objective, planned_steps=config.planned_steps)
-        state = RunState()
+        self.checkpoints = RunCheckpoints(
+            self.folder,
+            trainer=trainer,
+            ranked=None,
+            model=model,
+            tokenizer=tiny_tokenizer(),
+            adversary=None,
+            average=None,
+            keep=2,
+            retries=lambda: 0,
+        )
         checkpoint = latest_checkpoint(self.folder.checkpoints)
-        if checkpoint is not None:
-            state = RunState.from_json(load_checkpoint(checkpoint, model=model, optimizer=trainer.optimizer))
-            trainer.steps_done = state.step
+        state = self.checkpoints.begin(checkpoint)
         self.resumed_from = state.step
         self.engine = engine or HFEngine(model, eos_token_ids=(2,), pad_token_id=0)
         self.log = RejectedLog(self.folder.rejected)
-
-        def save(now: RunState) -> None:
-            save_checkpoint(
-                self.folder.checkpoints,
-                now.step,
-                model=model,
-                tokenizer=tiny_tokenizer(),
-                optimizer=trainer.optimizer,
-                state=now.to_json(),
-                keep=2,
-            )
 
         self.parts = Parts(
             trainer=trainer,
@@ -121,7 +119,9 @@ class Rig:
             gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
             teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
             want=objective.signal(config.teacher),
-            save=save,
+            save=self.checkpoints.save,
+            roll_back=self.checkpoints.roll_back,
+            is_saved=self.checkpoints.can_roll_back_to(checkpoint),
             sleep=getattr(self.engine, "sleep", None),
             overlaps=executor is not None,
             run_blocking=at_once if executor is None else in_executor(executor),

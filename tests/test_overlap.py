@@ -34,7 +34,7 @@ def config(steps: int = 60, staleness: int = 1, **keywords):
 
 
 def check_books(state: RunState) -> None:
-    assert state.drawn == state.trained + sum(state.rejected.values()) + len(state.pending)
+    assert state.drawn == state.trained + state.rolled_back + sum(state.rejected.values()) + len(state.pending)
 
 
 # ------------------------------------------------------------ speed

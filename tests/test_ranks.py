@@ -176,6 +176,16 @@ def test_a_checkpoint_is_gone_on_from_by_any_number_of_ranks(folder: Path) -> No
     assert_same_steps([alone.train_step(RESUMED.micro_batches(step)) for step in (4, 5)], expected[4:])
 
 
+def test_ranks_drop_an_update_and_go_back_to_a_checkpoint_together(folder: Path) -> None:
+    alone = RESUMED.alone()
+    expected = [alone.train_step(RESUMED.micro_batches(step)) for step in range(2)]
+    ours = found(folder, "2")["goes back"]
+    assert_same_steps([ours["step"]], expected[1:])
+    for name, weight in ours["saved"].items():
+        assert torch.equal(ours["dropped"][name], weight)
+        assert torch.equal(ours["back"][name], weight)
+
+
 def test_a_checkpoint_of_one_process_is_gone_on_from_by_two(folder: Path) -> None:
     whole = RESUMED.alone()
     expected = [whole.train_step(RESUMED.micro_batches(step)) for step in range(3)]

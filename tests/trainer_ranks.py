@@ -182,6 +182,28 @@ def begin(ranks: Ranks, folder: Path) -> Any:
     return {"weights": before}
 
 
+def goes_back(ranks: Ranks, folder: Path) -> Any:
+    """A step, a checkpoint, an update that is dropped and one that is not; then the checkpoint again, and a step."""
+    trainer = ranked(RESUMED, ranks)
+    if ranks.rank:
+        trainer.follow()
+        return None
+    trainer.train_step(RESUMED.micro_batches(0))
+    saved = weights_of(trainer)
+    trainer.save(folder / "back", 1, tiny_tokenizer(), {"step": 1}, keep=1)
+    trainer.accumulate(RESUMED.micro_batches(3))
+    trainer.drop()
+    dropped = weights_of(trainer)
+    trainer.train_step(RESUMED.micro_batches(4))
+    trainer.end()
+    trainer.load(folder / "back/step-00000001")
+    back = weights_of(trainer)
+    trainer.steps_done = trainer.loaded["step"]
+    step = trainer.train_step(RESUMED.micro_batches(1))
+    ranks.dismiss(None)
+    return {"saved": saved, "dropped": dropped, "back": back, "step": step}
+
+
 def go_on(ranks: Ranks, folder: Path, checkpoint: str, steps: int = 2) -> Any:
     """What a checkpoint holds, and some steps more."""
     verify_checkpoint(folder / checkpoint)
@@ -280,13 +302,14 @@ TASKS = {
     "bad batch": (bad_batch,),
     "at once": (at_once,),
     "begin": (begin,),
+    "goes back": (goes_back,),
     "from one": (go_on, "alone/step-00000002", 1),
     "another model": (another_model,),
     "go on": (go_on, "checkpoints/step-00000002"),
 }
 WORLDS = {
     "1": World(1, one_after_another),
-    "2": World(2, one_after_another, ("bad batch", "at once", "begin", "from one", "another model")),
+    "2": World(2, one_after_another, ("bad batch", "at once", "begin", "goes back", "from one", "another model")),
     "4": World(4, one_after_another, ("go on",)),
     "first fails": World(2, failing, (ZeroDivisionError("broken"), 0)),
     "second fails": World(2, failing, (ZeroDivisionError("broken"), 1)),

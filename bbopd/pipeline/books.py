@@ -1,4 +1,7 @@
-"""The books of a run: every sequence that was drawn is trained, rejected with a reason, or pending, and the three add up."""
+"""The books of a run: every sequence that was drawn is trained (and perhaps rolled back), rejected with a reason, or pending.
+
+These add up, and are checked with every checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -86,16 +89,22 @@ class Books:
             del self._under_way[number]
         self._state.rejected = dict(self._gate.counts)
 
+    def put_back(self) -> None:
+        """What is under way will be drawn again, before anything new."""
+        self._left = [*self._left, *self._under_way.values()]
+        self._under_way.clear()
+
     def close(self) -> None:
         """Bring ``state`` up to date, to be saved. Raises `TrainingError` where the books do not balance."""
         state = self._state
         state.pending = [_to_json(*entry) for entry in (*self._left, *self._under_way.values())]
         rejected = sum(state.rejected.values())
-        if state.drawn != state.trained + rejected + len(state.pending):
+        if state.drawn != state.trained + state.rolled_back + rejected + len(state.pending):
             raise TrainingError(
-                f"{state.drawn} sequences were drawn, but {state.trained} trained, {rejected} rejected and {len(state.pending)} pending: "
-                f"some were lost or counted twice, so nothing was saved at step {state.step}; the last checkpoint stands. This is a fault "
-                "of bbopd, or of a rollout engine or teacher that did not answer each question once: please report it"
+                f"{state.drawn} sequences were drawn, but {state.trained} trained, {state.rolled_back} rolled back, {rejected} rejected "
+                f"and {len(state.pending)} pending: some were lost or counted twice, so nothing was saved at step {state.step}; the last "
+                "checkpoint stands. This is a fault of bbopd, or of a rollout engine or teacher that did not answer each question once: "
+                "please report it"
             )
 
 

@@ -56,6 +56,11 @@ _MAY_CHANGE = (
     "rollouts.agreement",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.on_nonfinite",
+    "train.on_spike",
+    "train.spike_threshold",
+    "train.spike_window",
+    "train.bad_updates_in_a_row",
     "train.micro_batch_tokens",
     "train.lr",
     "train.clip",
@@ -65,6 +70,12 @@ _MAY_CHANGE = (
     "data.prompts.bad_rows",
     "data.rank",
     "data.world_size",
+)
+
+
+_OF_AN_ATTEMPT = (
+    *("metrics.jsonl", "evals.jsonl", "rolled_back.jsonl", "rejected.jsonl", "accepted.jsonl"),
+    *("samples.json", "summary.json", "trace.json"),
 )
 
 
@@ -132,7 +143,7 @@ class RunFolder:
         """Write what is run, and remove what an attempt that never reached a checkpoint has left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "evals.jsonl", "samples.json", "rejected.jsonl", "accepted.jsonl", "summary.json", "trace.json"):
+            for name in _OF_AN_ATTEMPT:
                 (self.root / name).unlink(missing_ok=True)
             shutil.rmtree(self.root / "best", ignore_errors=True)
         except OSError as error:

@@ -7,6 +7,9 @@ Cycles take turns here, or overlap by one (`overlap`) where the engine has weigh
 With turns, state is saved between cycles only: a cycle that was cut off is drawn again from the same position with the same seed, so a
 resumed run repeats an uninterrupted one. A stop request is heard while sampling and scoring (the cycle is dropped) and
 between cycles; a cycle whose training has begun is finished first.
+
+A bad update may send the run back to its last checkpoint (`bad_updates`): weights, moments and what counts updates are then as they were
+there, and drawing goes on: what was under way is drawn again, and new prompts come in place of those that were trained since.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from typing import Any, Literal
 
 from bbopd.config import RunConfig
 from bbopd.data.assemble import rollout_of, split_into_steps
-from bbopd.errors import ModelError, RankError, TrainingError
+from bbopd.errors import DivergedError, ModelError, RankError, TrainingError
+from bbopd.pipeline.bad_updates import RollBackError
 from bbopd.pipeline.books import Books, Draw
 from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.cycle import CycleItems, collect_cycle, sampling_of
@@ -59,7 +63,7 @@ class Loop:
         self._progress = progress
         self._evaluate = evaluate
         self._stop = stop
-        self._saved_step = state.step
+        self._saved_step, self._saved_bad_updates = state.step, state.bad_updates
         self._budgets = Budgets(config, state)
         self._fruitless_cycles = 0
 
@@ -77,18 +81,22 @@ class Loop:
             return "stopped"
 
     async def _run(self) -> Literal["finished", "stopped"]:
+        if self._config.train.rolls_back and not self._parts.is_saved:
+            await self._write()
         await self._evaluate_once("start")
         while not self._budgets.cold_start_is_over():
-            await self._turn("cold_start")
+            async with self._rolled_back_where_bad():
+                await self._turn("cold_start")
         if self._config.train.cold_start_tokens and not self.state.on_policy_tokens and not self.state.labelled_tokens:
             await self._save()
             await self._evaluate_once("cold_start")
         phase = "on_policy" if self._config.writes_rollouts else "labelled"
         while not self._budgets.is_spent():
-            if self._parts.overlaps and phase == "on_policy":
-                await self._overlap()
-            else:
-                await self._turn(phase)
+            async with self._rolled_back_where_bad():
+                if self._parts.overlaps and phase == "on_policy":
+                    await self._overlap()
+                else:
+                    await self._turn(phase)
         await self._save()
         await self._evaluate_once("end")
         return "finished"
@@ -103,6 +111,8 @@ class Loop:
         before_step = self.state.step
         try:
             await self._train(phase, draw, cycle)
+        except DivergedError:
+            raise
         except TrainingError:
             await self._save()  # the bad update was not applied, and its sequences are rejected: going on skips what made it
             raise
@@ -203,6 +213,30 @@ class Loop:
             await self._save()
         return self._is_due_to_evaluate(before_step)
 
+    # ------------------------------------------------------------ going back
+
+    @asynccontextmanager
+    async def _rolled_back_where_bad(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except RollBackError as error:
+            await self._roll_back(str(error))
+
+    async def _roll_back(self, why: str) -> None:
+        state, roll_back = self.state, self._parts.roll_back
+        assert roll_back is not None, "a run whose policy it is can"
+        before = state.step
+        with self._activity("loading", span="the last checkpoint"):
+            saved, cancelled = await to_the_end(self._parts.run_blocking(roll_back))
+        state.roll_back(saved)
+        self._saved_step = state.step
+        self._books.put_back()
+        self._weights.forget()
+        self._metrics.roll_back(state.step)
+        self._progress.note(f"{why}: back from step {before} to the checkpoint of step {state.step}, and on with other prompts")
+        if cancelled is not None:
+            raise cancelled
+
     # ------------------------------------------------------------ saving, evaluation, stopping
 
     def check_fruit(self, drawn: int, accepted: int) -> None:
@@ -223,7 +257,7 @@ class Loop:
         """Save before an error leaves, unless the student itself has gone wrong, or a part of it is lost."""
         try:
             yield
-        except (ModelError, RankError, _StopRequestedError):
+        except (DivergedError, ModelError, RankError, RollBackError, _StopRequestedError):
             raise
         except Exception:
             await self._save()
@@ -237,8 +271,10 @@ class Loop:
         return bool(every) and self.state.step // every > before_step // every and not self._budgets.is_spent()
 
     async def _save(self) -> None:
-        if self.state.step == self._saved_step:
-            return
+        if (self.state.step, self.state.bad_updates) != (self._saved_step, self._saved_bad_updates):
+            await self._write()
+
+    async def _write(self) -> None:
         with self._activity("saving"):
             self._books.close()
             self.state.seconds = self._timeline.seconds()
@@ -247,7 +283,7 @@ class Loop:
             snapshot = deepcopy(self.state)
             _, cancelled = await to_the_end(self._parts.run_blocking(self._parts.save, snapshot))
             self.state.teacher_retries = snapshot.teacher_retries
-        self._saved_step = self.state.step
+        self._saved_step, self._saved_bad_updates = self.state.step, self.state.bad_updates
         self._metrics.trace(self._timeline.to_json())
         if cancelled is not None:
             raise cancelled

@@ -19,6 +19,7 @@ class Recorder(Protocol):
     def step(self, line: Mapping[str, Any]) -> None: ...
     def evaluation(self, line: Mapping[str, Any]) -> None: ...
     def trace(self, content: Mapping[str, Any]) -> None: ...
+    def roll_back(self, step: int) -> None: ...
     def has_evaluation(self, stage: str, step: int) -> bool: ...
 
 
@@ -40,17 +41,21 @@ class RunMetrics:
         counters: Sequence[Counter] | None = None,
     ) -> None:
         self._folder = folder
-        folder.rewind("metrics.jsonl", from_step)
-        folder.rewind("evals.jsonl", from_step)
+        self._trackers: dict[str, Tracker] = dict(trackers)
+        self._note = note
+        self._open(from_step)
+        before = [line["energy_joules"] for line in folder.read_lines("metrics.jsonl") if "energy_joules" in line]
+        self.energy = EnergyMeter(energy_counters() if counters is None else counters, joules=before[-1] if before else 0.0)
+
+    def _open(self, step: int) -> None:
+        folder = self._folder
+        folder.rewind("metrics.jsonl", step)
+        folder.rewind("evals.jsonl", step)
         self._evaluated = {_name(line["stage"], line["step"]) for line in folder.read_lines("evals.jsonl")}
         self._steps = folder.append_to("metrics.jsonl")
         self._evals = folder.append_to("evals.jsonl")
-        before = [line["energy_joules"] for line in folder.read_lines("metrics.jsonl") if "energy_joules" in line]
-        self.energy = EnergyMeter(energy_counters() if counters is None else counters, joules=before[-1] if before else 0.0)
-        self._trackers: dict[str, Tracker] = dict(trackers)
-        self._note = note
         with suppress(OSError):
-            self._trackers["tensorboard"] = TensorBoard(folder.tensorboard, from_step=from_step)
+            self._trackers["tensorboard"] = TensorBoard(folder.tensorboard, from_step=step)
 
     def step(self, line: Mapping[str, Any]) -> None:
         joules = self.energy.joules()
@@ -67,6 +72,20 @@ class RunMetrics:
     def trace(self, content: Mapping[str, Any]) -> None:
         with suppress(CheckpointError):  # it tells of the run, and must not end it
             self._folder.write_json("trace.json", content, indent=None)
+
+    def roll_back(self, step: int) -> None:
+        """The updates after ``step`` are undone, and others will be made: their lines go to rolled_back.jsonl."""
+        self._steps.close()
+        self._evals.close()
+        undone = self._folder.append_to("rolled_back.jsonl")
+        for line in self._folder.read_lines("metrics.jsonl"):
+            if line["step"] > step:
+                undone.write(line)
+        undone.close()
+        if (board := self._trackers.pop("tensorboard", None)) is not None:
+            with suppress(OSError):
+                board.close()
+        self._open(step)
 
     def has_evaluation(self, stage: str, step: int) -> bool:
         """Whether ``stage`` has been evaluated; "step" evaluations come again at every step they are due."""

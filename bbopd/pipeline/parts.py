@@ -62,6 +62,7 @@ class Trains(Protocol):
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients: ...
     def update(self, gradients: Gradients) -> StepMetrics: ...
+    def drop(self) -> None: ...
     def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]: ...
 
 
@@ -112,7 +113,8 @@ class Parts:
     rollouts the ids that the teacher is asked about, where the student chooses them; ``write_labels`` gives labelled sequences the
     teacher's own answers, where it writes them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
     are kept: hits, misses and more, in this session; ``answer_counts`` of one whose text is read:
-    what became of it. ``ranks`` is how many train together.
+    what became of it. ``ranks`` is how many train together. ``roll_back`` puts all that is trained back to the last whole checkpoint, whose
+    state it returns; ``is_saved`` says that one lies there already.
     """
 
     trainer: Trains
@@ -122,6 +124,8 @@ class Parts:
     teacher: Scores | None
     want: SignalSpec | None
     save: Callable[[RunState], None]
+    roll_back: Callable[[], RunState] | None = None
+    is_saved: bool = False
     agreement: Callable[[Iterable[Rollout], int], Mapping[str, float]] | None = None
     sleep: Callable[[], Awaitable[None]] | None = None
     choose: Callable[[Sequence[Rollout]], list[Rollout]] | None = None

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from bbopd.config import FiltersConfig, RunConfig
 from bbopd.data.filters import RolloutFilter
@@ -28,6 +27,7 @@ from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora
 from bbopd.modeling.load import quiet
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
+from bbopd.pipeline.checkpoints import RunCheckpoints
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
@@ -60,7 +60,7 @@ from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.routed import RoutedTeacher
 from bbopd.teachers.written import WritingTeacher
 from bbopd.trainer.average import WeightAverage
-from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, require_space, save_checkpoint
+from bbopd.trainer.checkpoint import latest_checkpoint, require_space
 from bbopd.trainer.reference_policy import ReferencePolicy
 from bbopd.trainer.step import Trainer
 from bbopd.types import Teacher, TeacherInfo
@@ -70,9 +70,6 @@ if TYPE_CHECKING:
 
     from bbopd.teachers.openai import OpenAITeacher
     from bbopd.trainer.ranks import Ranks
-
-
-_AVERAGE = "average"  # the file of a checkpoint that holds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,54 +272,35 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         if plays:
             assert isinstance(scores, WritingTeacher), "gad asks for text, and one answer to a prompt"
             adversary = open_adversary(config, model, scores, dtype, vocab_size, progress)
-        state = RunState()
+        checkpoints = RunCheckpoints(
+            folder,
+            trainer=trainer,
+            ranked=ranked,
+            model=model,
+            tokenizer=tokenizer,
+            adversary=adversary,
+            average=average,
+            keep=config.train.keep_checkpoints,
+            retries=lambda: (0 if counted is None else counted.counters["retries"]) + named_teachers.retries,
+        )
         if checkpoint is not None:
             progress.activity("loading", str(checkpoint))
-            if ranked is None:
-                loaded = await asyncio.to_thread(load_checkpoint, checkpoint, model=model, optimizer=trainer.optimizer)
-            else:
-                loaded = ranked.loaded
-            state = RunState.from_json(loaded)
-            if adversary is not None:
-                adversary.load_tensors(await asyncio.to_thread(load_beside, checkpoint))
-            if average is not None:
-                average.load_tensors(await asyncio.to_thread(load_beside, checkpoint), _AVERAGE)
-            trainer.steps_done = state.step
+        state = await asyncio.to_thread(checkpoints.begin, checkpoint)
+        if checkpoint is not None:
             progress.note(f"going on from {checkpoint}: step {state.step}, {state.trained_tokens:,} tokens trained")
 
         stop_token_ids = end_of_answer_ids(model, tokenizer)
         engine = await open_engine(config, model, dtype, vocab_size, stop_token_ids, prompts, folder, stack, progress)
-        folder.keep_lines("rejected.jsonl", sum(state.rejected.values()))  # those after the checkpoint will be made again
+        for name, lines in (("rejected.jsonl", sum(state.rejected.values())), ("rolled_back.jsonl", state.rolled_back_updates)):
+            folder.keep_lines(name, lines)  # those after the checkpoint will be made again
         filters = config.data.filters
         log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode, filters.quarantine_bytes))
         accepted = _accepted_answers(filters, folder, state, stack)
         judge = RolloutFilter(filters, stop_token_ids, decode=tokenizer.decode, text_checks=checks, accepted=accepted)
         gate = RolloutGate(judge, log, state.rejected)
 
-        retries_before = state.teacher_retries
         stream = open_stream(config, prompts, end_of_text(tokenizer))
         stack.callback(stream.close)
-
-        def beside_the_student() -> Mapping[str, Mapping[str, Tensor]]:
-            held: Mapping[str, Mapping[str, Tensor]] = {} if adversary is None else adversary.tensors()
-            return held if average is None else {**held, _AVERAGE: average.tensors()}
-
-        def save(now: RunState) -> None:
-            if counted is not None:
-                now.teacher_retries = retries_before + counted.counters["retries"] + named_teachers.retries
-            if ranked is not None:
-                ranked.save(folder.checkpoints, now.step, tokenizer, now.to_json(), config.train.keep_checkpoints)
-                return
-            save_checkpoint(
-                folder.checkpoints,
-                now.step,
-                model=model,
-                tokenizer=tokenizer,
-                optimizer=trainer.optimizer,
-                state=now.to_json(),
-                keep=config.train.keep_checkpoints,
-                beside=beside_the_student(),
-            )
 
         session = Session(
             config=config,
@@ -334,7 +312,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
                 gate=gate,
                 teacher=adversary or scores,
                 want=want,
-                save=save,
+                save=checkpoints.save,
+                roll_back=checkpoints.roll_back,
+                is_saved=checkpoints.can_roll_back_to(checkpoint),
                 agreement=agreement_check(config, model, dtype, vocab_size),
                 sleep=sleep_of(config, engine),
                 choose=choose,

@@ -12,6 +12,7 @@ from bbopd.data.assemble import Item, assemble, rollout_of
 from bbopd.data.rejected import Rejection
 from bbopd.data.shares import share_over_ranks
 from bbopd.errors import TrainingError
+from bbopd.pipeline.bad_updates import BadUpdates, Fault, RollBackError
 from bbopd.pipeline.books import Books
 from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.metrics import Recorder
@@ -42,6 +43,7 @@ class Updates:
     ) -> None:
         self._config, self._parts, self._state, self._books = config, parts, state, books
         self._budgets = Budgets(config, state)
+        self._bad_updates = BadUpdates(config.train, state)
         self._metrics, self._timeline, self._progress = metrics, timeline, progress
         self._has_warned_of_tail = False
         self.weights_in_use = asyncio.Lock()
@@ -52,20 +54,19 @@ class Updates:
     ) -> None:
         """Train once on ``micro_items``, the sequences ``numbers`` of the books; ``figures`` join its line in metrics.jsonl.
 
-        A step that has begun is finished and booked even where this task is cancelled. Raises `TrainingError` where it must not be
-        applied; its sequences are then rejected, so that going on skips them.
+        A step that has begun is finished and booked even where this task is cancelled. Where it must not be applied, its sequences are
+        rejected, and what follows is by `BadUpdates.answer`: nothing, its `TrainingError`, or a `RollBackError`.
         """
         items = [item for micro in micro_items for item in micro]
         tokens = sum(len(rollout_of(item)) for item in items)
         self._progress.activity("training")
         with self._timeline.activity("training", step=self._state.step + 1, cycle=cycle, tokens=tokens, sequences=len(items)):
-            try:
-                metrics, cancelled = await to_the_end(self._train(micro_items))
-            except TrainingError as error:
-                for item in items:
-                    self._parts.gate.reject(rollout_of(item), Rejection("bad_update", detail=str(error)))
-                self._books.reject(numbers)
-                raise
+            metrics, cancelled = await to_the_end(self._train(phase, micro_items))
+        if isinstance(metrics, Fault):
+            self._leave_out(metrics, items, numbers, tokens)
+            if cancelled is not None:
+                raise cancelled
+            return
         state = self._state
         state.trained_tokens += metrics.tokens
         state.on_policy_tokens += metrics.rollout_tokens
@@ -75,6 +76,7 @@ class Updates:
         else:
             state.labelled_tokens += metrics.labelled_tokens
         self._books.train(numbers)
+        self._bad_updates.applied(metrics)
         line = {
             "phase": phase,
             **_figures_of(metrics),
@@ -85,6 +87,7 @@ class Updates:
             **figures,
             **rollout_figures(items, self._parts.gate.counts),
             **reward_figures(items),
+            **state.bad_figures(),
             **self._cost(),
         }
         self._metrics.step(line)
@@ -93,11 +96,20 @@ class Updates:
         if cancelled is not None:
             raise cancelled
 
-    async def _train(self, micro_items: Sequence[Sequence[Item]]) -> StepMetrics:
+    async def _train(self, phase: str, micro_items: Sequence[Sequence[Item]]) -> StepMetrics | Fault:
+        try:
+            return await self._update(phase, micro_items)
+        except TrainingError as error:
+            return Fault("nonfinite", str(error))
+
+    async def _update(self, phase: str, micro_items: Sequence[Sequence[Item]]) -> StepMetrics | Fault:
         run, trainer = self._parts.run_blocking, self._parts.trainer
         if self._parts.ranks > 1:
             micro_items = share_over_ranks(micro_items, self._parts.ranks, self._config.train.micro_batch_tokens)
         gradients = await run(lambda: trainer.accumulate([assemble(items, self._parts.want) for items in micro_items]))
+        if (fault := self._bad_updates.judge(phase, gradients)) is not None:
+            await run(trainer.drop)
+            return fault
         with self._timeline.wait("training", "the engine is given the weights"):
             await self.weights_in_use.acquire()
         try:
@@ -106,6 +118,15 @@ class Updates:
             return metrics
         finally:
             self.weights_in_use.release()
+
+    def _leave_out(self, fault: Fault, items: Sequence[Item], numbers: Sequence[int], tokens: int) -> None:
+        for item in items:
+            self._parts.gate.reject(rollout_of(item), Rejection("bad_update", detail=fault.said))
+        self._books.reject(numbers)
+        answer = self._bad_updates.answer(fault, tokens)
+        if answer == "roll_back":
+            raise RollBackError(fault.said)
+        self._progress.note(f"{fault.said}: it was skipped, with its {len(items)} sequences of {tokens:,} tokens")
 
     def _cost(self) -> dict[str, float]:
         counts = self._parts.cache_counts or {}

@@ -49,6 +49,10 @@ class Weights:
         if cancelled is not None:
             raise cancelled
 
+    def forget(self) -> None:
+        """The trainer has other weights than before, of a version that the engine may have had: the next push gives it all of them."""
+        self._pushed = self._probed = None
+
     async def sleep(self) -> None:
         """Have the engine give its memory to the trainer until the next push, where it is one that does. Harmless while it sleeps."""
         if self._parts.sleep is None or self._is_asleep:

@@ -156,7 +156,7 @@ class TimedTrainer:
         self.tokens: list[int] = []
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients:
-        return Gradients(StepTokens.of(micro_batches), {}, {}, 0.5, 0.5, 0.0)
+        return Gradients(StepTokens.of(micro_batches), {}, {}, 0.5, 0.5, loss=1.0, grad_norm=1.0)
 
     def update(self, gradients: Gradients) -> StepMetrics:
         self.steps_done += 1
@@ -164,11 +164,11 @@ class TimedTrainer:
         self.tokens.append(tokens.tokens)
         return StepMetrics(
             step=self.steps_done,
-            loss=1.0,
+            loss=gradients.loss,
             ce=1.0,
             kd=1.0,
             lr=1e-3,
-            grad_norm=1.0,
+            grad_norm=gradients.grad_norm,
             ce_weight=gradients.ce_weight,
             kd_weight=gradients.kd_weight,
             **asdict(tokens),
@@ -176,6 +176,9 @@ class TimedTrainer:
             teacher_tail_mass=None,
             floored=0,
         )
+
+    def drop(self) -> None:
+        """Nothing was accumulated."""
 
     def seconds_of(self, tokens: int) -> float:
         return self._durations.step + tokens * self._durations.trained_token * self._durations.jitter(self._random)
@@ -238,6 +241,9 @@ class Lines:
 
     def trace(self, content: Mapping[str, Any]) -> None:
         self.last_trace = content
+
+    def roll_back(self, step: int) -> None:
+        self.steps = [line for line in self.steps if line["step"] <= step]
 
     def has_evaluation(self, stage: str, step: int) -> bool:
         return stage != "step"

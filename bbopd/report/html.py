@@ -12,7 +12,17 @@ from bbopd.report.answers import run_answers
 from bbopd.report.charts import charts
 from bbopd.report.load import RunData, load_run, short_name
 from bbopd.report.page import SectionOf, facts, figures, flatten, folded, quiet, table, tiles, whole_page, write_page
-from bbopd.report.table import KL_NOTE, SPEED_NOTE, cache_line, cost_line, energy_line, result_rows, speed_rows, stage_titles
+from bbopd.report.table import (
+    KL_NOTE,
+    SPEED_NOTE,
+    cache_line,
+    cost_line,
+    energy_line,
+    result_rows,
+    speed_rows,
+    stage_titles,
+    updates_line,
+)
 from bbopd.report.timeline import NOTE, timeline_drawings
 
 
@@ -40,7 +50,12 @@ def render(data: RunData) -> str:
 
 
 def spending(data: RunData) -> list[tuple[str, str]]:
-    lines = [("Cost of the teacher", cost_line(data)), ("Cache of the teacher", cache_line(data)), ("Energy", energy_line(data))]
+    lines = [
+        ("Cost of the teacher", cost_line(data)),
+        ("Cache of the teacher", cache_line(data)),
+        ("Updates", updates_line(data)),
+        ("Energy", energy_line(data)),
+    ]
     return [(name, line) for name, line in lines if line]
 
 

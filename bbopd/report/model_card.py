@@ -15,7 +15,7 @@ import yaml
 from bbopd.config import FiltersConfig
 from bbopd.errors import BbopdError
 from bbopd.report.load import Line, RunData, is_on_hub, load_run, short_name
-from bbopd.report.table import KL_NOTE, STAGE_TITLES, Measure, measures_of, split_key
+from bbopd.report.table import KL_NOTE, STAGE_TITLES, Measure, measures_of, split_key, updates_line
 
 _NORMAL_95 = 1.96  # standard errors to either side
 _FOLDERS = ("model", "adapter", "best")
@@ -157,6 +157,8 @@ def _training_data(data: RunData, config: Mapping[str, Any]) -> str:
     rejected = data.summary.get("rejected") or {}
     if rejected:
         lines.append("* rejected: " + ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in sorted(rejected.items())))
+    if updates := updates_line(data):
+        lines.append(f"* updates: {updates}")
     return "\n".join(lines) or "Not recorded."
 
 

@@ -141,6 +141,16 @@ def cost_line(data: RunData) -> str:
     return line + (f"; {cost['reserved']:.3g} of it for requests whose outcome is not known" if cost["reserved"] else "")
 
 
+def updates_line(data: RunData) -> str:
+    """Updates that were not applied, by what was wrong, and those that were undone; empty where there are none."""
+    bad, back = data.summary.get("bad_updates"), data.summary.get("rolled_back") or {}
+    if not bad:
+        return ""
+    line = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(bad.items()))
+    line += f" not applied ({data.summary['skipped_tokens']:,} tokens)"
+    return line + (f"; {back['updates']:,} rolled back ({back['tokens']:,} tokens)" if back.get("updates") else "")
+
+
 def energy_line(data: RunData) -> str:
     """What the machine has drawn, by its own counters, all sessions together; says so where nothing counts."""
     energy = data.summary.get("energy")
@@ -208,6 +218,8 @@ def plain_lines(run: RunData | str | Path) -> list[str]:
         )
     if cost := cost_line(data):
         lines.append(f"cost of the teacher: {cost}")
+    if updates := updates_line(data):
+        lines.append(f"updates: {updates}")
     speeds = speed_rows(data)
     for speed in speeds:
         parts = [

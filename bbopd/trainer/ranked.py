@@ -25,7 +25,7 @@ from bbopd.modeling.sharded import forget_pass, gathered_weights, shard_model, s
 from bbopd.output_head import OutputHead
 from bbopd.reference_vocabulary import refuse
 from bbopd.trainer.checkpoint import load_checkpoint, read_state
-from bbopd.trainer.checkpoint_files import SHARDS
+from bbopd.trainer.checkpoint_files import SHARDS, verify_checkpoint
 from bbopd.trainer.checkpoint_shards import read_shards, slice_moments
 from bbopd.trainer.joined import JoinedBatch, gather_rows, join_batches, with_columns
 from bbopd.trainer.optimizer import build_optimizer, optimizer_tensors
@@ -72,11 +72,11 @@ class RankedTrainer(Trainer):
         shard_model(model, ranks.mesh, self.train.parallel)
         self.optimizer = build_optimizer(model, self.train)
         slice_moments(model, self.optimizer, moments)
-        if checkpoint is not None and not is_whole:
-            read_shards(checkpoint, model, self.optimizer, ranks.checkpoints)
-        self.loaded = {} if checkpoint is None else read_state(checkpoint, ranks.rank)
         self.device = ranks.device
         self._ranks, self._whole = ranks, whole
+        self.loaded: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint, ranks.rank)
+        if checkpoint is not None and not is_whole:
+            self._load(checkpoint)
         self._checkpoints = RankedCheckpoints(ranks, model, self.optimizer)
         self._linear = model.get_output_embeddings()
         self._is_split = self.train.parallel.head == "split"
@@ -104,6 +104,12 @@ class RankedTrainer(Trainer):
             self._ranks.tell(do="update")
             return super().update(gradients)
 
+    def drop(self) -> None:
+        """As `Trainer.drop`, on all ranks."""
+        with self._ranks.turn:
+            self._ranks.tell(do="drop")
+            super().drop()
+
     def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """As `Trainer.weights`; each tensor is gathered when its turn comes, into rank 0's whole student, whose own it is."""
         assert self._whole is not None, "only rank 0 is asked"
@@ -122,6 +128,13 @@ class RankedTrainer(Trainer):
         """Begin a checkpoint of what the ranks hold now; training may go on. Raises `CheckpointError`, also of the one before."""
         with self._ranks.turn:
             self._checkpoints.begin(root, step, tokenizer, state, keep)
+
+    def load(self, checkpoint: Path) -> None:
+        """Put weights, moments and generators of all ranks back to a checkpoint in slices; ``loaded`` is its state. `CheckpointError`."""
+        verify_checkpoint(checkpoint)
+        with self._ranks.turn, self._ranks.together():
+            self._ranks.tell(do="load", folder=str(checkpoint.absolute()))
+            self._load(checkpoint)
 
     def end(self) -> None:
         """Wait for the checkpoint that is being written. Raises `CheckpointError`."""
@@ -143,8 +156,14 @@ class RankedTrainer(Trainer):
                         assert gradients is not None, "an update follows its gradients"
                         with suppress(TrainingError):
                             super().update(gradients)
+                    case "drop":
+                        super().drop()
                     case "weights":
                         deque(self._gathered(), 0)
+                    case "load":
+                        with suppress(CheckpointException):  # rank 0 has it too
+                            self._checkpoints.end()
+                        self._load(Path(order["folder"]))
                     case "save":
                         self._checkpoints.join(Path(order["folder"]))
             with suppress(CheckpointException):  # rank 0 has it too
@@ -185,7 +204,7 @@ class RankedTrainer(Trainer):
         records = records[:1] if self._is_split else records  # all have the loss of all
         totals = _together([record["totals"] for record in records])
         more = _together([record["more"] for record in records])
-        return replace(found, totals=totals, more=more, seconds=time.perf_counter() - started)
+        return self._measured(replace(found, totals=totals, more=more), started)
 
     def _raise_first(self, errors: Sequence[str | None]) -> None:
         if self._failure is not None:
@@ -247,13 +266,13 @@ class RankedTrainer(Trainer):
         own_bias = None if bias is None else bias.to_local()
         return replace(self.head, weight_VD=weight_VD.to_local(), bias=own_bias, group=self._ranks.mesh.get_group())
 
-    def _clip(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm)
-        return norm
+    def _norm(self) -> Tensor:
+        norm = super()._norm()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _load(self, checkpoint: Path) -> None:
+        read_shards(checkpoint, self.model, self.optimizer, self._ranks.checkpoints)
+        self.loaded = read_state(checkpoint, self._ranks.rank)
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         with self._ranks.together():

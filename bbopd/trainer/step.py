@@ -5,10 +5,11 @@ Shape suffixes: ``P`` packed tokens, ``N`` response tokens (rows of the loss), `
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,14 +76,16 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gradients:
-    """What `Trainer.accumulate` has found; the gradients themselves are with the parameters."""
+    """What `Trainer.accumulate` has found; the gradients themselves are with the parameters. ``loss`` and ``grad_norm`` may be NaN."""
 
     tokens: StepTokens
     totals: Mapping[str, Tensor]
     more: Mapping[str, Tensor]
     ce_weight: float
     kd_weight: float
-    seconds: float
+    loss: float = 0.0
+    grad_norm: float = 0.0  # before clipping
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -145,12 +148,12 @@ class Trainer:
         return self.update(self.accumulate(micro_batches))
 
     def accumulate(self, micro_batches: Sequence[DistillBatch]) -> Gradients:
-        """The first, long part of `train_step`: weights are read, not changed. `update` must follow, with what this returns."""
-        return self._accumulate(micro_batches, StepTokens.of(micro_batches))
+        """The first, long part of `train_step`: weights are read, not changed. `update` or `drop` must follow, with what this returns."""
+        started = time.perf_counter()
+        return self._measured(self._accumulate(micro_batches, StepTokens.of(micro_batches)), started)
 
     def _accumulate(self, micro_batches: Sequence[DistillBatch], tokens: StepTokens) -> Gradients:
-        """Of a step of ``tokens``, to which ``micro_batches`` belong."""
-        started = time.perf_counter()
+        """Of a step of ``tokens``, to which ``micro_batches`` belong; not measured yet."""
         ce_weight, kd_weight = loss_weights_at(self.steps_done, self.planned_steps, self.objective_config)
         normalizer = (float(max(1, tokens.labelled_tokens)), float(max(1, tokens.signal_tokens)))
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -174,15 +177,20 @@ class Trainer:
             raise
         finally:
             self.model.eval()
-        return Gradients(tokens, totals, more, ce_weight, kd_weight, time.perf_counter() - started)
+        return Gradients(tokens, totals, more, ce_weight, kd_weight)
+
+    def _measured(self, found: Gradients, started: float) -> Gradients:
+        loss, grad_norm = found.totals["loss"].item(), self._norm().item()
+        return replace(found, loss=loss, grad_norm=grad_norm, seconds=time.perf_counter() - started)
 
     def update(self, gradients: Gradients) -> StepMetrics:
         """The second, short part of `train_step`: weights change. Raises as that does."""
         started = time.perf_counter()
         totals = gradients.totals
         try:
-            grad_norm = self._clip()
-            loss = self._finite(totals["loss"], grad_norm)
+            self._require_finite(gradients)
+            norm = torch.tensor(gradients.grad_norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm)
             lr = learning_rate_at(self.steps_done, self.planned_steps, self.train)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -194,11 +202,11 @@ class Trainer:
         self.steps_done += 1
         return StepMetrics(
             step=self.steps_done,
-            loss=loss,
+            loss=gradients.loss,
             ce=totals["ce"].item(),
             kd=totals["kd"].item(),
             lr=lr,
-            grad_norm=grad_norm.item(),
+            grad_norm=gradients.grad_norm,
             ce_weight=gradients.ce_weight,
             kd_weight=gradients.kd_weight,
             **asdict(gradients.tokens),
@@ -207,6 +215,10 @@ class Trainer:
             floored=int(totals["floored"].item()),
             more={name: figure.item() for name, figure in gradients.more.items()},
         )
+
+    def drop(self) -> None:
+        """In place of `update`: weights and optimizer stay as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Names and float32 tensors of the model as they are now, for a rollout engine; a tied weight comes once.
@@ -244,23 +256,22 @@ class Trainer:
             normalizer=normalizer,
         )
 
-    def _clip(self) -> Tensor:
-        """Scale the gradients down to `TrainConfig.clip` where their norm is above it; the norm from before."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+    def _norm(self) -> Tensor:
+        """Of all gradients together."""
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
 
     def _objective_now(self) -> Objective:
         if not isinstance(self.objective, Scheduled):
             return self.objective
         return self.objective.at(self.steps_done / max(1, self.planned_steps - 1))
 
-    def _finite(self, loss: Tensor, grad_norm: Tensor) -> float:
-        for what, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):
-            if not torch.isfinite(torch.tensor(value)):
+    def _require_finite(self, gradients: Gradients) -> None:
+        for what, value in (("loss", gradients.loss), ("gradient norm", gradients.grad_norm)):
+            if not math.isfinite(value):
                 raise TrainingError(
                     f"the {what} of update {self.steps_done + 1} is {value}, so the update was not applied: lower train.lr, lengthen "
                     "train.warmup, or look at the teacher's answers; the last checkpoint holds the weights from before"
                 )
-        return loss.item()
 
 
 _NAMED = ("ce_tokens", "kd_tokens", "floored", "teacher_tail_mass")  # these have fields of their own in `StepMetrics`

@@ -1,0 +1,116 @@
+"""All that a run trains and counts, into its checkpoints and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bbopd.errors import CheckpointError
+from bbopd.pipeline.state import RunState
+from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, save_checkpoint
+from bbopd.trainer.checkpoint_files import SHARDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from bbopd.pipeline.adversary import Adversary
+    from bbopd.pipeline.folder import RunFolder
+    from bbopd.trainer.average import WeightAverage
+    from bbopd.trainer.ranked import RankedTrainer
+    from bbopd.trainer.step import Trainer
+
+_AVERAGE = "average"  # the file of a checkpoint that holds it
+
+
+class RunCheckpoints:
+    """Those of one run, in ``folder``.
+
+    Parameters
+    ----------
+    ranked
+        The trainer again, where it is one of several ranks; it has then read the checkpoint that it was made with.
+    keep
+        How many.
+    retries
+        How often a teacher has been asked again in this session.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        trainer: Trainer,
+        ranked: RankedTrainer | None,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adversary: Adversary | None,
+        average: WeightAverage | None,
+        keep: int,
+        retries: Callable[[], int],
+    ) -> None:
+        self._folder, self._keep = folder, keep
+        self._trainer, self._ranked, self._model, self._tokenizer = trainer, ranked, model, tokenizer
+        self._adversary, self._average = adversary, average
+        self._retries, self._retries_before = retries, 0
+
+    def begin(self, checkpoint: Path | None) -> RunState:
+        """The state that a run begins with: that of ``checkpoint``, with all else as it was there. Raises `CheckpointError`."""
+        if checkpoint is None:
+            return RunState()
+        state = self._load(checkpoint)
+        self._retries_before = state.teacher_retries
+        return state
+
+    def can_roll_back_to(self, checkpoint: Path | None) -> bool:
+        """Several ranks go back within a run to slices alone, which they have written themselves."""
+        return checkpoint is not None and (self._ranked is None or (checkpoint / SHARDS).is_dir())
+
+    def roll_back(self) -> RunState:
+        """Put all that is trained back to the last whole checkpoint, and return its state. Raises `CheckpointError`."""
+        if self._ranked is not None:
+            self._ranked.end()
+        checkpoint = latest_checkpoint(self._folder.checkpoints)
+        if checkpoint is None:
+            raise CheckpointError(f"there is no checkpoint in {self._folder.checkpoints} any more to go back to: start the run again")
+        if self._ranked is not None:
+            self._ranked.load(checkpoint)
+        return self._load(checkpoint)
+
+    def save(self, now: RunState) -> None:
+        """Write a checkpoint; of several ranks, begin to. Raises `CheckpointError`."""
+        now.teacher_retries = self._retries_before + self._retries()
+        root = self._folder.checkpoints
+        if self._ranked is not None:
+            self._ranked.save(root, now.step, self._tokenizer, now.to_json(), self._keep)
+            return
+        save_checkpoint(
+            root,
+            now.step,
+            model=self._model,
+            tokenizer=self._tokenizer,
+            optimizer=self._trainer.optimizer,
+            state=now.to_json(),
+            keep=self._keep,
+            beside=self._beside(),
+        )
+
+    def _load(self, checkpoint: Path) -> RunState:
+        if self._ranked is None:
+            loaded = load_checkpoint(checkpoint, model=self._model, optimizer=self._trainer.optimizer)
+        else:
+            loaded = self._ranked.loaded
+        state = RunState.from_json(loaded)
+        beside = {} if self._adversary is None and self._average is None else load_beside(checkpoint)
+        if self._adversary is not None:
+            self._adversary.load_tensors(beside)
+        if self._average is not None:
+            self._average.load_tensors(beside, _AVERAGE)
+        self._trainer.steps_done = state.step
+        return state
+
+    def _beside(self) -> Mapping[str, Mapping[str, Tensor]]:
+        held: Mapping[str, Mapping[str, Tensor]] = {} if self._adversary is None else self._adversary.tensors()
+        return held if self._average is None else {**held, _AVERAGE: self._average.tensors()}
