@@ -16,6 +16,7 @@ from bbopd.cli import (
     doctor,
     eval,
     eval_human,
+    init,
     objectives,
     plan,
     plugins,
@@ -28,6 +29,7 @@ from bbopd.errors import BbopdError, CheckpointError
 _COMMANDS = {
     "demo": (demo, "distil a small model end to end on this machine, with its teacher behind gRPC"),
     "distill": (distill, "run a distillation from a YAML file"),
+    "init": (init, "ask five questions, and write the file of a run"),
     "compare": (compare, "train and measure the arms of a comparison alike, and say what differs"),
     "plan": (plan, "say what a run holds, takes and costs, before any of it is loaded, and how it would scale"),
     "doctor": (doctor, "check a run before it spends anything, and say what it will take"),

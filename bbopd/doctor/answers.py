@@ -139,6 +139,8 @@ async def check_zero(setup: SetUp) -> Verdict:
     assert setup.objective is not None
     if setup.want.level == "text":
         return Verdict("skip", _NO_SIGNAL)
+    if setup.want.level == "sampled":
+        return Verdict("skip", "a sampled signal is no distribution")
     scored = list((await _score(setup, _texts(setup)[:1])).values())
     batch = assemble(scored, setup.want)
     N = min(_PROBE_ROWS, batch.response_tokens)
@@ -153,7 +155,7 @@ async def check_zero(setup: SetUp) -> Verdict:
         case CandidateTeacher() as teacher:
             kept = CandidateTeacher(teacher.ids[:N], teacher.logprobs[:N], teacher.log_tail[:N], teacher.temperature)
         case _:
-            return Verdict("skip", f"a {setup.want.level} signal is no distribution")
+            raise AssertionError(f"a {setup.want.level} signal is a distribution")
     objective = setup.config.objective
     if objective.plugin_use is not None:
         return Verdict("skip", f"whether {objective.name}, a plug-in, is 0 for a student that equals the teacher is its own affair")
