@@ -13,8 +13,8 @@ from bbopd.rpc.server import RunningServer, start_server
 
 
 @contextlib.contextmanager
-def serving(backend: TeacherBackend, count: int = 1) -> Iterator[list[RunningServer]]:
-    """``count`` replicas of a teacher, in another thread."""
+def serving(backend: TeacherBackend, count: int = 1, **options: Any) -> Iterator[list[RunningServer]]:
+    """``count`` replicas of a teacher, in another thread; ``options`` are those of `start_server`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -22,7 +22,7 @@ def serving(backend: TeacherBackend, count: int = 1) -> Iterator[list[RunningSer
     def wait_for(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
-    servers = [wait_for(start_server(backend)) for _ in range(count)]
+    servers = [wait_for(start_server(backend, **options)) for _ in range(count)]
     try:
         yield servers
     finally:

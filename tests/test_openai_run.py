@@ -26,13 +26,13 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @contextmanager
-def served(server: OpenAIServer) -> Iterator[int]:
+def served(server: OpenAIServer, at: int = 0) -> Iterator[int]:
     """The server on a thread of its own: a run blocks the event loop while it trains."""
     ports: list[int] = []
     is_up, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
 
     async def run() -> None:
-        async with server.serving() as port:
+        async with server.serving(at) as port:
             ports.append(port)
             is_up.set()
             await stop.wait()
