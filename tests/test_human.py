@@ -247,7 +247,7 @@ def test_command_from_models_to_a_table(tmp_path: Path, capsys: pytest.CaptureFi
         (["--models", "a", "b"], "need --prompts"),
         (["--answers", "a", "--prompts", "p"], "leave it out"),
         (["--answers", "a", "--limit", "0"], "at least 1"),
-        (["--answers", "a", "--key", "k"], "belong to --collect"),
+        (["--answers", "a", "--key", "k"], "belongs to --collect"),
         (["--collect", "a"], "needs --key"),
         (["--models", "a", "b", "--prompts", "p", "--max-new-tokens", "0"], "at least 1"),
     ],

@@ -92,14 +92,16 @@ def test_the_librarys_own_names_are_those_of_its_tables():
 
 
 @pytest.mark.usefixtures("as_in_a_process_of_its_own", "workshop")
-def test_five_plugins_train_and_are_on_record(tmp_path, text):  # noqa: F811
+def test_five_plugins_train_and_are_on_record(tmp_path, text, capsys):  # noqa: F811
     model = save_folder(tmp_path / "model", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
     sections = {**PLUGGED, "teacher": {**PLUGGED["teacher"], "options": {"model": str(model)}}}
     config = write_config(tmp_path, model, text, **sections)
     settings = ["--set", "track=[csv]", "--set", "track_options.csv.file=kept.csv"]
     assert main(["doctor", str(config), *settings]) == 0
-    assert main(["distill", str(config), *settings]) == 0
+    capsys.readouterr()
+    assert main(["distill", str(config), *settings, "--json"]) == 0
     run = tmp_path / "run"
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "summary.json").read_text())
     lines = steps(run)
     assert lines[-1]["kd"] < 0.8 * lines[0]["kd"]
     student, before = load_model(run / "model"), load_model(model, keep_layers=[0, 3])

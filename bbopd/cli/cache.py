@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         action.add_argument("path", help="the file that teacher.cache.path names")
+        action.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
         if name == "prune":
             action.add_argument("--older-than", type=float, metavar="DAYS", help="remove answers kept for longer than this")
             action.add_argument("--keep-bytes", type=int, metavar="N", help="then remove the oldest until this much is left")
@@ -40,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     store = AnswerStore(args.path)
     try:
         if args.action == "stats":
-            _show(store)
+            _show(store, as_json=args.json)
         elif args.action == "verify":
             right, dropped = store.verify()
-            print(f"{right} answers are right, {dropped} were damaged and have been dropped")
+            said = f"{right} answers are right, {dropped} were damaged and have been dropped"
+            print(json.dumps({"right": right, "dropped": dropped}) if args.json else said)
             if dropped:
                 raise TeacherError("damaged answers were dropped; they will be asked again where they are needed")
         else:
@@ -51,14 +55,19 @@ def run(args: argparse.Namespace) -> int:
                 raise ConfigError("say what to remove: --older-than, --keep-bytes or --unfinished")
             age = None if args.older_than is None else args.older_than * _DAY
             removed = store.prune(older_than=age, keep_bytes=args.keep_bytes, forget_unfinished=args.unfinished)
-            print(f"removed {removed} answers")
+            print(json.dumps({"removed": removed}) if args.json else f"removed {removed} answers")
     finally:
         store.close()
     return 0
 
 
-def _show(store: AnswerStore) -> None:
+def _show(store: AnswerStore, *, as_json: bool) -> None:
     stats = store.stats()
+    if as_json:
+        rows = [dict(zip(("teacher", "kind", "answers", "bytes"), row, strict=True)) for row in stats.rows]
+        unfinished = [asdict(entry) for entry in stats.unfinished]
+        print(json.dumps({"path": str(store.path), "bytes": stats.file_bytes, "kept": rows, "unfinished": unfinished}))
+        return
     print(f"{store.path}: {stats.file_bytes:,} bytes")
     for teacher, kind, count, size in stats.rows:
         print(f"  {teacher}, {kind}: {count:,} answers, {size:,} bytes")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,26 +19,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="only say what will run, and how long it takes by the runs that are done")
     what.add_argument("--table", action="store_true", help="only show what has been measured so far")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables; progress goes to the error stream")
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from bbopd.compare.estimate import work_left
     from bbopd.compare.processes import FailedError
     from bbopd.compare.run import Comparison
     from bbopd.config_compare import CompareConfig
     from bbopd.config_file import parse_config, read_yaml
 
-    console = Console()
+    console = Console(stderr=args.json)
     comparison = Comparison(parse_config(read_yaml(args.config), args.set, CompareConfig, args.config))
     if args.plan:
-        _print_plan(console, comparison)
+        if args.json:
+            print(json.dumps({"arms": [asdict(item) for item in work_left(comparison)]}))
+        else:
+            _print_plan(console, comparison)
         return 0
     if args.table:
         outcome = comparison.outcome()
     else:
         outcome = comparison.run(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
-    _print_outcome(console, comparison, outcome)
+    if args.json:
+        print(json.dumps(comparison.to_json(outcome)))
+    else:
+        _print_outcome(console, comparison, outcome)
     return FailedError.exit_code if outcome.failures else 0
 
 

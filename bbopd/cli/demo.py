@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lay one value over the demo's configuration; may be repeated",
     )
     parser.add_argument("--plain", action="store_true", help="plain lines instead of the live display")
+    parser.add_argument("--json", action="store_true", help="print the run's summary as one JSON object; progress goes to the error stream")
 
 
 def run(args: argparse.Namespace) -> int:
     from bbopd.cli.execute import execute
 
-    return execute(plan(args), plain=args.plain, sample_prompts=_SAMPLE_PROMPTS)
+    return execute(plan(args), plain=args.plain, as_json=args.json, sample_prompts=_SAMPLE_PROMPTS)
 
 
 def plan(args: argparse.Namespace) -> RunConfig:

@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lay one value over the file; may be repeated")
     parser.add_argument("--plain", action="store_true", help="plain lines instead of the live display")
+    parser.add_argument("--json", action="store_true", help="print the run's summary as one JSON object; progress goes to the error stream")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,5 +21,5 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun has started others
         from bbopd.cli.ranked import execute_ranked
 
-        return execute_ranked(config, plain=args.plain)
-    return execute(config, plain=args.plain)
+        return execute_ranked(config, plain=args.plain, as_json=args.json)
+    return execute(config, plain=args.plain, as_json=args.json)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sides and order (default: 0)")
     parser.add_argument("--output", default="human.html", metavar="PAGE.html", help="the page; its key is written beside it")
     parser.add_argument("--key", metavar="KEY.json", help="for --collect: the key that was written with the page")
-    parser.add_argument("--json", action="store_true", help="for --collect: print one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines and tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,8 +40,8 @@ def _make(args: argparse.Namespace) -> int:
     from bbopd.evaluate.human.comparisons import read_answers, shuffled_comparisons
     from bbopd.evaluate.human.page import check_free, write_page
 
-    if args.key or args.json:
-        raise ConfigError("--key and --json belong to --collect: leave them out to make a page")
+    if args.key:
+        raise ConfigError("--key belongs to --collect: leave it out to make a page")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit} leaves no prompt: give at least 1")
     check_free(args.output)
@@ -53,6 +53,9 @@ def _make(args: argparse.Namespace) -> int:
         answers = read_answers(args.answers)
     comparisons = shuffled_comparisons(answers, args.seed, most=args.limit)
     files = write_page(args.output, comparisons)
+    if args.json:
+        print(json.dumps({"page": str(files.page), "key": str(files.key), "pairs": len(comparisons)}))
+        return 0
     print(f"page  {files.page}  {len(comparisons)} pairs, for whoever rates")
     print(f"key   {files.key}  for you alone: bbopd eval human --collect EXPORT.json... --key {files.key}")
     return 0

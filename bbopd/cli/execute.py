@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import signal
@@ -47,13 +48,15 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[str] = (), ranks: Ranks | None = None) -> int:
+def execute(
+    config: RunConfig, *, plain: bool = False, as_json: bool = False, sample_prompts: Sequence[str] = (), ranks: Ranks | None = None
+) -> int:
     """Run ``config`` to its end, or on from where it stopped; returns the exit status.
 
     ``sample_prompts`` are answered by the student before, the student after and the teacher. ``ranks`` train with this process, which is
-    the first of them. Raises `BbopdError`.
+    the first of them. ``as_json``: ``summary.json`` on the output stream, all else on the error stream. Raises `BbopdError`.
     """
-    console = Console()
+    console = Console(stderr=as_json)
     try:
         with make_display(console, plain=plain) as display:
             status = asyncio.run(_run(config, display, sample_prompts, ranks))
@@ -69,6 +72,9 @@ def execute(config: RunConfig, *, plain: bool = False, sample_prompts: Sequence[
             f"stopped, with everything kept in {folder.root}; the same command goes on from there", highlight=False, soft_wrap=True
         )
         return INTERRUPTED
+    if as_json:
+        print(json.dumps(folder.read_json("summary.json")))
+        return 0
     _print_result(console, folder, report, plain=plain or not console.is_terminal)
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +13,7 @@ from bbopd.cli import (
     cache,
     check_teacher,
     compare,
+    completion,
     demo,
     distill,
     doctor,
@@ -42,7 +45,14 @@ _COMMANDS = {
     "eval human": (eval_human, "have people rate answers, on a page that does not tell whose they are"),
     "report": (report, "write one page about a run, or several beside each other"),
     "cache": (cache, "look after the answers of teachers that were kept"),
+    "completion": (completion, "write what bash, zsh or fish needs to complete commands and options"),
 }
+
+# What a message says to type: a setting (rollouts.engine=hf, teacher.topk), a flag, a command in backticks, an installation.
+_TO_TYPE = re.compile(
+    r"\b(?:student|teachers?|rollouts|objective|train|data|eval|measures)(?:\.[a-z_]+)+(?:=[^\s,;:]+)?"
+    r"|(?<![\w-])--[a-z][a-z-]*|`[^`]+`|pip install '[^']+'"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,13 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_COMMANDS[args.command][0].run(args))
     except BbopdError as error:
-        print(f"bbopd {args.command}: {error}", file=sys.stderr)
+        _complain(args.command, str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"bbopd {args.command}: interrupted", file=sys.stderr)
+        _complain(args.command, "interrupted")
         return 130
     except BrokenPipeError:
         return 1
     except OSError as error:
-        print(f"bbopd {args.command}: {error}", file=sys.stderr)
+        _complain(args.command, str(error))
         return CheckpointError.exit_code
+
+
+def _complain(command: str, message: str) -> None:
+    """On the error stream. On a terminal the command is red, and what can be typed to mend it cyan, unless NO_COLOR says otherwise."""
+    stream = sys.stderr
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        print(f"bbopd {command}: {message}", file=stream)
+        return
+    print(f"\033[1;31mbbopd {command}:\033[0m " + _TO_TYPE.sub("\033[36m\\g<0>\033[0m", message), file=stream)

@@ -9,7 +9,7 @@ from bbopd.pipeline.ranked import check_ranked, follow
 from bbopd.trainer.ranks import Ranks
 
 
-def execute_ranked(config: RunConfig, *, plain: bool = False) -> int:
+def execute_ranked(config: RunConfig, *, plain: bool = False, as_json: bool = False) -> int:
     """This process's part of the run; returns its exit status. Raises `BbopdError`, on every rank where one has failed."""
     ranks = Ranks.join(config.student.device, config.train.parallel)
     if ranks.rank:
@@ -17,7 +17,7 @@ def execute_ranked(config: RunConfig, *, plain: bool = False) -> int:
         return 0
     try:
         check_ranked(config)
-        status = execute(config, plain=plain, ranks=ranks)
+        status = execute(config, plain=plain, as_json=as_json, ranks=ranks)
     except RankError:
         raise  # there is nobody left to tell
     except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PAGE.html",
         help="the page (default: report.html in the folder, or beside the file; of several, runs.html or models.html here)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,5 +48,6 @@ def run(args: argparse.Namespace) -> int:
             default, page = folders[0] / "report.html", render(runs[0])
         else:
             default, page = Path("runs.html"), render_comparison(runs)
-    print(write_page(Path(args.output) if args.output else default, page))
+    written = write_page(Path(args.output) if args.output else default, page)
+    print(json.dumps({"page": str(written)}) if args.json else written)
     return 0

@@ -166,15 +166,18 @@ class Comparison:
     def is_done(self, run: PlannedRun, split: str) -> bool:
         return self._is_measured(self.results.of_run(run), split)
 
+    def to_json(self, outcome: Outcome) -> dict[str, Any]:
+        """The table with its configuration, and what is missing."""
+        measures = self.config.measures
+        table = to_json(outcome.rows, outcome.pairs, measures.decide_by, measures.confidence)
+        return {**table, "config": self.config.model_dump(mode="json"), "failures": list(outcome.failures)}
+
     def write(self, outcome: Outcome) -> None:
         """``compare.json`` and ``compare.md`` in the output folder."""
         measures = self.config.measures
         root = Path(self.config.output)
         root.mkdir(parents=True, exist_ok=True)
-        table = to_json(outcome.rows, outcome.pairs, measures.decide_by, measures.confidence)
-        RunFolder(root).write_json(
-            "compare.json", {**table, "config": self.config.model_dump(mode="json"), "failures": list(outcome.failures)}
-        )
+        RunFolder(root).write_json("compare.json", self.to_json(outcome))
         text = markdown(outcome.rows, outcome.pairs, measures.decide_by, measures.confidence)
         (root / "compare.md").write_text(text, encoding="utf-8")
 
