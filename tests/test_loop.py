@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ from bbopd.config import FiltersConfig, RunConfig, TeacherConfig
 from bbopd.data.draws import PromptStream
 from bbopd.data.filters import RolloutFilter
 from bbopd.data.rejected import RejectedLog
-from bbopd.errors import ConfigError, RolloutsRejectedError, TeacherError, TrainingError
+from bbopd.errors import CheckpointError, ConfigError, RolloutsRejectedError, TeacherError, TrainingError
 from bbopd.objectives import make_objective
 from bbopd.pipeline.checkpoints import RunCheckpoints
 from bbopd.pipeline.folder import RunFolder
@@ -383,6 +384,14 @@ async def test_a_large_tail_is_warned_of_once(tmp_path):
     rig = Rig(config)
     await rig.run()
     assert len([note for note in rig.watcher.notes if "in the tail" in note and "teacher.topk" in note]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+async def test_a_folder_deleted_under_a_run_is_said_and_not_made_again(tmp_path):
+    rig = Rig(run_config(tmp_path / "run"), at_step=(5, lambda rig: shutil.rmtree(rig.folder.root)))
+    with pytest.raises(CheckpointError, match=r"run's folder .*run was deleted or moved while it ran"):
+        await rig.run()
+    assert not rig.folder.root.exists()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

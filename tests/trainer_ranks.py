@@ -320,15 +320,13 @@ WORLDS = {
 """What tests/test_ranks.py asks of ranks, in this order."""
 
 
-def main(folder: Path) -> None:
+def run_worlds(folder: Path, worlds: dict[str, World]) -> None:
     """Run one world after another, by the stores at ``ports.json``.
 
     Each rank leaves ``<world>.<rank>.pt`` with what it has found, and what it has printed beside it.
     """
-    import bbopd.cli.ranked  # noqa: F401  (once, for all whole runs)
-
     ports = json.loads((folder / "ports.json").read_text())
-    for name, world in WORLDS.items():
+    for name, world in worlds.items():
         children = []
         for rank in range(world.size):
             child = os.fork()
@@ -356,4 +354,6 @@ def _end_with(world: World, rank: int, port: int, folder: Path, place: Path) -> 
 if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*fork.*")  # this process has no thread but one
-    main(Path(sys.argv[1]))
+    import bbopd.cli.ranked  # noqa: F401  (once, for all whole runs)
+
+    run_worlds(Path(sys.argv[1]), WORLDS)

@@ -153,6 +153,7 @@ async def _turn(
     finally:
         metrics.trace(timeline.to_json())
         metrics.close()
+        folder.require()
         folder.write_json("summary.json", _summary(session, loop, metrics, timeline, status, error, model_path))
     return status
 

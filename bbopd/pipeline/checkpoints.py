@@ -81,6 +81,7 @@ class RunCheckpoints:
 
     def save(self, now: RunState) -> None:
         """Write a checkpoint; of several ranks, begin to. Raises `CheckpointError`."""
+        self._folder.require()
         now.teacher_retries = self._retries_before + self._retries()
         root = self._folder.checkpoints
         if self._ranked is not None:

@@ -160,6 +160,14 @@ class RunFolder:
                 raise ConfigError(f"another process runs in {self.root}: wait for it, or set output= to another folder") from error
             yield
 
+    def require(self) -> None:
+        """Raises `CheckpointError` where the run's own files are gone from under it, so that nothing new is made in their place."""
+        if not (self.root / "run.json").is_file():
+            raise CheckpointError(
+                f"the run's folder {self.root} was deleted or moved while it ran: what it had saved and measured is no longer there, and "
+                "nothing is written beside it; put the folder back and give the same command again, or begin anew"
+            )
+
     def refuse_finished(self) -> None:
         """Raises `ConfigError` where the folder holds a run that has ended."""
         if self.is_finished:

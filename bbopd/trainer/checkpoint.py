@@ -44,6 +44,7 @@ from bbopd.trainer.checkpoint_files import (
 )
 from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors, takes_moments
 from bbopd.trainer.stored import model_bytes, read_model, stored_bytes, stored_tensors, write_model
+from bbopd.trainer.write_points import reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,12 +87,17 @@ def save_checkpoint(
     folder, aside = begin_checkpoint(root, step, needed)
     with explained(root, aside):
         write_model(model, aside / "model")
+        reached("model")
         with quiet():
             tokenizer.save_pretrained(aside / "model")
+        reached("tokenizer")
         save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        reached("moments")
         for name, tensors in (beside or {}).items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
+        reached("beside")
         (aside / "state.json").write_text(json.dumps({"state": state, "generators": generator_states()}, allow_nan=False))
+    reached("state")
     publish_checkpoint(folder, aside, step, keep)
     return folder
 

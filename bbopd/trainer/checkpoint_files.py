@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bbopd.errors import CheckpointError
+from bbopd.trainer.write_points import reached
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -29,7 +30,7 @@ def begin_checkpoint(root: Path, step: int, needed: int) -> tuple[Path, Path]:
     A step saved twice gets a folder of its own each time. Raises `CheckpointError` where the disk has less than ``needed`` bytes.
     """
     with explained(root):
-        root.mkdir(parents=True, exist_ok=True)
+        _make(root)
         _remove_leftovers(root)
         if (free := shutil.disk_usage(root).free) < needed:
             raise CheckpointError(
@@ -38,6 +39,7 @@ def begin_checkpoint(root: Path, step: int, needed: int) -> tuple[Path, Path]:
         folder = _free_name(root, step)
         aside = root / f"{_ASIDE}{folder.name}"
         aside.mkdir()
+    reached("begun")
     return folder, aside
 
 
@@ -51,11 +53,14 @@ def publish_checkpoint(folder: Path, aside: Path, step: int, keep: int) -> None:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
         (aside / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        reached("manifest")
         folders = sorted(path for path in aside.rglob("*") if path.is_dir())
         for path in (*files, aside / MANIFEST, *folders, aside):
             _sync(path)
+        reached("synced")
         aside.rename(folder)
         _sync(root)
+        reached("renamed")
         _point(root, folder)
     _retire(root, folder, keep)
 
@@ -78,8 +83,10 @@ def _point(root: Path, folder: Path) -> None:
     pointer = root / f"{_ASIDE}{LATEST}"
     pointer.write_text(folder.name + "\n")
     _sync(pointer)
+    reached("pointer")
     pointer.replace(root / LATEST)
     _sync(root)
+    reached("latest")
 
 
 def _retire(root: Path, newest: Path, keep: int) -> None:
@@ -90,7 +97,17 @@ def _retire(root: Path, newest: Path, keep: int) -> None:
             path.rename(aside)  # a removal cut short must not look like a checkpoint
         except OSError as error:
             raise CheckpointError(f"{newest} is whole, but the old {path} cannot be removed ({error}): remove it by hand") from error
+        reached("old one set aside")
         shutil.rmtree(aside, ignore_errors=True)
+        reached("old one removed")
+
+
+def _make(root: Path) -> None:
+    """With every folder above it that is missing, so that a loss of power takes none of them away."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
 
 
 def _remove_leftovers(root: Path) -> None:

@@ -22,6 +22,7 @@ from bbopd.trainer.checkpoint_files import begin_checkpoint, explained, publish_
 from bbopd.trainer.checkpoint_shards import write_shards
 from bbopd.trainer.ranks import Ranks
 from bbopd.trainer.stored import model_bytes
+from bbopd.trainer.write_points import reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,11 +48,13 @@ class RankedCheckpoints:
         with explained(root, aside), quiet():
             self._model.config.save_pretrained(aside / "model")
             tokenizer.save_pretrained(aside / "model")
+        reached("config")
         self._ranks.tell(do="save", folder=str(aside.absolute()))
         written, generators = self._write(aside)
         with explained(root, aside):
             saved = {"state": state, "generators": generators[0], "generators_of_others": generators[1:]}
             (aside / "state.json").write_text(json.dumps(saved, allow_nan=False))
+        reached("state")
         self._writing = self._publisher.submit(_publish, written, folder, aside, step, keep)
 
     def join(self, aside: Path) -> None:
@@ -69,6 +72,7 @@ class RankedCheckpoints:
     def _write(self, aside: Path) -> tuple[Future[Any], Sequence[Any]]:
         with self._ranks.together():
             written = write_shards(aside, self._model, self._optimizer, self._ranks.checkpoints)
+            reached("shards copied")
             return written, [record["generators"] for record in self._ranks.gather({"generators": generator_states()})]
 
 
@@ -77,4 +81,5 @@ def _publish(written: Future[Any], folder: Path, aside: Path, step: int, keep: i
         written.result()
     except (dcp.CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"the ranks could not write {folder}: {error}; earlier checkpoints are whole") from error
+    reached("shards written")
     publish_checkpoint(folder, aside, step, keep)
