@@ -103,6 +103,7 @@ test: lint
 
 # What takes longest: whole runs as processes, killed and gone on with; minutes.
 test-slow: $(DEVELOPED)
+	$(BIN)/pip install -q -c constraints.txt 'bbopd[examples]'
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 fuzz: $(DEVELOPED)

@@ -18,8 +18,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from bbopd.cli.main import build_parser, main
 from bbopd.cli.serve import _configuration
+from bbopd.config_file import _with_override, read_yaml
 from bbopd.rpc.security import ServerAccess
 from bbopd.teachers.hf import HFBackend
 from tests.openai_server import OpenAIServer
@@ -40,6 +43,7 @@ SMALL = {
         *("eval.every=0", "eval.sequences=2", "eval.rollouts=2", "eval.max_new_tokens=8", "eval.samples=1"),
     ),
     "doctor": ("student.dtype=float32", "rollouts.per_update=4", "rollouts.max_new_tokens=8", "train.max_seq_len=96", *LENGTHS),
+    "compare": ("seeds=[0]", "learning_rates=[1.0e-5]", "budget.tokens=60", "measures.max_new_tokens=8"),
     "plan": ("train.max_seq_len=512",),
 }
 LITTLE_MONEY = 8e-5  # with which a run stops half-way, so that the page's own command can go on
@@ -80,7 +84,8 @@ def questions(count: int) -> Iterator[str]:
 class Guide:
     """One page, made small, in a folder of its own."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, api: str | None = None) -> None:
+        """``api``: an endpoint that is there already, in place of the page's."""
         self.folder = folder
         self.blocks = blocks_of((GUIDES / f"{name}.md").read_text(encoding="utf-8"))
         self.tokenizer = tiny_tokenizer()
@@ -88,6 +93,7 @@ class Guide:
         self.student = save_folder(folder / "student", tiny_llama(vocab_size=262), self.tokenizer)
         ports = {port: str(_free_port()) for port in PORTS}
         self._replaced = {
+            **({} if api is None else {"openai://localhost:8000/v1": api}),
             TEACHER: str(self.teacher),
             STUDENT: str(self.student),
             "https://api.example.com/v1": f"openai://localhost:{ports['8000']}/v1",
@@ -113,6 +119,12 @@ class Guide:
                 path = self.folder / block.file
                 path.write_text(self.small(block.text) + ("\n".join(questions(40)) if path.suffix == ".jsonl" else ""))
                 written.append(path)
+        if (self.folder / "compare.yaml").exists():
+            base = self.folder / "base.yaml"
+            data = read_yaml(base)
+            for text in SMALL["distill"]:
+                data = _with_override(data, text)
+            base.write_text(yaml.safe_dump(data))
         return written
 
     @property
@@ -126,11 +138,12 @@ class Guide:
         text = "".join(block.text for block in self.blocks)
         return ("openai://" in text or "https://" in text) and "vllm serve" not in text
 
-    def run(self, stack: ExitStack) -> list[str]:
-        """Run every command in this process, servers beside it until ``stack`` ends. Returns what was run."""
-        for command in self.commands:
+    def run(self, stack: ExitStack, about: str = "") -> list[str]:
+        """Run every command that has ``about`` in it in this process, servers beside it until ``stack`` ends. Returns what was run."""
+        commands = [command for command in self.commands if about in command]
+        for command in commands:
             self._run(shlex.split(command.removesuffix("&")), command, stack)
-        return self.commands
+        return commands
 
     def serve_api(self, stack: ExitStack) -> None:
         """An OpenAI-compatible endpoint of the teacher, as vLLM's, at the port of the page."""

@@ -78,6 +78,9 @@ def test_the_pages_of_the_project_can_be_put_together(tmp_path):
     reproduce = (tmp_path / "site" / "reproduce.md").read_text()
     assert "](files/configs/recipe_yaml.md)" in reproduce
     assert "``` yaml\n" in (tmp_path / "site" / "files" / "configs" / "recipe_yaml.md").read_text()
+    notebook = (tmp_path / "site" / "files" / "examples" / "distill_ipynb.md").read_text()
+    assert notebook.startswith("# On-policy distillation")
+    assert "``` python\nfrom bbopd.cli.demo import" in notebook
     nav = (PROJECT / "zensical.toml").read_text()
     unlisted = [path.name for path in (PROJECT / "docs").rglob("*.md") if str(path.relative_to(PROJECT / "docs")) not in nav]
     assert not unlisted, f"pages that zensical.toml does not list: {unlisted}"

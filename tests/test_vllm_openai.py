@@ -1,7 +1,9 @@
 """A real vLLM server, in its own process, as a teacher over OpenAI's protocol, against the trainer's own log-probabilities."""
 
 import asyncio
+import contextlib
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -23,6 +25,7 @@ from bbopd.teachers.openai import OpenAITeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from bbopd.vllm_setup import engine_environment
 from tests.faults import score_all, stream
+from tests.guides import Guide
 
 pytestmark = [
     pytest.mark.vllm,
@@ -170,3 +173,15 @@ async def test_a_student_of_another_vocabulary_is_refused(target, backend, tmp_p
     with pytest.raises(TeacherError, match="does not number tokens as the student does: id "):
         async with asyncio.timeout(300):
             await OpenAITeacher.connect(TeacherConfig(target=target, topk=8), tokenizer=tiny_tokenizer(), vocab_size=262)
+
+
+def test_the_guide_of_text_alone_can_be_followed(target, tmp_path, monkeypatch):
+    """`docs/guides/text_only.md`: a student of other tokens learns what vLLM writes."""
+    monkeypatch.chdir(tmp_path)
+    guide = Guide("text_only", tmp_path, api=target)
+    guide.write_files()
+    with contextlib.ExitStack() as stack:
+        assert guide.run(stack, "seqkd.yaml") == ["bbopd doctor seqkd.yaml", "bbopd distill seqkd.yaml"]
+    summary = json.loads((tmp_path / "runs" / "seqkd" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["tokens"]["trained"] >= 40

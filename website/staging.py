@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from website import commands, options, python_api
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^\s*(```|~~~)")
-_LANGUAGES = {".py": "python", ".yaml": "yaml", ".proto": "protobuf", ".json": "json", ".csv": "text", ".toml": "toml", ".ipynb": "json"}
+_LANGUAGES = {".py": "python", ".yaml": "yaml", ".proto": "protobuf", ".json": "json", ".csv": "text", ".toml": "toml"}
 _DRAWN = (".svg", ".png")
 _PAGES_BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the project that do not lie in docs/
 
@@ -63,11 +65,15 @@ class _Staging:
         self.done.add(source)
         target = self.target / self._page(source)
         if source.is_dir():
-            entries = [path for path in sorted(source.rglob("*")) if path.is_file() and (path.suffix in (".md", *_DRAWN, *_LANGUAGES))]
+            entries = [
+                path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix in (".md", ".ipynb", *_DRAWN, *_LANGUAGES)
+            ]
             lines = [f"- [{path.relative_to(source)}]({self._link(path, source)})" for path in entries]
             _write(target, "\n".join([f"# {source.relative_to(self.project)}", "", *lines, ""]))
         elif source.suffix == ".md":
             _write(target, "".join(self._rewritten(source)))
+        elif source.suffix == ".ipynb":
+            _write(target, _notebook(json.loads(source.read_text(encoding="utf-8"))))
         elif source.suffix in _LANGUAGES:
             text = source.read_text(encoding="utf-8").rstrip()
             fence = f"``` {_LANGUAGES[source.suffix]}"
@@ -104,6 +110,15 @@ class _Staging:
     def _link(self, linked: Path, source: Path) -> str:
         self._take(linked)
         return os.path.relpath(self._page(linked), self._page(source).parent)
+
+
+def _notebook(content: Mapping[str, Any]) -> str:
+    """A notebook as a page: its text, and its code in blocks."""
+    parts = []
+    for cell in content["cells"]:
+        text = "".join(cell["source"]).rstrip()
+        parts.append(text if cell["cell_type"] == "markdown" else f"``` python\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
