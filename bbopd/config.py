@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from bbopd.config_base import Options, Section, known_in
+from bbopd.config_cluster import ClusterConfig, NeedsConfig
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
 from bbopd.config_eval import EvalConfig
 from bbopd.config_gad import GadConfig, with_gad_defaults
@@ -40,6 +41,7 @@ __all__ = [
     "BudgetConfig",
     "CacheConfig",
     "ClientTlsConfig",
+    "ClusterConfig",
     "DataConfig",
     "EngineAgreementConfig",
     "EvalConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "GadConfig",
     "InitConfig",
     "LoRAConfig",
+    "NeedsConfig",
     "ObjectiveConfig",
     "ParallelConfig",
     "PricesConfig",
@@ -83,6 +86,8 @@ class RunConfig(Section):
     """Where prompts come from, and which answers are worth a teacher's time."""
     eval: EvalConfig = EvalConfig()
     """What is measured of the student while it trains."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What ``bbopd distill --ray`` asks a Ray cluster for; without it nobody reads this."""
     output: str = "runs/latest"
     """The run's folder: metrics, checkpoints, the report and, at the end, the student in ``model/``; a stopped run goes on from it."""
     track: tuple[Annotated[TrackerName | str, known_in("trackers")], ...] = ()
@@ -126,6 +131,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _teachers_fit(self) -> RunConfig:
         check_teachers(self.teacher, self.teachers, self.data.prompts, self.objective)
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_fits(self) -> RunConfig:
+        rollouts, engines = self.rollouts, self.cluster.engines
+        if engines[1] and (rollouts.engine != "vllm" or rollouts.is_elsewhere or rollouts.sleep):
+            raise ValueError(
+                f"cluster.engines {engines[0]} to {engines[1]} starts servers for rollouts.engine vllm, with neither a target nor sleep: "
+                "set rollouts.engine=vllm and leave these out, or cluster.engines=0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,8 @@ class RolloutsConfig(Section):
     """Of an engine that is a plug-in: what it knows, as it documents it."""
     target: str | None = None
     """``grpc://host:port`` of a `bbopd sample-server` whose vllm writes for this run; None starts one beside the run."""
+    targets_file: str | None = None
+    """Or a file of such addresses, one a line, in place of ``target``: all of them write, and it is read again as it changes."""
     tls: ClientTlsConfig | None = None
     """Needed, with a token, for a target on another machine."""
     token_file: str | None = None
@@ -72,9 +74,12 @@ class RolloutsConfig(Section):
 
     @model_validator(mode="after")
     def _target_fits(self) -> RolloutsConfig:
-        if self.target is not None and self.engine != "vllm":
-            raise ValueError(f"target {self.target} with engine {self.engine}: only vllm can write elsewhere; set engine: vllm")
-        if self.target is None and (self.tls or self.token_file or self.token_env):
+        if self.target is not None and self.targets_file is not None:
+            raise ValueError(f"target {self.target} and targets_file {self.targets_file} both say who writes: keep one")
+        if self.is_elsewhere and self.engine != "vllm":
+            where = self.target or self.targets_file
+            raise ValueError(f"target {where} with engine {self.engine}: only vllm can write elsewhere; set engine: vllm")
+        if not self.is_elsewhere and (self.tls or self.token_file or self.token_env):
             raise ValueError("tls and tokens belong to target: an engine beside the run answers this run alone")
         return self
 
@@ -86,8 +91,8 @@ class RolloutsConfig(Section):
 
     @model_validator(mode="after")
     def _sleep_fits(self) -> RolloutsConfig:
-        if self.sleep and (self.engine != "vllm" or self.target is not None):
-            where = f"target {self.target}" if self.target is not None else f"engine {self.engine}"
+        if self.sleep and (self.engine != "vllm" or self.is_elsewhere):
+            where = f"target {self.target or self.targets_file}" if self.is_elsewhere else f"engine {self.engine}"
             raise ValueError(f"sleep with {where}: only a vllm beside the run has memory that the trainer could use; leave sleep out")
         if self.sleep and self.max_staleness:
             raise ValueError(
@@ -102,6 +107,11 @@ class RolloutsConfig(Section):
         if self.engine in GROUPS["engines"].built_in:
             return None
         return PluginUse("engines", self.engine, self.options, "rollouts.options")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the engine is that of a server, or several, and not beside the run."""
+        return self.target is not None or self.targets_file is not None
 
 
 class SampleServerConfig(Section):

@@ -73,3 +73,9 @@ class RankError(BbopdError):
     """Another process of a run over several has failed, ended, or not answered in time."""
 
     exit_code = 8
+
+
+class ClusterError(BbopdError):
+    """A cluster that does not give, or keep, what a run needs."""
+
+    exit_code = 9

@@ -53,7 +53,7 @@ def run_config(output, **sections) -> RunConfig:
         "output": str(output),
     }
     for name, values in sections.items():
-        base[name] = {**base[name], **values}
+        base[name] = {**base.get(name, {}), **values}
     return RunConfig.model_validate(base)
 
 

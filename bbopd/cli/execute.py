@@ -188,6 +188,7 @@ def _summary(
         "teacher": None if session.teacher_info is None else _teacher(session.teacher_info),
         "samples": read_samples(folder),
         "plugins": known.get("plugins", []),
+        "restarts": (folder.read_json("cluster.json") or {}).get("restarts"),
         **{key: known[key] for key in ("started", "machine", "config", "command", "source")},
     }
 

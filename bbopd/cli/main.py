@@ -12,6 +12,7 @@ from bbopd import __version__
 from bbopd.cli import (
     cache,
     check_teacher,
+    cluster,
     compare,
     completion,
     demo,
@@ -43,6 +44,7 @@ _COMMANDS = {
     "check-teacher": (check_teacher, "hold a teacher, in any language, to the protocol"),
     "eval": (eval, "measure models: bits per byte, agreement with a teacher, and tasks"),
     "eval human": (eval_human, "have people rate answers, on a page that does not tell whose they are"),
+    "cluster scale": (cluster, "change how many engines write for a run on a cluster, while it goes on"),
     "report": (report, "write one page about a run, or several beside each other"),
     "cache": (cache, "look after the answers of teachers that were kept"),
     "completion": (completion, "write what bash, zsh or fish needs to complete commands and options"),
@@ -50,7 +52,7 @@ _COMMANDS = {
 
 # What a message says to type: a setting (rollouts.engine=hf, teacher.topk), a flag, a command in backticks, an installation.
 _TO_TYPE = re.compile(
-    r"\b(?:student|teachers?|rollouts|objective|train|data|eval|measures)(?:\.[a-z_]+)+(?:=[^\s,;:]+)?"
+    r"\b(?:student|teachers?|rollouts|objective|train|data|eval|cluster|measures)(?:\.[a-z_]+)+(?:=[^\s,;:]+)?"
     r"|(?<![\w-])--[a-z][a-z-]*|`[^`]+`|pip install '[^']+'"
 )
 
@@ -65,10 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1-8 an error (`bbopd.errors`), 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1-9 an error (`bbopd.errors`), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["eval", "human"]:  # a command of its own, beside models to measure
-        words[:2] = ["eval human"]
+    if " ".join(words[:2]) in _COMMANDS:  # such as eval human, a command of its own beside models to measure
+        words[:2] = [" ".join(words[:2])]
     args = build_parser().parse_args(words)
     try:
         return int(_COMMANDS[args.command][0].run(args))

@@ -106,7 +106,7 @@ async def check_student(setup: SetUp) -> Verdict:
     dtype = compute_dtype(config.student.dtype, model.device)
     if setup.prompts is not None:
         check_positions(config, model, setup.prompts)
-    is_beside = config.rollouts.engine == "vllm" and config.rollouts.target is None
+    is_beside = config.rollouts.engine == "vllm" and not config.rollouts.is_elsewhere
     if is_beside and config.writes_rollouts and importlib.util.find_spec("vllm") is None:
         raise EngineError("rollouts.engine is vllm, which is not installed here: see docs/rollouts.md, or set rollouts.engine=hf")
     setup.model, setup.compute_dtype = model, dtype

@@ -52,14 +52,6 @@ async def open_engine(
         return await open_plugged_engine(use, setting, stack, progress)
     from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 
-    server = None
-    if (target := config.rollouts.target) is not None:
-        from bbopd.rollouts.vllm_remote import EngineServer
-        from bbopd.rpc.security import ClientAccess
-
-        rollouts = config.rollouts
-        server = EngineServer(target, ClientAccess.read(rollouts.tls, rollouts.token_file, rollouts.token_env, "rollouts."))
-    progress.activity("loading", f"vLLM, at {target}" if target else "vLLM, in its own process")
     options = VLLMOptions(
         vocab_size=vocab_size,
         max_sequence_tokens=max_sequence_tokens,
@@ -69,11 +61,33 @@ async def open_engine(
         trust_remote_code=config.student.trust_remote_code,
         sleep_level=_sleep_level(model) if config.rollouts.sleep else 0,
     )
-    engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root, server=server)
-    stack.push_async_callback(engine.close)
-    for note in engine.notes:
-        progress.note(note)
-    return engine
+    rollouts = config.rollouts
+    if not rollouts.is_elsewhere:
+        progress.activity("loading", "vLLM, in its own process")
+        engine = await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root)
+        stack.push_async_callback(engine.close)
+        for note in engine.notes:
+            progress.note(note)
+        return engine
+    from bbopd.rollouts.vllm_fleet import EngineFleet
+    from bbopd.rollouts.vllm_remote import EngineServer
+    from bbopd.rpc.security import ClientAccess
+
+    access = ClientAccess.read(rollouts.tls, rollouts.token_file, rollouts.token_env, "rollouts.")
+
+    async def start(target: str) -> VLLMEngine:
+        server = EngineServer(target, access)
+        return await VLLMEngine.start(model, options, eos_token_ids=stop_token_ids, folder=folder.root, server=server)
+
+    progress.activity("loading", f"vLLM, at {rollouts.target or f'the addresses in {rollouts.targets_file}'}")
+    if rollouts.target is not None:
+        engine = await start(rollouts.target)
+        stack.push_async_callback(engine.close)
+        return engine
+    assert rollouts.targets_file is not None, "one of the two is set"
+    fleet = await EngineFleet.open(rollouts.targets_file, start, dtype=dtype, timeout=rollouts.timeout, note=progress.note)
+    stack.push_async_callback(fleet.close)
+    return fleet
 
 
 def sleep_of(config: RunConfig, engine: RolloutEngine) -> Callable[[], Awaitable[None]] | None:

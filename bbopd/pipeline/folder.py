@@ -21,7 +21,6 @@ from typing import Any, TextIO
 
 from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError, ConfigError
-from bbopd.trainer.checkpoint import latest_checkpoint
 
 _PACKAGES = (
     *("bbopd", "torch", "transformers", "tokenizers", "numpy", "grpcio", "protobuf", "safetensors", "pydantic"),
@@ -32,10 +31,14 @@ _PACKAGES = (
 _MAY_CHANGE = (
     "output",
     "track",
+    "cluster",
     "teacher.target",
     "teacher.serve",
     "teacher.plugin",
     "teacher.options",
+    "teacher.tls",
+    "teacher.token_file",
+    "teacher.token_env",
     "teacher.timeout",
     "teacher.start_timeout",
     "teacher.inflight_tokens",
@@ -47,6 +50,7 @@ _MAY_CHANGE = (
     "rollouts.engine",
     "rollouts.options",
     "rollouts.target",
+    "rollouts.targets_file",
     "rollouts.tls",
     "rollouts.token_file",
     "rollouts.token_env",
@@ -99,6 +103,8 @@ class RunFolder:
         carefully a run goes on (`_MAY_CHANGE`), and the versions of ``plugins``. Raises `ConfigError` for any other difference, by its key,
         and for a finished run.
         """
+        from bbopd.trainer.checkpoint import latest_checkpoint  # and torch, which whoever but looks into the folder does not need
+
         folder = cls(Path(config.output))
         known = folder.read_json("run.json")
         folder.refuse_finished()

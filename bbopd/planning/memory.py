@@ -182,7 +182,7 @@ def _beside(config: RunConfig, student: ModelShape, ranks: int) -> Iterable[Part
 
 def engine_is_on_cpu(config: RunConfig, machine: Machine) -> bool:
     """Whether an engine beside the run goes where rank 0's whole student is, and that is in the host's memory."""
-    return machine.gpus > 1 and config.train.parallel.whole_on == "cpu" and config.rollouts.target is None
+    return machine.gpus > 1 and config.train.parallel.whole_on == "cpu" and not config.rollouts.is_elsewhere
 
 
 def _engine(config: RunConfig, shapes: Shapes, machine: Machine, phase: Phase) -> tuple[list[Part], float]:
@@ -190,7 +190,7 @@ def _engine(config: RunConfig, shapes: Shapes, machine: Machine, phase: Phase) -
     student, rollouts = shapes.student, config.rollouts
     of_token = student.kv_entries * shapes.compute_bytes
     rows = min(_ROWS, config.rollouts_per_cycle)
-    is_elsewhere = rollouts.target is not None or engine_is_on_cpu(config, machine)
+    is_elsewhere = rollouts.is_elsewhere or engine_is_on_cpu(config, machine)
     if not config.writes_rollouts or is_elsewhere:
         return [], 0.0
     if rollouts.engine == "hf":

@@ -79,7 +79,7 @@ class Plan:
                 f"a GPU would hold {self.memory.peak / 2**30:,.1f} GiB of its {limit / 2**30:,.0f} ({_USABLE:.0%} of which can be used)"
             )
         rollouts = self.config.rollouts
-        beside = self.config.writes_rollouts and rollouts.engine == "vllm" and rollouts.target is None
+        beside = self.config.writes_rollouts and rollouts.engine == "vllm" and not rollouts.is_elsewhere
         if self.config.writes_rollouts and engine_is_on_cpu(self.config, self.machine):
             found.append("train.parallel.whole_on cpu leaves the student to write on a processor: set rollouts.target")
         elif beside and self.memory.engine_tokens < self.config.train.max_seq_len:

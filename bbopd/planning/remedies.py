@@ -57,7 +57,7 @@ def _options(plan: Plan) -> Iterator[_Option]:
         yield _Option("each layer runs forward twice", ({"student.activation_checkpointing": True},))
     halves = [train.micro_batch_tokens >> times for times in range(1, 8) if train.micro_batch_tokens >> times >= train.max_seq_len]
     yield _Option("more and smaller passes", tuple({"train.micro_batch_tokens": tokens} for tokens in halves))
-    beside = config.writes_rollouts and rollouts.engine == "vllm" and rollouts.target is None
+    beside = config.writes_rollouts and rollouts.engine == "vllm" and not rollouts.is_elsewhere
     if beside:
         nearest = sorted(_SHARES, key=lambda share: abs(share - rollouts.gpu_memory))
         yield _Option("more or fewer answers side by side", tuple({"rollouts.gpu_memory": share} for share in nearest))

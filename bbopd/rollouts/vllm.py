@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,11 +144,29 @@ class VLLMEngine:
         """Of the engine's process; None where that is another machine's."""
         return self._client.process.pid
 
-    async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
-        """Write one answer to every prompt; each is yielded as it ends, in any order.
+    @property
+    def room(self) -> int:
+        """Prompts that it takes at a time: twice as many as are written, so that no place is empty where a consumer takes its time."""
+        return 2 * self._options.max_batch
 
-        ``draw`` is a prompt's place in the stream. An answer's random numbers come from (``sampling.seed``, draw) alone; as its
-        neighbours in the batch change the last bits of its logits, it repeats as far as those bits decide nothing. Closing or
+    def check(self) -> None:
+        """Raises `EngineError` where it has failed."""
+        self._client.check()
+
+    async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+        """Write one answer to every prompt; each is yielded as it ends, in any order. ``draw`` is a prompt's place in the stream.
+
+        As `write` in all else.
+        """
+        async with aclosing(self.write(_numbered(prompts), sampling)) as rollouts:
+            async for rollout in rollouts:
+                yield rollout
+
+    async def write(self, prompts: AsyncIterator[tuple[int, Prompt]], sampling: Sampling) -> AsyncGenerator[Rollout, None]:
+        """Write one answer to every prompt, each with its ``draw``; an answer is yielded as it ends.
+
+        An answer's random numbers come from (``sampling.seed``, draw) alone; as its neighbours in the batch change the last bits of its
+        logits, it repeats as far as those bits decide nothing. Closing or
         cancelling the iterator aborts what is being written.
 
         Raises
@@ -164,8 +183,7 @@ class VLLMEngine:
         self._client.check()
         if self.version is None:
             raise EngineError("vLLM's engine has no weights yet, or is asleep: call load_weights before generate")
-        # twice as many as are written at a time, so that a consumer that takes its time leaves none of the engine's places empty
-        stream = _Stream(asyncio.Semaphore(2 * self._options.max_batch))
+        stream = _Stream(asyncio.Semaphore(self.room))
         feeding = asyncio.create_task(self._feed(prompts, sampling, stream))
         is_fed = False
         try:
@@ -231,7 +249,7 @@ class VLLMEngine:
         await self._client.close()
         self._window.close()
 
-    async def _feed(self, prompts: AsyncIterator[Prompt], sampling: Sampling, stream: _Stream) -> None:
+    async def _feed(self, prompts: AsyncIterator[tuple[int, Prompt]], sampling: Sampling, stream: _Stream) -> None:
         """Send prompts as fast as there is room for them, and tell ``stream`` when that was all."""
         asked = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -240,15 +258,13 @@ class VLLMEngine:
             "top_k": sampling.top_k,
             "stop_ids": sorted(self._stop_ids | set(sampling.stop_token_ids)),
         }
-        draw = 0
         try:
-            async for prompt in prompts:
+            async for draw, prompt in prompts:
                 self._check_length(prompt, sampling)
                 await stream.room.acquire()
                 seed = _seed_of(sampling.seed, draw)
                 request = self._client.write(stream.written, prompt=prompt.token_ids, seed=seed, **asked)
                 stream.prompts[request] = (prompt, draw)
-                draw += 1
         except Exception as error:
             stream.written.put_nowait(error)
         else:
@@ -263,6 +279,13 @@ class VLLMEngine:
                 f"prompt {prompt.prompt_id} has {length} tokens; with rollouts.max_new_tokens {room} that is more than the {limit} that "
                 "this engine was started for: shorten the prompt, lower max_new_tokens, or raise train.max_seq_len"
             )
+
+
+async def _numbered(prompts: AsyncIterator[Prompt]) -> AsyncIterator[tuple[int, Prompt]]:
+    draw = 0
+    async for prompt in prompts:
+        yield draw, prompt
+        draw += 1
 
 
 def _configuration(model: PreTrainedModel) -> Any:

@@ -1,0 +1,58 @@
+"""A process between a Ray worker and a process of the run, so that this one never outlives what has started it.
+
+A worker that is killed can end nothing any more; what it has started would go on, hold its GPU, and write into the run's folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+_POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run ``argv[2:]`` as a process group; returns its exit status, or 128 and the number of the signal that ended it.
+
+    Once ``argv[0]``, the parent, is gone, it has ``argv[1]`` seconds to end after SIGTERM. A SIGTERM to the ward is handed on; SIGUSR1
+    ends the whole group at once.
+    """
+    parent, grace = int(argv[0]), float(argv[1])
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray's workers have given way to all else (RAY_worker_niceness), as training must not
+    process = subprocess.Popen(argv[2:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    signal.signal(signal.SIGUSR1, lambda number, frame: _kill_group(process.pid))
+    deadline = None
+    while True:
+        try:
+            status = process.wait(_POLL_S)
+            break
+        except subprocess.TimeoutExpired:
+            if deadline is None and os.getppid() != parent:
+                process.terminate()
+                deadline = time.monotonic() + grace
+            elif deadline is not None and time.monotonic() > deadline:
+                _kill_group(process.pid)
+    _kill_group(process.pid)  # what it has left behind
+    return status if status >= 0 else 128 - status
+
+
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes another program: SIGKILL where the ward, which has one thread, is killed itself."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

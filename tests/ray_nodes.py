@@ -1,0 +1,23 @@
+"""A Ray cluster of two nodes on this machine: real Ray, each node with a raylet and an object store of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def two_nodes(cpus: int) -> Iterator[str]:
+    """Its address; each node counts ``cpus`` processors, whatever the machine has."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": cpus, "object_store_memory": 80 * 2**20}
+    head = {"include_dashboard": False, "dashboard_port": None, "_system_config": {"worker_niceness": 0}}
+    nodes = Cluster(initialize_head=True, head_node_args={**size, **head})
+    nodes.add_node(**size)
+    try:
+        yield nodes.address
+    finally:
+        nodes.shutdown()
