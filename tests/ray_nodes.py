@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 
 @contextmanager
-def two_nodes(cpus: int) -> Iterator[str]:
-    """Its address; each node counts ``cpus`` processors, whatever the machine has."""
+def two_nodes(cpus: int) -> Iterator[Cluster]:
+    """Each node counts ``cpus`` processors, whatever the machine has."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
     from ray.cluster_utils import Cluster
 
@@ -18,6 +22,6 @@ def two_nodes(cpus: int) -> Iterator[str]:
     nodes = Cluster(initialize_head=True, head_node_args={**size, **head})
     nodes.add_node(**size)
     try:
-        yield nodes.address
+        yield nodes
     finally:
         nodes.shutdown()

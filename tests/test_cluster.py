@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -203,8 +204,8 @@ async def test_servers_of_a_cluster_let_in_who_has_its_certificate_and_token(tmp
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    with two_nodes(cpus=1) as address:
-        yield address
+    with two_nodes(cpus=1) as nodes:
+        yield nodes.address
 
 
 def test_ranks_are_placed_on_both_nodes_and_start_again_until_they_finish(cluster: str, tmp_path: Path) -> None:
@@ -239,6 +240,27 @@ def test_a_cluster_that_is_too_small_and_ranks_that_always_die_are_said_so(clust
     (tmp_path / "endings").write_text("2\n" * 3)
     assert run_on_cluster(config, cluster, print, Programs(rank="tests.cluster_rank")) == 2
     assert len((tmp_path / "attempts-0").read_text().splitlines()) == 3, "an error with a name is not tried again"
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_made_up_for_by_another(tmp_path: Path) -> None:
+    (tmp_path / "endings").write_text("wait,wait\n0,0\n")
+    notes: list[str] = []
+    with two_nodes(cpus=1) as nodes:
+
+        def replace_node() -> None:
+            while not all((tmp_path / f"attempts-{rank}").exists() for rank in range(2)):
+                time.sleep(0.05)
+            nodes.remove_node(next(iter(nodes.worker_nodes)))
+            nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+        replacing = threading.Thread(target=replace_node)
+        replacing.start()
+        config = config_of(tmp_path, ranks=2, backoff=0.1)
+        assert run_on_cluster(config, nodes.address, notes.append, Programs(rank="tests.cluster_rank")) == 0
+        replacing.join()
+    assert "is lost with its node" in "".join(notes)
+    assert json.loads((tmp_path / "cluster.json").read_text())["restarts"]["ranks"] == 1
 
 
 def test_what_no_run_can_have_is_refused(tmp_path: Path) -> None:

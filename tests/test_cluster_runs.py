@@ -36,8 +36,8 @@ sys.exit(run_on_cluster(config, sys.argv[2], lambda text: print(text, end="", fl
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    with two_nodes(cpus=4) as address:
-        yield address
+    with two_nodes(cpus=4) as nodes:
+        yield nodes.address
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ async def rig(tmp_path):
     rig = Fleet(tmp_path)
     yield rig
     for server in rig.servers.values():
+        await until(lambda server=server: not server._sessions.is_taken)  # the fleet has let go of it
         await server.stop()
 
 

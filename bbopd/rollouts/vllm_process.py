@@ -122,10 +122,10 @@ class EngineProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
-        """End it, wait for it, and close the wire."""
+        """End it, close the wire, and wait for it."""
         self.kill()
+        self._writer.close()  # also where the wait is cut off
         await asyncio.to_thread(self._process.wait)
-        self._writer.close()
         with suppress(OSError):
             await self._writer.wait_closed()
 
