@@ -17,7 +17,7 @@ from bbopd.cli import main as command_line
 from bbopd.cli.main import build_parser, main
 from bbopd.teachers.answer_store import AnswerStore
 
-WITHOUT_RESULT = {"serve", "sample-server", "completion", "cache"}  # `cache` has it in each of its actions
+WITHOUT_RESULT = {"cluster scale", "serve", "sample-server", "completion", "cache"}  # `cache` has it in each of its actions
 
 
 class Terminal(io.StringIO):
