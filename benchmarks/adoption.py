@@ -43,9 +43,9 @@ SEQUENCES = 16  # of an update: 2 prompts with 8 answers each
 NEW_TOKENS = 24
 TEMPERATURE = 0.8
 QUESTIONS = 30
-WARM_UP_TOKENS, GAME_TOKENS = 500, 3_000
-LEARNING_RATE, DISCRIMINATOR_RATE = 2e-5, 1e-4
-EVERY = 5  # updates between two looks
+WARM_UP_TOKENS, GAME_TOKENS = 600, 2_900
+LEARNING_RATE, DISCRIMINATOR_RATE = 5e-5, 1e-4
+EVERY = 2  # updates between two looks
 LAST = 3  # updates that a figure of the game is the mean of
 ARMS: dict[str, dict[str, Any]] = {
     "gad": {"name": "gad", "gad": {"discriminator_lr": DISCRIMINATOR_RATE}},
