@@ -69,7 +69,7 @@ def test_generated_pages_hold_what_is_there():
     assert "## `data.prompts[]` { #data-prompts }" in run
     page = commands_page()
     assert all(f"`{name}`" in page for name, _ in parsers())
-    assert "| 7 | The money set aside for a teacher is spent" in page
+    assert "`--set KEY=VALUE`\n:   " in page
 
 
 def test_the_pages_of_the_project_can_be_put_together(tmp_path):

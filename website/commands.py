@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Iterator
 
 from bbopd.cli.main import build_parser
-from bbopd.errors import BbopdError
 
-_WIDTH = 88  # of a line of usage
+_WIDTH = 76  # of a line of usage
 
 
 def commands_page() -> str:
@@ -19,11 +18,7 @@ def commands_page() -> str:
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=_WIDTH)
         lines += ["```text", parser.format_usage().removeprefix("usage: ").rstrip(), "```", ""]
         lines += [line for action in arguments_of(parser) for line in (f"{_title(action)}", f":   {_plain(meaning_of(action))}", "")]
-    lines += ["## What a command returns", "", "| exit status | |", "|---:|---|", "| 0 | done |"]
-    for kind in sorted(_kinds(BbopdError), key=lambda kind: kind.exit_code):
-        if "exit_code" in vars(kind):
-            lines.append(f"| {kind.exit_code} | {(kind.__doc__ or '').splitlines()[0] if kind is not BbopdError else 'Any other error.'} |")
-    return "\n".join([*lines, "| 130 | Interrupted (Ctrl-C); what takes long goes on with the same command. |", ""])
+    return "\n".join([*lines, "What a command returns, and how it tells errors: [the command line](../cli.md#errors).", ""])
 
 
 def parsers() -> list[tuple[str, argparse.ArgumentParser]]:
@@ -65,9 +60,3 @@ def _title(action: argparse.Action) -> str:
 def _plain(text: str) -> str:
     """Text of the terminal in Markdown, where angle brackets and stars mean something else."""
     return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-
-
-def _kinds(kind: type[BbopdError]) -> Iterator[type[BbopdError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _kinds(child)
