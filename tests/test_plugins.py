@@ -98,6 +98,8 @@ def test_five_plugins_train_and_are_on_record(tmp_path, text, capsys):  # noqa: 
     config = write_config(tmp_path, model, text, **sections)
     settings = ["--set", "track=[csv]", "--set", "track_options.csv.file=kept.csv"]
     assert main(["doctor", str(config), *settings]) == 0
+    assert main(["plan", str(config), *settings]) == 0
+    assert "of copying, in the compute dtype (its cache: not known)" in capsys.readouterr().out
     capsys.readouterr()
     assert main(["distill", str(config), *settings, "--json"]) == 0
     run = tmp_path / "run"
