@@ -17,6 +17,8 @@ import pytest
 
 from bbopd.cluster.engines import want_engines
 from bbopd.pipeline.state import RunState
+from bbopd.report.load import load_run
+from bbopd.report.table import restarts_line
 from bbopd.trainer.checkpoint import latest_checkpoint
 from tests.ray_nodes import two_nodes
 from tests.test_overlap import check_books
@@ -188,6 +190,8 @@ def test_whatever_is_killed_the_run_ends_as_if_nothing_had_been(
         expected_state.trained_tokens,
         expected_state.step,
     )
+    told = {"first rank": "ranks 1", "second rank": "ranks 1", "teacher": "teachers 1", "driver": ""}[victim]
+    assert restarts_line(load_run(driver.run)) == told
     for one, other in zip(figures(driver.run), figures(undisturbed), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     paid, needed = summary["teacher_cost"]["requests"], expected["teacher_cost"]["requests"]

@@ -18,6 +18,7 @@ from bbopd.report.table import (
     cache_line,
     cost_line,
     energy_line,
+    restarts_line,
     result_rows,
     speed_rows,
     stage_titles,
@@ -54,6 +55,7 @@ def spending(data: RunData) -> list[tuple[str, str]]:
         ("Cost of the teacher", cost_line(data)),
         ("Cache of the teacher", cache_line(data)),
         ("Updates", updates_line(data)),
+        ("Started again", restarts_line(data)),
         ("Energy", energy_line(data)),
     ]
     return [(name, line) for name, line in lines if line]

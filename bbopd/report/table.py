@@ -151,6 +151,12 @@ def updates_line(data: RunData) -> str:
     return line + (f"; {back['updates']:,} rolled back ({back['tokens']:,} tokens)" if back.get("updates") else "")
 
 
+def restarts_line(data: RunData) -> str:
+    """What was started again on a cluster, by kind; empty where nothing was, or there is no cluster."""
+    restarts = data.summary.get("restarts") or {}
+    return ", ".join(f"{kind} {count:,}" for kind, count in restarts.items() if count)
+
+
 def energy_line(data: RunData) -> str:
     """What the machine has drawn, by its own counters, all sessions together; says so where nothing counts."""
     energy = data.summary.get("energy")
@@ -220,6 +226,8 @@ def plain_lines(run: RunData | str | Path) -> list[str]:
         lines.append(f"cost of the teacher: {cost}")
     if updates := updates_line(data):
         lines.append(f"updates: {updates}")
+    if restarts := restarts_line(data):
+        lines.append(f"started again: {restarts}")
     speeds = speed_rows(data)
     for speed in speeds:
         parts = [
