@@ -22,7 +22,7 @@ from bbopd.cluster.access import SERVER_NAME, TOKEN_VARIABLE, ClusterAccess
 from bbopd.cluster.engines import FOLDER, LOCK, Engines, Tell
 from bbopd.cluster.host import Launch
 from bbopd.cluster.hosts import Hosts, connected
-from bbopd.cluster.ranks import RankGroup, Verdict, describe, judge
+from bbopd.cluster.ranks import INTERRUPTED, RankGroup, Verdict, describe, judge
 from bbopd.cluster.record import ClusterRecord
 from bbopd.cluster.servers import Served, Server, backoff_seconds
 from bbopd.config import RunConfig
@@ -97,9 +97,9 @@ class _Driver:
         cluster, restarts = self._config.cluster, 0
         while True:
             targets = self._wait_for_servers(stop)
-            if stop.is_asked:
-                return 130
             self._wait_for_folder(stop)
+            if stop.is_asked:
+                return INTERRUPTED
             self._write_config(targets)
             before = self._trained()
             nodes = self._ranks.start(cluster.wait + _PLACED_S)
@@ -251,7 +251,7 @@ def _stop_on_signals(tell: Tell) -> Iterator[_Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_asked:
-            os._exit(130)
+            os._exit(INTERRUPTED)
         stop.is_asked = True
         tell("stopping after what is under way, with a checkpoint; Ctrl-C again leaves the processes to do so by themselves")
 

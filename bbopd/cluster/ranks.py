@@ -15,7 +15,7 @@ from bbopd.errors import BudgetSpentError, CheckpointError, ClusterError, Config
 
 LOST = -1
 """The exit status of a rank whose host is gone."""
-_INTERRUPTED = 130
+INTERRUPTED = 130
 _FINAL = {error.exit_code for error in (ConfigError, TrainingError, CheckpointError, BudgetSpentError)}
 _LINGER_S = 3.0
 _POLL_S = 0.2
@@ -38,7 +38,7 @@ def judge(statuses: Sequence[int], *, has_trained: bool) -> Verdict:
     """
     if statuses[0] == 0:
         return Verdict.FINISHED
-    if _INTERRUPTED in statuses:
+    if INTERRUPTED in statuses:
         return Verdict.STOPPED
     named = {status for status in statuses if 0 < status < 128} - {8}  # those that have lost another rank
     if named & _FINAL or (named and not has_trained):

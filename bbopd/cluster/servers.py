@@ -76,8 +76,8 @@ class Server:
                 if not self._host.is_placed():
                     return
                 self._place = self._host.call("place")
-                self._port = self._host.call("free_port")
             if not self._is_running:
+                self._port = self._port if self.target else self._host.call("free_port")  # known once it has answered there
                 self._host.call("start", self._served.at(self._place.address, self._port))
                 self._is_running = True
             status = self._host.call("hear").status

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bbopd.errors import EngineError, ModelError
+from bbopd.errors import BbopdError, EngineError
 from bbopd.rollouts.vllm import VLLMEngine
 from bbopd.types import Prompt, Rollout, Sampling
 
@@ -232,7 +232,7 @@ class EngineFleet:
                 self._members[target] = engine
                 for stream in self._streams:
                     self._join(stream, target)
-        except (EngineError, ModelError) as error:
+        except BbopdError as error:
             self._trouble = str(error)
             self._rests_until[target] = asyncio.get_running_loop().time() + _REST
             if engine is not None:
