@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -248,17 +247,16 @@ def test_a_lost_node_is_made_up_for_by_another(tmp_path: Path) -> None:
     notes: list[str] = []
     with two_nodes(cpus=1) as nodes:
 
-        def replace_node() -> None:
-            while not all((tmp_path / f"attempts-{rank}").exists() for rank in range(2)):
-                time.sleep(0.05)
-            nodes.remove_node(next(iter(nodes.worker_nodes)))
-            nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        def show(text: str) -> None:
+            notes.append(text)
+            if "2 ranks on" in text and sum("2 ranks on" in note for note in notes) == 1:
+                while not all((tmp_path / f"attempts-{rank}").exists() for rank in range(2)):
+                    time.sleep(0.05)
+                nodes.remove_node(next(iter(nodes.worker_nodes)))
+                nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
 
-        replacing = threading.Thread(target=replace_node)
-        replacing.start()
         config = config_of(tmp_path, ranks=2, backoff=0.1)
-        assert run_on_cluster(config, nodes.address, notes.append, Programs(rank="tests.cluster_rank")) == 0
-        replacing.join()
+        assert run_on_cluster(config, nodes.address, show, Programs(rank="tests.cluster_rank")) == 0
     assert "is lost with its node" in "".join(notes)
     assert json.loads((tmp_path / "cluster.json").read_text())["restarts"]["ranks"] == 1
 
