@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from tests.serving import serving
 from tests.test_cli import WORDS
 from tests.test_loop import run_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
-from tests.trainer_ranks import CASES, RESUMED, STEPS, WORLDS
+from tests.trainer_ranks import CASES, RESUMED, STEPS, STOPPED_S, WORLDS
 
 LIMIT_S = 180
 
@@ -223,6 +226,20 @@ def test_what_one_rank_fails_of_ends_the_others_with_the_cause(folder: Path, wor
 
 
 @pytest.mark.parametrize(
+    ("world", "heard_by", "said"),
+    [
+        ("first is stopped", 1, r"rank 0 has not been heard of for \d+ s, and was at update 2"),
+        ("second is stopped", 0, r"rank 1 has not been heard of for \d+ s, and was told to accumulate, after update 1,"),
+    ],
+)
+def test_a_rank_that_answers_no_more_is_named_within_the_timeout(folder: Path, world: str, heard_by: int, said: str) -> None:
+    heard = found(folder, world, heard_by)
+    assert heard["kind"] == "RankError"
+    assert re.search(said, heard["said"]), heard["said"]
+    assert heard["seconds"] < STOPPED_S + 3, "but for a machine that is busy"
+
+
+@pytest.mark.parametrize(
     ("sections", "said"),
     [
         ({"student": {"model": "unused", "lora": {"rank": 4}}}, "student.lora cannot be trained by several ranks"),
@@ -255,6 +272,41 @@ def test_a_run_of_two_ranks_consumes_the_data_of_one(folder: Path) -> None:
     models = [_weights(folder / f"run-{n}" / "model") for n in (1, 2)]
     for name, weight in models[0].items():
         torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_ends_the_others_of_a_whole_run(tmp_path: Path, stopped: int) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with serving(FakeBackend(262)) as [teacher]:
+        run = tiny_run(tmp_path, teacher.port)
+        run["train"] |= {"on_policy_tokens": 1_000_000, "parallel": {"timeout": 8}}
+        (tmp_path / "run.yaml").write_text(json.dumps(run | {"output": str(tmp_path / "run")}))
+        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        command = [sys.executable, "-m", "bbopd", "distill", str(tmp_path / "run.yaml"), "--plain"]
+        logs = [(tmp_path / f"log.{rank}").open("w+") for rank in range(2)]
+        ranks = [
+            subprocess.Popen(command, env={**os.environ, **about, "RANK": str(rank), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + LIMIT_S
+            while not metrics.exists() or metrics.read_text().count("\n") < 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.kill(ranks[stopped].pid, signal.SIGSTOP)
+            assert ranks[1 - stopped].wait(timeout=60) == 8
+            logs[1 - stopped].seek(0)
+            assert f"rank {stopped} has not been heard of" in logs[1 - stopped].read()
+        finally:
+            for rank, log in zip(ranks, logs, strict=True):
+                rank.kill()
+                rank.wait()
+                log.close()
+    summary = tmp_path / "run/summary.json"
+    assert summary.exists() == (stopped == 1)
+    if stopped == 1:
+        assert "rank 1 has not been heard of" in json.loads(summary.read_text())["error"]
 
 
 def _weights(model: Path) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from tests.tiny_models import tiny_llama, tiny_qwen2, tiny_tokenizer
 
 STEPS = 2
 TIMEOUT_S = 60
+STOPPED_S = 4  # where it shall run out
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def one_after_another(ranks: Ranks, folder: Path, *tasks: str) -> Any:
 
 
 def again(ranks: Ranks, case: Case) -> Ranks:
-    return Staying(ranks.rank, ranks.size, ranks.device, ranks._store, case.options()["train"].parallel)
+    return Staying(ranks.rank, ranks.size, ranks.device, ranks._store, case.options()["train"].parallel, ranks.life)
 
 
 def same_as_alone(ranks: Ranks, folder: Path, case: Case) -> Any:
@@ -269,6 +270,35 @@ class Killed:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stopping(ranks: Ranks, folder: Path, at: int) -> Any:
+    """One rank stops in its second step without ending; what the other then raises, and how soon."""
+    case = CASES["tied"]
+    trainer = ranked(case, ranks)
+    stopped = folder / f"stopped.{at}"
+    if ranks.rank == at:
+        accumulate = trainer._accumulate
+
+        def stop_at_second(*arguments: Any) -> Any:
+            if trainer.steps_done:
+                time.sleep(1.0)  # for a sign of life
+                stopped.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return accumulate(*arguments)
+
+        trainer._accumulate = stop_at_second  # type: ignore[method-assign]
+    try:
+        if ranks.rank:
+            trainer.follow()
+        else:
+            for step in range(2):
+                trainer.train_step(case.micro_batches(step))
+    except BbopdError as caught:
+        seconds = time.time() - stopped.stat().st_mtime
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+        return {"said": str(caught), "kind": type(caught).__name__, "seconds": seconds}
+    return None
+
+
 def whole_run(folder: Path, name: str) -> Any:
     """``bbopd distill``, once it has read its file."""
     from bbopd.cli.execute import execute
@@ -287,6 +317,7 @@ class World:
     work: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     meets: bool = False
+    timeout: int = TIMEOUT_S
 
     def rank(self, rank: int, port: int, folder: Path) -> Any:
         """What rank number ``rank`` finds."""
@@ -295,7 +326,7 @@ class World:
         torch.set_num_threads(1)
         if self.meets:
             return self.work(folder, *self.arguments)
-        return self.work(Ranks.join("cpu", ParallelConfig(timeout=TIMEOUT_S)), folder, *self.arguments)
+        return self.work(Ranks.join("cpu", ParallelConfig(timeout=self.timeout)), folder, *self.arguments)
 
 
 TASKS = {
@@ -314,6 +345,8 @@ WORLDS = {
     "first fails": World(2, failing, (ZeroDivisionError("broken"), 0)),
     "second fails": World(2, failing, (ZeroDivisionError("broken"), 1)),
     "second is killed": World(2, failing, (None, 1)),
+    "first is stopped": World(2, stopping, (0,), timeout=STOPPED_S),
+    "second is stopped": World(2, stopping, (1,), timeout=STOPPED_S),
     "run, 1": World(1, whole_run, ("run-1",), meets=True),
     "run, 2": World(2, whole_run, ("run-2",), meets=True),
 }

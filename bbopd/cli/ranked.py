@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from bbopd.cli.execute import execute
 from bbopd.config import RunConfig
 from bbopd.errors import RankError
@@ -10,11 +13,26 @@ from bbopd.trainer.ranks import Ranks
 
 
 def execute_ranked(config: RunConfig, *, plain: bool = False, as_json: bool = False) -> int:
-    """This process's part of the run; returns its exit status. Raises `BbopdError`, on every rank where one has failed."""
+    """This process's part of the run; returns its exit status. Raises `BbopdError`, on every rank where one has failed.
+
+    Where another rank is lost, the process ends here: Python would wait at its end for collectives that the lost one holds up.
+    """
     ranks = Ranks.join(config.student.device, config.train.parallel)
-    if ranks.rank:
-        follow(config, ranks)
-        return 0
+    try:
+        return _follow(config, ranks) if ranks.rank else _drive(config, ranks, plain, as_json)
+    except RankError as error:
+        print(f"bbopd distill: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+
+
+def _follow(config: RunConfig, ranks: Ranks) -> int:
+    follow(config, ranks)
+    return 0
+
+
+def _drive(config: RunConfig, ranks: Ranks, plain: bool, as_json: bool) -> int:
     try:
         check_ranked(config)
         status = execute(config, plain=plain, as_json=as_json, ranks=ranks)

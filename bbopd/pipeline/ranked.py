@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bbopd.config import RunConfig
-from bbopd.errors import CheckpointError, ConfigError
+from bbopd.errors import CheckpointError, ConfigError, RankError
 from bbopd.modeling import compute_dtype
 from bbopd.objectives import Objective, make_objective
 from bbopd.pipeline.student import load_student
@@ -81,6 +81,8 @@ def checkpoints_ended(trainer: RankedTrainer) -> Iterator[None]:
     """Wait at the end for the checkpoint being written. Raises `CheckpointError` where it cannot be, and nothing else has gone wrong."""
     try:
         yield
+    except RankError:
+        raise  # it will not be ended
     except BaseException:
         with suppress(CheckpointError):
             trainer.end()

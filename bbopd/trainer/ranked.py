@@ -91,12 +91,15 @@ class RankedTrainer(Trainer):
         Raises `RankError` too, where another rank fails.
         """
         ranks, tokens = self._ranks, StepTokens.of(micro_batches)
+        ranks.life.doing(f"at update {self.steps_done + 1}")
         shares = self._shares(micro_batches)
         with ranks.turn, ranks.together():
             place = {"planned_steps": self.planned_steps, "steps_done": self.steps_done}
             ranks.tell(do="accumulate", passes=len(shares[0]), tokens=asdict(tokens), **place)
             ranks.send(shares)
-            return self._share(shares[0], len(shares[0]), tokens)
+            gradients = self._share(shares[0], len(shares[0]), tokens)
+            ranks.life.doing("between two updates")
+            return gradients
 
     def update(self, gradients: Gradients) -> StepMetrics:
         """As `Trainer.update`, on all ranks."""
@@ -147,6 +150,7 @@ class RankedTrainer(Trainer):
         gradients: Gradients | None = None
         with self._ranks.together():
             while (order := self._ranks.hear())["do"] != "end":
+                self._ranks.life.doing(f"told to {order['do']}, after update {self.steps_done},")
                 match order["do"]:
                     case "accumulate":
                         self.planned_steps, self.steps_done = order["planned_steps"], order["steps_done"]
@@ -214,6 +218,7 @@ class RankedTrainer(Trainer):
                 raise TrainingError(f"on rank {rank}: {error}")
 
     def _hidden(self, batch: DistillBatch) -> Tensor:
+        self._ranks.life.doing(f"in a pass of update {self.steps_done + 1}")
         ids, positions, boundaries = batch.input_ids, batch.position_ids, batch.boundaries
         if isinstance(batch, JoinedBatch):
             ids, positions, boundaries, _ = batch.own(self._ranks.rank)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from bbopd.config import ParallelConfig
 from bbopd.errors import BbopdError, ConfigError, RankError, TrainingError
 from bbopd.modeling import resolve_device
+from bbopd.trainer.heartbeat import Heartbeat
 from bbopd.trainer.messages import buffers, describe, rebuild
 from bbopd.types import DistillBatch
 
@@ -33,13 +34,13 @@ _LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe
 
 
 class Ranks:
-    """One rank's place among all; made by `join`, over with `dismiss` on rank 0 and `heed_end` on the others.
+    """One rank's place among all; made by `join`, over with `dismiss` on rank 0 and `heed_end` on the others. ``life`` knows who lives.
 
     ``turn`` is held by rank 0 from an order until its own part of it is done, as orders come from several threads.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, parallel: ParallelConfig) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int, device: torch.device, store: dist.Store, parallel: ParallelConfig, life: Heartbeat) -> None:
+        self.rank, self.size, self.device, self.life = rank, size, device, life
         self.turn = threading.Lock()
         self._store, self._timeout = store, parallel.timeout
         replicas = parallel.replicas
@@ -71,7 +72,8 @@ class Ranks:
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            return cls(rank, size, place, dist.PrefixStore("bbopd", store), parallel)
+            life = Heartbeat(rank, size, dist.PrefixStore("bbopd", store.clone()), parallel.timeout)
+            return cls(rank, size, place, dist.PrefixStore("bbopd", store), parallel, life)
         except RuntimeError as error:
             raise RankError(f"rank {rank} has not met the {size - 1} others within {parallel.timeout} s: {_first_line(error)}") from error
 
@@ -79,11 +81,13 @@ class Ranks:
 
     def tell(self, **order: Any) -> None:
         """Rank 0: what the others, who are in `hear`, shall do next. Raises `RankError` where one of them is lost."""
+        self.life.require_all()
         with self.together():
             self._broadcast(json.dumps(order).encode())
 
     def hear(self) -> dict[str, Any]:
-        """The others: the next order."""
+        """The others: the next order, for which they wait as long as all ranks live."""
+        self.life.doing("waiting for rank 0")
         heard: dict[str, Any] = json.loads(self._broadcast(None))
         return heard
 
@@ -131,10 +135,22 @@ class Ranks:
 
     def _broadcast(self, told: bytes | None) -> bytes:
         size = torch.tensor([0 if told is None else len(told)])
-        dist.broadcast(size, 0, group=self._orders)
+        self._wait(dist.broadcast(size, 0, group=self._orders, async_op=True))
         text = torch.empty(int(size), dtype=torch.uint8) if told is None else _bytes(told)
-        dist.broadcast(text, 0, group=self._orders)
+        self._wait(dist.broadcast(text, 0, group=self._orders, async_op=True))
         return text.numpy().tobytes()
+
+    def _wait(self, work: dist.Work | None) -> None:
+        """For a collective that may take as long as it likes, but no longer than all ranks live."""
+        assert work is not None, "all ranks are in the group"
+        while True:
+            try:
+                work.wait(timedelta(seconds=self.life.interval))
+                return
+            except RuntimeError:
+                if work.is_completed():  # it has failed
+                    raise
+                self.life.require_all()
 
     # ------------------------------------------------------------ failures
 
@@ -154,6 +170,8 @@ class Ranks:
     def fail(self, error: BaseException) -> None:
         """Leave word for the others of what this rank ends with; the first word stands."""
         said = {"rank": self.rank, "error": _said_of(error)}
+        if self.life.is_cut_off:
+            return
         with suppress(RuntimeError):  # the store is gone with whoever held it
             self._store.compare_set(_FAILURE, "", json.dumps(said))
 
@@ -166,12 +184,14 @@ class Ranks:
         if any(word in line.lower() for word in _LOST):
             return (
                 f"rank {self.rank} has lost another rank, which ended without a word or did not answer within train.parallel.timeout "
-                f"({self._timeout} s): {line}; the same command goes on from the last checkpoint"
+                f"({self._timeout} s): {self.life.suspects()} ({line}); the same command goes on from the last checkpoint"
             )
         return None
 
     def _left_word(self) -> dict[str, Any] | None:
         """What `fail` was told on any rank, which has a moment to get to it."""
+        if self.life.is_cut_off:
+            return None
         deadline = time.monotonic() + _WAIT_FOR_CAUSE_S
         with suppress(RuntimeError):  # the store is gone with whoever held it
             while time.monotonic() < deadline:
@@ -196,6 +216,7 @@ class Ranks:
             raise RankError(f"rank 0 has failed: {order['error']}")
 
     def _leave(self) -> None:
+        self.life.end()
         with suppress(RuntimeError):
             dist.barrier(self.checkpoints)
             dist.destroy_process_group()
