@@ -74,6 +74,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     keep_checkpoints: Positive = 2
     """The newest ones that stay."""
+    checkpoint_store: str | None = None
+    """Where every checkpoint is copied to as well, by fsspec (``s3://bucket/run``, ``gs://``, ``file://``), one address a run. A run whose
+    folder has no checkpoint goes on from there. Credentials come from the environment."""
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     """What follows an update whose loss or gradient is NaN or infinite, which is never applied. ``skip`` goes on without its sequences,
     ``roll_back`` from the last checkpoint with other prompts."""
@@ -91,6 +94,16 @@ class TrainConfig(Section):
     """The same run gives the same weights, to the last bit, on the same machine."""
     parallel: ParallelConfig = ParallelConfig()
     """How several processes share the work."""
+
+    @model_validator(mode="after")
+    def _store_has_no_secrets(self) -> TrainConfig:
+        scheme, found, rest = (self.checkpoint_store or "file://").partition("://")
+        if not (scheme and found) or "@" in rest or "?" in rest:
+            raise ValueError(
+                f"checkpoint_store is an address as s3://bucket/run, with nothing secret in it; this begins with {scheme}: its library has "
+                "credentials from the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_KEY and the like)"
+            )
+        return self
 
     @property
     def rolls_back(self) -> bool:

@@ -88,7 +88,9 @@ class Watcher:
 class Rig:
     """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
 
-    def __init__(self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1, stream=None) -> None:
+    def __init__(
+        self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1, stream=None, store=None
+    ) -> None:
         self.config = config
         self.folder, self.changes = RunFolder.open(config, command="test")
         self.stop = asyncio.Event()
@@ -106,6 +108,7 @@ class Rig:
             average=None,
             keep=2,
             retries=lambda: 0,
+            store=store,
         )
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         state = self.checkpoints.begin(checkpoint)

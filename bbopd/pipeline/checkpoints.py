@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError
+from bbopd.pipeline.folder import COPIED, RunFolder
 from bbopd.pipeline.state import RunState
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside, load_checkpoint, save_checkpoint
 from bbopd.trainer.checkpoint_files import SHARDS
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbopd.pipeline.adversary import Adversary
-    from bbopd.pipeline.folder import RunFolder
     from bbopd.trainer.average import WeightAverage
+    from bbopd.trainer.checkpoint_store import CheckpointStore
     from bbopd.trainer.ranked import RankedTrainer
     from bbopd.trainer.step import Trainer
 
@@ -36,6 +39,8 @@ class RunCheckpoints:
         How many.
     retries
         How often a teacher has been asked again in this session.
+    store
+        Where each is copied to; ``note`` hears where it could not be.
     """
 
     def __init__(
@@ -50,7 +55,10 @@ class RunCheckpoints:
         average: WeightAverage | None,
         keep: int,
         retries: Callable[[], int],
+        store: CheckpointStore | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._store, self._note = store, note
         self._folder, self._keep = folder, keep
         self._trainer, self._ranked, self._model, self._tokenizer = trainer, ranked, model, tokenizer
         self._adversary, self._average = adversary, average
@@ -83,6 +91,24 @@ class RunCheckpoints:
         """Write a checkpoint; of several ranks, begin to. Raises `CheckpointError`."""
         self._folder.require()
         now.teacher_retries = self._retries_before + self._retries()
+        if self._store is not None and (error := self._store.end()) is not None:  # before what is being copied may be removed here
+            self._note(f"{error}; the next one is tried")
+        self._write(now)
+        if self._store is not None:
+            if self._ranked is not None:
+                self._ranked.end()
+            checkpoint = latest_checkpoint(self._folder.checkpoints)
+            assert checkpoint is not None, "it was written just now"
+            self._store.begin(checkpoint, [self._folder.root / name for name in COPIED])
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Wait at the end for the copy being made. Raises `CheckpointError` where it cannot be, and nothing else has gone wrong."""
+        yield
+        if self._store is not None and (error := self._store.end()) is not None:
+            raise error
+
+    def _write(self, now: RunState) -> None:
         root = self._folder.checkpoints
         if self._ranked is not None:
             self._ranked.save(root, now.step, self._tokenizer, now.to_json(), self._keep)
@@ -115,3 +141,18 @@ class RunCheckpoints:
     def _beside(self) -> Mapping[str, Mapping[str, Tensor]]:
         held: Mapping[str, Mapping[str, Tensor]] = {} if self._adversary is None else self._adversary.tensors()
         return held if self._average is None else {**held, _AVERAGE: self._average.tensors()}
+
+
+def open_store(config: RunConfig, note: Callable[[str], None]) -> CheckpointStore | None:
+    """Where checkpoints are copied to; a run whose folder has none is given the latest from there.
+
+    Raises `ConfigError` for a store that cannot be opened, and `CheckpointError` for one that cannot be read.
+    """
+    if config.train.checkpoint_store is None:
+        return None
+    from bbopd.trainer.checkpoint_store import CheckpointStore
+
+    store, folder = CheckpointStore(config.train.checkpoint_store, config.train.keep_checkpoints), RunFolder(Path(config.output))
+    if latest_checkpoint(folder.checkpoints) is None and (name := store.fetch(folder.root)) is not None:
+        note(f"{name} was brought from {config.train.checkpoint_store}")
+    return store

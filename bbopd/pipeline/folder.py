@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "rollouts.agreement",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.checkpoint_store",
     "train.on_nonfinite",
     "train.on_spike",
     "train.spike_threshold",
@@ -77,6 +78,8 @@ _MAY_CHANGE = (
 )
 
 
+COPIED = ("run.json", "metrics.jsonl", "evals.jsonl", "rolled_back.jsonl", "rejected.jsonl", "accepted.jsonl", "samples.json")
+"""What goes to a store beside a checkpoint."""
 _OF_AN_ATTEMPT = (
     *("metrics.jsonl", "evals.jsonl", "rolled_back.jsonl", "rejected.jsonl", "accepted.jsonl"),
     *("samples.json", "summary.json", "trace.json"),

@@ -27,7 +27,7 @@ from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora
 from bbopd.modeling.load import quiet
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
-from bbopd.pipeline.checkpoints import RunCheckpoints
+from bbopd.pipeline.checkpoints import RunCheckpoints, open_store
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
@@ -147,6 +147,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         check_labels(config, prompts)
         if prompts.skipped:
             progress.note(f"left out of the data: {', '.join(f'{reason} {count}' for reason, count in sorted(prompts.skipped.items()))}")
+        store = await asyncio.to_thread(open_store, config, progress.note)
         folder, changes = RunFolder.open(config, command=command, data_fingerprint=prompts.fingerprint, plugins=plugins)
         stack.enter_context(folder.lock())
         for change in changes:
@@ -282,7 +283,10 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
             average=average,
             keep=config.train.keep_checkpoints,
             retries=lambda: (0 if counted is None else counted.counters["retries"]) + named_teachers.retries,
+            store=store,
+            note=progress.note,
         )
+        stack.enter_context(checkpoints.copied())
         if checkpoint is not None:
             progress.activity("loading", str(checkpoint))
         state = await asyncio.to_thread(checkpoints.begin, checkpoint)

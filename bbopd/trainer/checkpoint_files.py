@@ -37,7 +37,7 @@ def begin_checkpoint(root: Path, step: int, needed: int) -> tuple[Path, Path]:
                 f"{root} has {free:,} bytes free and a checkpoint needs {needed:,}: free some space; earlier checkpoints are whole"
             )
         folder = _free_name(root, step)
-        aside = root / f"{_ASIDE}{folder.name}"
+        aside = aside_of(folder)
         aside.mkdir()
     reached("begun")
     return folder, aside
@@ -54,15 +54,24 @@ def publish_checkpoint(folder: Path, aside: Path, step: int, keep: int) -> None:
         manifest = {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
         (aside / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
         reached("manifest")
-        folders = sorted(path for path in aside.rglob("*") if path.is_dir())
-        for path in (*files, aside / MANIFEST, *folders, aside):
-            _sync(path)
-        reached("synced")
-        aside.rename(folder)
-        _sync(root)
-        reached("renamed")
-        _point(root, folder)
+        adopt_checkpoint(folder, aside)
     _retire(root, folder, keep)
+
+
+def adopt_checkpoint(folder: Path, aside: Path) -> None:
+    """Make what is ``aside``, manifest and all, the checkpoint ``folder`` and the latest: synced, renamed, named. Raises OSError."""
+    for path in (*sorted(aside.rglob("*")), aside):
+        _sync(path)
+    reached("synced")
+    aside.rename(folder)
+    _sync(folder.parent)
+    reached("renamed")
+    _point(folder.parent, folder)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where the checkpoint ``folder`` is before it is one."""
+    return folder.with_name(f"{_ASIDE}{folder.name}")
 
 
 # ---------------------------------------------------------------- folders
@@ -70,7 +79,13 @@ def publish_checkpoint(folder: Path, aside: Path, step: int, keep: int) -> None:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Oldest first: by step, then by the count of saves of that step."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: (path.stem, int(path.suffix[1:] or 1)))
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: in_order(path.name))
+
+
+def in_order(name: str) -> tuple[str, int]:
+    """By what checkpoints' names are sorted."""
+    step, _, save = name.partition(".")
+    return step, int(save or 1)
 
 
 def _free_name(root: Path, step: int) -> Path:
@@ -92,7 +107,7 @@ def _point(root: Path, folder: Path) -> None:
 def _retire(root: Path, newest: Path, keep: int) -> None:
     others = [path for path in checkpoint_folders(root) if path != newest]
     for path in others[: max(0, len(others) + 1 - keep)]:
-        aside = root / f"{_ASIDE}{path.name}"
+        aside = aside_of(path)
         try:
             path.rename(aside)  # a removal cut short must not look like a checkpoint
         except OSError as error:
