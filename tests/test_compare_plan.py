@@ -151,9 +151,9 @@ def test_budgets_and_ramps_of_the_base_do_not_get_in_the_way() -> None:
         make_plan(compare(base=base, budget={"updates": 20}))
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_addition"])
-def test_the_comparisons_that_are_kept_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "more"), [("compare", ()), ("compare_addition", ("sft_unlimited", "off_policy_unlimited"))])
+def test_the_comparisons_that_are_kept_can_be_planned(name: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     path = f"configs/{name}.yaml"
     entrants = make_plan(parse_config(read_yaml(path), (), CompareConfig, path))
-    assert {entrant.name.partition(" ")[0] for entrant in entrants} == set(KNOWN)
+    assert {entrant.name.partition(" ")[0] for entrant in entrants} == {*KNOWN, *more}
