@@ -126,8 +126,8 @@ class TextServer:
     """The student's own tokens behind gRPC, and text alone."""
 
     @asynccontextmanager
-    async def serving(self):
-        server = await start_server(HFBackend(tiny_llama(vocab_size=262, seed=1), tiny_tokenizer(), levels=("text",)))
+    async def serving(self, port: int = 0):
+        server = await start_server(HFBackend(tiny_llama(vocab_size=262, seed=1), tiny_tokenizer(), levels=("text",)), port=port)
         try:
             yield server.port
         finally:

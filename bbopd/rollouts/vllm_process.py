@@ -79,7 +79,13 @@ class EngineProcess:
             raise EngineError(f"cannot start vLLM's process: {error.filename or log}: {error.strerror}") from error
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_LONGEST_LINE)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_LONGEST_LINE)
+        except BaseException:  # nobody wants it any more
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
         return cls(process, reader, writer, log)
 
     @property
