@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,21 @@ async def test_errors_reach_whoever_waits(rig):
         fleet._timeout = 1.0
         with pytest.raises(EngineError, match="no more in the list"):
             await write(fleet)
+
+
+async def test_a_process_is_waited_for_though_its_caller_is_not(tmp_path) -> None:
+    """Where no thread is free to wait in when the caller is cut off."""
+    loop, held = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+    process = await EngineProcess.start(os.environ, tmp_path / "log", module="tests.fake_engine")
+    busy = loop.run_in_executor(None, held.wait)
+    stopping = asyncio.create_task(process.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    held.set()
+    await busy
+    await loop.run_in_executor(None, int)  # what was asked for before it is over then
+    with pytest.raises(ChildProcessError):  # nothing is left to wait for
+        os.waitpid(process.pid, os.WNOHANG)

@@ -128,10 +128,10 @@ class EngineProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
-        """End it, close the wire, and wait for it."""
+        """End it, close the wire, and wait for it. Where the caller's wait is cut off, it is waited for all the same."""
         self.kill()
-        self._writer.close()  # also where the wait is cut off
-        await asyncio.to_thread(self._process.wait)
+        self._writer.close()
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._process.wait))
         with suppress(OSError):
             await self._writer.wait_closed()
 
