@@ -21,6 +21,7 @@ from bbopd.rpc.server import SERVICE, start_server
 from bbopd.rpc.tensors import decode_tensor, encode_tensor
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
+from tests.waiting import PATIENCE
 
 VOCAB = 50
 WANT = SignalSpec("topk", 1.0, 4)
@@ -46,7 +47,7 @@ async def running(backend, **options):
 async def open_stream(stub, credit: int = 2**26):
     call = stub.Score()
     await call.write(pb.ScoreRequest(open=pb.StreamOpen(protocol_version=1, answer_credit_bytes=credit)))
-    first = await asyncio.wait_for(call.read(), 5)
+    first = await asyncio.wait_for(call.read(), PATIENCE)
     assert first.accept.protocol_version == 1
     assert first.accept.request_credit_bytes > 0
     return call
@@ -55,14 +56,14 @@ async def open_stream(stub, credit: int = 2**26):
 async def next_answer(call):
     """The next message that is no credit."""
     while True:
-        message = await asyncio.wait_for(call.read(), 5)
+        message = await asyncio.wait_for(call.read(), PATIENCE)
         if message is grpc.aio.EOF or message.WhichOneof("kind") != "credit":
             return message
 
 
 async def status_of(call):
     try:
-        while await asyncio.wait_for(call.read(), 5) is not grpc.aio.EOF:
+        while await asyncio.wait_for(call.read(), PATIENCE) is not grpc.aio.EOF:
             pass
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details()

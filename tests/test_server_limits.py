@@ -17,6 +17,7 @@ from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from tests.fault_registry import fault
 from tests.test_server import VOCAB, WANT, next_answer, open_stream, rollout, running, status_of
+from tests.waiting import PATIENCE, HeldBackend, open_calls, until
 
 
 def failure_of(message):
@@ -93,26 +94,25 @@ async def test_tokens_to_write_count_too():
 
 @pytest.mark.parametrize("kind", ["score", "generate"])
 async def test_calls_beyond_a_clients_share_are_refused_with_the_time_to_ask_again(kind):
-    backend = FakeBackend(VOCAB, delay=0.3)
-    async with running(backend, limits=ClientLimits(streams=2, calls=2)) as (_, _, stub):
+    backend = HeldBackend(VOCAB)
+    async with running(backend, limits=ClientLimits(streams=2, calls=2)) as (server, _, stub):
 
-        async def begin():
-            if kind == "score":
-                return await open_stream(stub)
-            call = stub.Generate(prompts(1))
-            await asyncio.sleep(0.05)
+        async def begin(count):
+            call = await open_stream(stub) if kind == "score" else stub.Generate(prompts(1))
+            await until(lambda: open_calls(server, kind) == count)
             return call
 
-        calls = [await begin() for _ in range(2)]
+        calls = [await begin(count) for count in (1, 2)]
         third = stub.Score() if kind == "score" else stub.Generate(prompts(1))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await asyncio.wait_for(third.read(), 5)
+            await asyncio.wait_for(third.read(), PATIENCE)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.value.details() == f"this client already has 2 {kind} calls open, as many as it may"
         assert ("grpc-retry-pushback-ms", "1000") in tuple(refused.value.trailing_metadata())
         calls[0].cancel()
-        await asyncio.sleep(0.1)
-        calls.append(await begin())
+        await until(lambda: open_calls(server, kind) == 1)
+        calls.append(await begin(2))
+        backend.go_on()
         for call in calls:
             call.cancel()
 
