@@ -17,6 +17,7 @@ from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
 from bbopd.config_eval import EvalConfig
 from bbopd.config_gad import GadConfig, with_gad_defaults
 from bbopd.config_objective import ObjectiveConfig, value_at
+from bbopd.config_pairs import check_pairs
 from bbopd.config_rollouts import EngineAgreementConfig, RolloutsConfig, SampleServerConfig
 from bbopd.config_student import InitConfig, LoRAConfig, StudentConfig
 from bbopd.config_teacher import (
@@ -162,43 +163,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _pieces_fit(self) -> RunConfig:
+    def _pairs_fit(self) -> RunConfig:
+        check_pairs(
+            self.objective,
+            self.teacher,
+            self.rollouts,
+            writes_rollouts=self.writes_rollouts,
+            rollouts_per_cycle=self.rollouts_per_cycle,
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_fit(self) -> RunConfig:
         objective, train, rollouts = self.objective, self.train, self.rollouts
-        if objective.name != "sft" and self.teacher.signal == "none":
-            raise ValueError(f"objective {objective.name} needs a teacher: give teacher.target, teacher.serve or teacher.self")
-        if (objective.learns_from_text or objective.name == "verbal") != (self.teacher.signal == "text") and objective.name != "sft":
-            raise ValueError(
-                f"objective.name {objective.name} with teacher.signal {self.teacher.signal}: seqkd, gad and verbal learn from what the "
-                "teacher writes (text), the divergences from its signal on tokens (full, candidates, topk); set objective.name=seqkd with "
-                "teacher.signal=text, or neither of them"
-            )
-        self._answers_are_used()
-        if objective.judges_groups:
-            self._samples_as_the_objective_says()
-            self._groups_are_whole()
-        if self.teacher.signal in ("candidates", "topk") and objective.name != "sft" and objective.temperature != 1.0:
-            raise ValueError(
-                f"objective.temperature {objective.temperature} with teacher.topk: the top ids hold too little of the mass above "
-                "temperature 1; set objective.temperature=1, or teacher.signal=full"
-            )
-        if self.teacher.writes_labels and self.teacher.signal == "none":
-            raise ValueError("teacher.writes_labels without a signal of the teacher: for its text alone set objective.name=seqkd")
-        if objective.name == "policy_gradient" or (objective.plugin_use is not None and self.teacher.signal == "sampled"):
-            self._samples_as_the_objective_says()
-            if objective.baseline == "kl" and self.teacher.signal == "sampled":
-                raise ValueError(
-                    "objective.baseline kl with teacher.signal sampled: the baseline is a KL, which takes more than one logprob a token; "
-                    "set teacher.signal=full or candidates, teacher.topk, or objective.baseline=none"
-                )
-        if self.teacher.self is not None:
-            self._student_takes_turns()
-        if objective.name == "aligned":
-            self._tokenizers_fit()
-        elif self.teacher.tokenizer is not None and not self.teacher.is_api:
-            raise ValueError(
-                f"teacher.tokenizer is for an OpenAI-compatible target, or for objective.name=aligned: objective {objective.name} takes a "
-                "teacher with the student's own tokens; leave it out"
-            )
         if self.writes_rollouts and objective.weights[1] == 0:
             raise ValueError("the KD weight is 0, so rollouts would teach nothing: lower objective.alpha, or take objective.name=sft")
         if self.writes_rollouts and train.on_policy_tokens == 0:
@@ -228,79 +205,6 @@ class RunConfig(Section):
                     "raise train.on_policy_tokens, or give it as a fraction of the run (0.1)"
                 )
         return self
-
-    def _student_takes_turns(self) -> None:
-        """One model writes, and is asked what it thinks of it."""
-        if self.rollouts.engine == "hf" and self.rollouts.max_staleness:
-            raise ValueError(
-                "teacher.self with rollouts.engine hf: the student cannot write and be asked about it at the same time; set "
-                "rollouts.max_staleness=0"
-            )
-        if self.objective.name == "aligned":
-            raise ValueError("teacher.self has the student's own tokens, so there is nothing to align: take another objective")
-
-    def _answers_are_used(self) -> None:
-        """A rubric has a use, as has the choice among several answers."""
-        objective, answers, grading = self.objective, self.teacher.answers, self.teacher.grading
-        if answers.best_by is not None and objective.name != "seqkd":
-            raise ValueError(
-                f"teacher.answers.best_by {answers.best_by} chooses among the teacher's answers, from which objective.name "
-                f"{objective.name} does not learn: leave it out, or set objective.name=seqkd"
-            )
-        if objective.judges_groups and self.teacher.writes_labels:
-            raise ValueError(f"teacher.writes_labels: for objective.name {objective.name} the teacher grades answers and writes none")
-        if (objective.name == "verbal" or answers.best_by == "grade") != (grading is not None):
-            raise ValueError(
-                f"objective.name {objective.name} with{'out' if grading is None else ''} teacher.grading: a rubric belongs to "
-                "objective.name=verbal and to teacher.answers.best_by=grade, and these need one"
-            )
-
-    def _groups_are_whole(self) -> None:
-        """Answers to one prompt can be judged beside each other."""
-        objective, rollouts = self.objective, self.rollouts
-        if isinstance(rollouts.on_policy_fraction, tuple):
-            raise ValueError(
-                f"objective {objective.name} needs whole groups in every cycle: set rollouts.on_policy_fraction, which goes from "
-                f"{rollouts.on_policy_fraction[0]:g} to {rollouts.on_policy_fraction[1]:g}, to one number"
-            )
-        if rollouts.samples_per_prompt < 2 or self.rollouts_per_cycle % rollouts.samples_per_prompt:
-            raise ValueError(
-                f"objective {objective.name} compares the answers to one prompt: rollouts.samples_per_prompt {rollouts.samples_per_prompt} "
-                f"must be 2 or more, and a divisor of the {self.rollouts_per_cycle} rollouts of an update cycle (rollouts.per_update x "
-                "on_policy_fraction)"
-            )
-
-    def _samples_as_the_objective_says(self) -> None:
-        """A policy gradient is one of the distribution that was sampled from."""
-        objective, rollouts = self.objective, self.rollouts
-        if not self.writes_rollouts:
-            raise ValueError(f"objective.name {objective.name} learns from rollouts alone: set rollouts.on_policy_fraction above 0")
-        if rollouts.top_p < 1.0 or rollouts.top_k:
-            raise ValueError(
-                f"objective.name {objective.name} with rollouts.top_p {rollouts.top_p} and top_k {rollouts.top_k}: tokens cut off by them "
-                "have no probability, so that the gradient would be of another distribution; set top_p=1 and top_k=0"
-            )
-        if rollouts.temperature != objective.temperature:
-            raise ValueError(
-                f"objective.name {objective.name} at objective.temperature {objective.temperature} with rollouts.temperature "
-                f"{rollouts.temperature}: the gradient holds for tokens sampled at the objective's own temperature; set both to the same, "
-                "objective.temperature=1 and rollouts.temperature=1 say"
-            )
-
-    def _tokenizers_fit(self) -> None:
-        rollouts, objective = self.rollouts, self.objective
-        if self.teacher.tokenizer is None and self.teacher.serve is None:
-            raise ValueError(
-                "objective aligned writes the student's text in the teacher's tokens: set teacher.tokenizer to the Hub id, or a folder, of "
-                "the teacher's tokenizer"
-            )
-        is_whole = rollouts.top_p == 1 and rollouts.top_k == 0 and rollouts.temperature == objective.temperature
-        if self.writes_rollouts and objective.span_weight and not is_whole:
-            raise ValueError(
-                f"objective aligned weighs sampled spans by their probability at objective.temperature {objective.temperature}, but "
-                f"rollouts are sampled at temperature {rollouts.temperature}, top_p {rollouts.top_p}, top_k {rollouts.top_k}: set "
-                "rollouts.temperature to the same, top_p=1 and top_k=0, or objective.span_weight=0"
-            )
 
     @property
     def writes_rollouts(self) -> bool:

@@ -1,4 +1,4 @@
-"""What tests of faults share: rollouts, a client, and the question whether anything was lost, repeated, or put in the wrong place."""
+"""What tests of a remote teacher share: rollouts, a client, and the question whether anything was lost, repeated, or misplaced."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 import numpy as np
 
+from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, ScoredRollout, SignalSpec
@@ -61,3 +62,31 @@ def assert_nothing_lost(backend: FakeBackend, rollouts: Sequence[Rollout], score
             ids = np.argsort(-dense, axis=1, kind="stable")[:, : want.top_k]
             np.testing.assert_array_equal(item.signal.ids, ids)
             np.testing.assert_allclose(item.signal.logprobs, np.take_along_axis(dense, ids, 1), atol=5e-3)
+
+
+async def collect(iterator):
+    return [item async for item in iterator]
+
+
+@contextlib.asynccontextmanager
+async def served(backend, *, timeout=20.0, inflight_tokens=8192, **options) -> AsyncIterator[RemoteTeacher]:
+    server = await start_server(backend, **options)
+    teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{server.port}", timeout=timeout, inflight_tokens=inflight_tokens)
+    try:
+        yield teacher
+    finally:
+        await teacher.close()
+        await server.stop(0.5)
+
+
+async def score_while(teacher: RemoteTeacher, rollouts: list[Rollout], want: SignalSpec, happens, after: int = 20) -> list:
+    """Score, and let something happen once ``after`` answers are there."""
+    scored = []
+    happening = None
+    async for item in teacher.score(stream(rollouts), want):
+        scored.append(item)
+        if len(scored) == after:
+            happening = asyncio.create_task(happens())
+    assert happening is not None
+    await happening
+    return scored

@@ -25,9 +25,9 @@ from bbopd.cli.serve import _configuration
 from bbopd.config_file import _with_override, read_yaml
 from bbopd.rpc.security import ServerAccess
 from bbopd.teachers.hf import HFBackend
+from tests.openai_runs import served
 from tests.openai_server import OpenAIServer
 from tests.serving import serving
-from tests.test_openai_run import served
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 GUIDES = Path(__file__).resolve().parent.parent / "docs" / "guides"

@@ -20,10 +20,10 @@ from bbopd.rpc.server import start_server
 from bbopd.teachers.aligned import AligningTeacher
 from bbopd.teachers.hf import HFBackend
 from bbopd.types import TeacherInfo
+from tests.cli_runs import WORDS, steps, write_config
+from tests.openai_runs import run_config, served
 from tests.openai_server import OpenAIServer
 from tests.test_any_vocabulary import session_of, updates
-from tests.test_cli import WORDS, as_in_a_process_of_its_own, steps, write_config  # noqa: F401  (one is a fixture)
-from tests.test_openai_run import run_config, served
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.two_tokenizers import byte_level_tokenizer, folding_tokenizer, sentencepiece_tokenizer
 

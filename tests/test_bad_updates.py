@@ -22,8 +22,8 @@ from bbopd.pipeline.state import RunState
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.trainer.step import Gradients, StepTokens
+from tests.loop_rig import VOCAB, Rig, poison, run_config
 from tests.test_checkpoint import batch_of, make_trainer
-from tests.test_loop import VOCAB, Rig, poison, run_config
 from tests.test_overlap import check_books
 
 # ------------------------------------------------------------ what is bad

@@ -18,7 +18,7 @@ from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, SignalSpec
 from tests.fault_server import messages
-from tests.test_remote_teacher import collect, stream
+from tests.faults import collect, stream
 
 
 class BreakingServer(teacher_pb2_grpc.TeacherServiceServicer):

@@ -25,7 +25,7 @@ from bbopd.teachers.local import LocalTeacher
 from bbopd.trainer import Trainer
 from bbopd.types import FullTeacher, Prompt, Rollout, Sampling, ScoredRollout, SignalSpec
 from tests.distill_oracle import bucket, compare, logits_of, oracle, oracle_kd
-from tests.test_remote_teacher import served, stream
+from tests.faults import served, stream
 from tests.tiny_models import tiny_llama, tiny_qwen2
 
 V = 262

@@ -18,7 +18,7 @@ from bbopd.rollouts.fake import FakeEngine
 from bbopd.rollouts.hf import HFEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
 from bbopd.types import Offer, Prompt, Rollout, Sampling, TeacherInfo
-from tests.test_loop import VOCAB, Rig, run_config
+from tests.loop_rig import VOCAB, Rig, run_config
 from tests.tiny_models import tiny_llama
 
 SAMPLING = Sampling(max_new_tokens=14, seed=3)

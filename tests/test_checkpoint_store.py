@@ -18,7 +18,7 @@ from bbopd.pipeline.checkpoints import open_store
 from bbopd.trainer import latest_checkpoint
 from bbopd.trainer.checkpoint_files import begin_checkpoint, publish_checkpoint, verify_checkpoint
 from bbopd.trainer.checkpoint_store import CheckpointStore
-from tests.test_loop import Rig, run_config
+from tests.loop_rig import Rig, run_config
 
 
 class Breaking(LocalFileSystem):

@@ -26,8 +26,8 @@ from bbopd.teachers.chosen import Answer, ChoosingTeacher, teacher_logprob
 from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.written import WritingTeacher
 from bbopd.types import Completion, Offer, Prompt, Reward, Rollout, Sampling, ScoredRollout, SignalSpec, TeacherInfo, Unscored
+from tests.openai_runs import run_config, served
 from tests.openai_server import CHAT, OpenAIServer
-from tests.test_openai_run import run_config, served
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(300)

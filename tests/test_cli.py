@@ -1,7 +1,5 @@
 """The command line as a user has it: real processes, a real teacher behind gRPC, Ctrl-C, SIGKILL, and bad input."""
 
-import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -12,49 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from bbopd.cli.demo import token_budgets
 from bbopd.cli.main import main
-from bbopd.config import ServeConfig
-from bbopd.teachers.process import TeacherProcess
+from tests.cli_runs import bbopd, environment, losses, measures, serving, steps, write_config
 from tests.tiny_models import SPECIAL_TOKENS, save_folder, tiny_llama, tiny_tokenizer
-
-WORDS = [
-    "the",
-    "thing",
-    "in",
-    "the",
-    "inner",
-    "theory",
-    "then",
-    "thins",
-    "into",
-    "nothing",
-    "and",
-    "thereby",
-    "the",
-    "other",
-    "end",
-    "begins",
-    "again",
-    "within",
-    "this",
-    "thin",
-    "line",
-]
-
-
-def bbopd(*words: str, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "bbopd", *words], capture_output=True, text=True, timeout=240, check=False, env=environment(), **keywords
-    )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="module")
@@ -63,86 +25,9 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    documents = [" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)]
-    path.write_text("\n\n\n".join(documents))
-    return path
-
-
-@contextlib.contextmanager
-def serving(model: Path, folder: Path) -> Iterator[dict[str, object]]:
-    """The section ``teacher`` of a run whose teacher is there already: the one that `write_config` would have it start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
-        process = asyncio.run(TeacherProcess.start(ServeConfig(model=str(model)), folder / "teacher.log", timeout=120))
-    try:
-        yield {"serve": None, "target": process.target}
-    finally:
-        process.stop()
-
-
-@pytest.fixture(scope="module")
 def served(model, tmp_path_factory) -> Iterator[dict[str, object]]:
     with serving(model, tmp_path_factory.mktemp("served")) as teacher:
         yield teacher
-
-
-@pytest.fixture
-def as_in_a_process_of_its_own(monkeypatch) -> Iterator[None]:
-    """The same number of threads as a run in a process has, and no setting of a run left for other tests."""
-    monkeypatch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
-    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(is_deterministic)
-
-
-def write_config(folder: Path, model: Path, text: Path, **sections) -> Path:
-    config = {
-        "student": {"model": str(model), "init": {"keep_layers": [0, 3]}},
-        "teacher": {"serve": {"model": str(model)}, "timeout": 60, "start_timeout": 120},
-        "rollouts": {"per_update": 8, "max_new_tokens": 16, "max_staleness": 0},
-        "objective": {"ramp": 0.2},
-        "train": {
-            "batch_tokens": 64,
-            "micro_batch_tokens": 128,
-            "max_seq_len": 64,
-            "lr": 1e-3,
-            "cold_start_tokens": 150,
-            "on_policy_tokens": 400,
-            "checkpoint_every": 2,
-        },
-        "data": {
-            "prompts": [{"text": str(text), "weight": 1}],
-            "prompt_tokens": 8,
-            "response_tokens": 16,
-            "filters": {"near_duplicates": 0.9, "charset": ["any"], "max_foreign": 0.3},
-        },
-        "eval": {"sequences": 4, "rollouts": 4, "max_new_tokens": 8},
-        "output": str(folder / "run"),
-    }
-    for name, values in sections.items():
-        config[name] = {**config.get(name, {}), **values}
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def steps(run: Path) -> list[dict]:
-    if not (run / "metrics.jsonl").exists():
-        return []
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-
-
-def losses(run: Path) -> list[tuple]:
-    return [(line["step"], line["loss"], line["ce"], line["kd"], line["rollout_tokens"]) for line in steps(run)]
-
-
-def measures(run: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    return [(line["stage"], line["bits_per_byte"], line["kl_held_out"], line["kl_rollouts"]) for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from bbopd.rpc.security import ClientAccess, ServerAccess, Token
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
+from tests.loop_rig import run_config
 from tests.ray_nodes import two_nodes
-from tests.test_loop import run_config
 
 
 def config_of(folder: Path, **cluster) -> RunConfig:

@@ -21,7 +21,7 @@ from bbopd.data.prompts import PromptSet, load_prompts
 from bbopd.data.shards import BEGINNING, RowPlace, ShardedRows
 from bbopd.errors import DataError
 from bbopd.types import Prompt
-from tests.test_loop import Rig, run_config
+from tests.loop_rig import Rig, run_config
 from tests.tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -22,9 +22,8 @@ from bbopd.config import RunConfig
 from bbopd.rpc.server import start_server
 from bbopd.teachers.hf import HFBackend
 from bbopd.trainer import latest_checkpoint, load_beside
+from tests.openai_runs import run_config, served
 from tests.openai_server import CHAT, OpenAIServer
-from tests.test_cli import as_in_a_process_of_its_own  # noqa: F401  (a fixture)
-from tests.test_openai_run import run_config, served
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from bbopd.rollouts.fake import FakeEngine
-from tests.test_loop import VOCAB, Rig, run_config
+from tests.loop_rig import VOCAB, Rig, run_config
 
 warnings.simplefilter("ignore")  # Python warns of any fork
 for line in sys.stdin:

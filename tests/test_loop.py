@@ -2,164 +2,20 @@
 
 import asyncio
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from bbopd.config import FiltersConfig, RunConfig, TeacherConfig
-from bbopd.data.draws import PromptStream
+from bbopd.config import FiltersConfig, TeacherConfig
 from bbopd.data.filters import RolloutFilter
-from bbopd.data.rejected import RejectedLog
-from bbopd.errors import CheckpointError, ConfigError, RolloutsRejectedError, TeacherError, TrainingError
-from bbopd.objectives import make_objective
-from bbopd.pipeline.checkpoints import RunCheckpoints
-from bbopd.pipeline.folder import RunFolder
+from bbopd.errors import RolloutsRejectedError, TeacherError, TrainingError
 from bbopd.pipeline.gate import RolloutGate
-from bbopd.pipeline.loop import Loop
-from bbopd.pipeline.metrics import RunMetrics
-from bbopd.pipeline.parts import Parts, at_once, in_executor
 from bbopd.pipeline.state import RunState
-from bbopd.pipeline.timing import Timeline
 from bbopd.rollouts.fake import FakeEngine
-from bbopd.rollouts.hf import HFEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint
-from bbopd.trainer.step import Trainer
-from bbopd.types import Prompt
-from tests.tiny_models import tiny_llama, tiny_tokenizer
-
-VOCAB = 262
-
-
-def run_config(output, **sections) -> RunConfig:
-    base = {
-        "student": {"model": "unused"},
-        "teacher": {"target": "grpc://localhost:1"},
-        "rollouts": {"per_update": 8, "samples_per_prompt": 2, "max_new_tokens": 12, "on_policy_fraction": 0.5},
-        "objective": {"temperature": 1.0, "ramp": 0.2},
-        "train": {
-            "batch_tokens": 48,
-            "micro_batch_tokens": 64,
-            "max_seq_len": 64,
-            "lr": 1e-3,
-            "cold_start_tokens": 100,
-            "on_policy_tokens": 200,
-            "checkpoint_every": 2,
-        },
-        "data": {"prompt_tokens": 6, "response_tokens": 10},
-        "output": str(output),
-    }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    return RunConfig.model_validate(base)
-
-
-def prompts(count: int = 24) -> list[Prompt]:
-    return [
-        Prompt(f"p{i}", tuple((7 * i + j) % 250 + 3 for j in range(6)), tuple((5 * i + 3 * j) % 250 + 3 for j in range(10)))
-        for i in range(count)
-    ]
-
-
-class Watcher:
-    """Does something at one step, and keeps what it was told."""
-
-    def __init__(self, rig, step, action) -> None:
-        self.rig, self.step, self.action = rig, step, action
-        self.notes: list[str] = []
-
-    def activity(self, name, detail="") -> None:
-        pass
-
-    def evaluated(self, result) -> None:
-        pass
-
-    def note(self, text) -> None:
-        self.notes.append(text)
-
-    def advance(self, metrics, budget) -> None:
-        if metrics["step"] == self.step:
-            self.action(self.rig)
-
-
-class Rig:
-    """One loop with everything it needs, over a run folder; a second one on the same folder goes on from its checkpoint."""
-
-    def __init__(
-        self, config: RunConfig, *, engine=None, teacher=None, at_step=None, executor=None, min_tokens=1, stream=None, store=None
-    ) -> None:
-        self.config = config
-        self.folder, self.changes = RunFolder.open(config, command="test")
-        self.stop = asyncio.Event()
-        self.evaluated: list[tuple[str, int]] = []
-        model = tiny_llama(vocab_size=VOCAB)
-        objective = make_objective(config.objective)
-        trainer = Trainer(model, objective, train=config.train, objective_config=config.objective, planned_steps=config.planned_steps)
-        self.checkpoints = RunCheckpoints(
-            self.folder,
-            trainer=trainer,
-            ranked=None,
-            model=model,
-            tokenizer=tiny_tokenizer(),
-            adversary=None,
-            average=None,
-            keep=2,
-            retries=lambda: 0,
-            store=store,
-        )
-        checkpoint = latest_checkpoint(self.folder.checkpoints)
-        state = self.checkpoints.begin(checkpoint)
-        self.resumed_from = state.step
-        self.engine = engine or HFEngine(model, eos_token_ids=(2,), pad_token_id=0)
-        self.log = RejectedLog(self.folder.rejected)
-
-        self.parts = Parts(
-            trainer=trainer,
-            engine=self.engine,
-            prompts=stream or PromptStream(prompts(), config.train.seed),
-            gate=RolloutGate(RolloutFilter(FiltersConfig(min_tokens=min_tokens, reject_duplicates=False), (2,)), self.log, state.rejected),
-            teacher=teacher or FakeTeacher(FakeBackend(VOCAB)),
-            want=objective.signal(config.teacher),
-            save=self.checkpoints.save,
-            roll_back=self.checkpoints.roll_back,
-            is_saved=self.checkpoints.can_roll_back_to(checkpoint),
-            sleep=getattr(self.engine, "sleep", None),
-            overlaps=executor is not None,
-            run_blocking=at_once if executor is None else in_executor(executor),
-        )
-        self.metrics = RunMetrics(self.folder, from_step=state.step)
-        self.watcher = Watcher(self, *(at_step or (0, None)))
-
-        async def record(stage: str, step: int) -> Mapping[str, object]:
-            self.evaluated.append((stage, step))
-            return {"stage": stage, "step": step, "bits_per_byte": 1.0}
-
-        self.loop = Loop(
-            config,
-            self.parts,
-            state,
-            metrics=self.metrics,
-            timeline=Timeline(),
-            progress=self.watcher,
-            evaluate=record,
-            stop=self.stop,
-        )
-
-    async def run(self) -> str:
-        try:
-            return await self.loop.run()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.log.close()
-
-    def losses(self) -> list[tuple[int, float, float, float]]:
-        return [(line["step"], line["loss"], line["ce"], line["kd"]) for line in self.folder.read_lines("metrics.jsonl")]
+from tests.loop_rig import VOCAB, Rig, poison, run_config
 
 
 async def test_budgets_phases_and_books(tmp_path):
@@ -321,35 +177,6 @@ async def test_the_demo_recipe_lowers_the_divergence(tmp_path):
     assert sum(kd[-4:]) < 0.8 * sum(kd[:4])
 
 
-async def test_after_a_checkpoint_another_configuration_is_refused_by_its_first_difference(tmp_path):
-    first = Rig(run_config(tmp_path / "run"), at_step=(3, lambda rig: rig.stop.set()))
-    assert await first.run() == "stopped"
-    with pytest.raises(ConfigError, match=r"train\.batch_tokens = 48, this one has 96"):
-        RunFolder.open(run_config(tmp_path / "run", train={"batch_tokens": 96}), command="test")
-    again = Rig(run_config(tmp_path / "run", train={"lr": 5e-4}))
-    assert again.changes == ["train.lr is now 0.0005, and was 0.001"]
-    assert again.resumed_from >= 3
-    again.close()
-
-
-def test_before_a_checkpoint_everything_may_be_mended(tmp_path):
-    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
-    (folder.root / "metrics.jsonl").write_text('{"step": 1}\n')
-    RunFolder.open(run_config(tmp_path / "run"), command="test")
-    assert folder.read_lines("metrics.jsonl")
-    RunFolder.open(run_config(tmp_path / "run", train={"batch_tokens": 96}), command="test")
-    assert not folder.read_lines("metrics.jsonl")
-    assert folder.read_json("run.json")["config"]["train"]["batch_tokens"] == 96
-
-
-def test_a_folder_serves_one_process_at_a_time(tmp_path):
-    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
-    with folder.lock(), pytest.raises(ConfigError, match="another process"), folder.lock():
-        pass
-    with folder.lock():
-        pass
-
-
 async def test_a_nan_update_is_not_applied_and_the_work_before_it_is_kept(tmp_path):
     rig = Rig(run_config(tmp_path / "run", train={"checkpoint_every": 100}), at_step=(5, poison))
     with pytest.raises(TrainingError, match=r"update 6 .*not applied"):
@@ -360,17 +187,6 @@ async def test_a_nan_update_is_not_applied_and_the_work_before_it_is_kept(tmp_pa
     again = Rig(rig.config)
     assert again.resumed_from == 5
     assert await again.run() == "finished"
-
-
-def poison(rig: Rig) -> None:
-    """The next gradient will hold a NaN."""
-    parameter = next(rig.parts.trainer.model.parameters())
-
-    def spoil(gradient):
-        handle.remove()
-        return gradient * float("nan")
-
-    handle = parameter.register_hook(spoil)
 
 
 async def test_the_step_limit_ends_a_run_wherever_it_stands(tmp_path):
@@ -387,39 +203,3 @@ async def test_a_large_tail_is_warned_of_once(tmp_path):
     rig = Rig(config)
     await rig.run()
     assert len([note for note in rig.watcher.notes if "in the tail" in note and "teacher.topk" in note]) == 1
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
-async def test_a_folder_deleted_under_a_run_is_said_and_not_made_again(tmp_path):
-    rig = Rig(run_config(tmp_path / "run"), at_step=(5, lambda rig: shutil.rmtree(rig.folder.root)))
-    with pytest.raises(CheckpointError, match=r"run's folder .*run was deleted or moved while it ran"):
-        await rig.run()
-    assert not rig.folder.root.exists()
-
-
-def test_a_finished_run_is_not_run_again(tmp_path):
-    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
-    folder.write_json("summary.json", {"status": "finished"})
-    with pytest.raises(ConfigError, match="finished run"):
-        RunFolder.open(run_config(tmp_path / "run"), command="test")
-
-
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
-    folder, _ = RunFolder.open(run_config(tmp_path / "run"), command="test")
-    (folder.root / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert [line["step"] for line in folder.read_lines("metrics.jsonl")] == [1, 2]
-    folder.rewind("metrics.jsonl", 1)
-    assert (folder.root / "metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
-def test_every_second_belongs_to_one_activity():
-    now = [0.0]
-    timeline = Timeline(lambda: now[0])
-    with timeline.activity("training"):
-        now[0] += 3
-        with timeline.activity("saving"):
-            now[0] += 2
-        now[0] += 1
-    now[0] += 4
-    assert timeline.seconds() == {"other": 4.0, "training": 4.0, "saving": 2.0}
-    assert timeline.elapsed == 10.0

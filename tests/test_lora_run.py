@@ -15,16 +15,7 @@ import torch
 
 from bbopd.cli.main import main
 from bbopd.modeling import load_model
-from tests.test_cli import (  # noqa: F401  (as_in_a_process_of_its_own and text are fixtures)
-    as_in_a_process_of_its_own,
-    environment,
-    losses,
-    measures,
-    serving,
-    steps,
-    text,
-    write_config,
-)
+from tests.cli_runs import environment, losses, measures, serving, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 LORA = {"rank": 4, "alpha": 16, "dropout": 0.1, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
@@ -35,7 +26,7 @@ def base(tmp_path) -> Path:
     return save_folder(tmp_path / "base", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
 
 
-def _run_twice(folder: Path, base: Path, text: Path, options: dict[str, Any]) -> tuple[Path, Path]:  # noqa: F811
+def _run_twice(folder: Path, base: Path, text: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     """The folder of a run, and that of the same one killed on its way and gone on with."""
     (folder / "a").mkdir()
     (folder / "b").mkdir()
@@ -66,7 +57,7 @@ def _run_twice(folder: Path, base: Path, text: Path, options: dict[str, Any]) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # three runs, each with a teacher in a process of its own
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
-def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, base, tmp_path):  # noqa: F811
+def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, base, tmp_path):
     options = {
         "student": {"lora": LORA, "activation_checkpointing": True},
         "train": {"lr": 1e-2, "cold_start_tokens": 100, "on_policy_tokens": 200},
@@ -85,7 +76,7 @@ def test_a_run_that_was_killed_leaves_the_model_of_an_uninterrupted_one(text, ba
 
 
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
-def test_settings_that_do_not_fit_end_the_command_with_what_does(text, base, tmp_path, capsys):  # noqa: F811
+def test_settings_that_do_not_fit_end_the_command_with_what_does(text, base, tmp_path, capsys):
     config = write_config(tmp_path, base, text, student={"lora": {"target_modules": ["query"]}})
     for words, expected in (
         ([], "'query', which is no linear layer in the body of LlamaForCausalLM: it has down_proj, gate_proj, k_proj, o_proj, q_proj"),

@@ -26,7 +26,7 @@ from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.local import LocalTeacher
 from bbopd.types import IGNORE_INDEX, Prompt, Rollout, Sampling, SignalSpec
 from tests.distill_oracle import oracle
-from tests.test_remote_teacher import served
+from tests.faults import served
 from tests.tiny_models import tiny_llama, tiny_qwen2
 
 V = 320

@@ -17,7 +17,7 @@ from bbopd.rollouts.fake import FakeEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
 from bbopd.teachers.written import WritingTeacher
 from bbopd.types import Sampling, SignalSpec
-from tests.test_loop import VOCAB, Rig, prompts, run_config
+from tests.loop_rig import VOCAB, Rig, prompts, run_config
 from tests.tiny_models import tiny_tokenizer
 
 FRACTION = [0.25, 0.75]

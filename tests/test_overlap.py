@@ -23,8 +23,8 @@ from bbopd.planning.virtual_clock import run_virtually
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
 from bbopd.types import Prompt, Rollout
+from tests.loop_rig import VOCAB, Rig, run_config
 from tests.simulated import Durations, OpenGate, Simulation, Stream, TimedTeacher, heavy_tail, simulate, simulated_config
-from tests.test_loop import VOCAB, Rig, run_config
 
 BALANCED = Durations(token=0.6, slots=64, trained_token=0.0184, teacher=heavy_tail)
 

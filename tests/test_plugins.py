@@ -22,13 +22,7 @@ from bbopd.output_head import OutputHead
 from bbopd.pipeline.trackers import TRACKERS
 from bbopd.plugins import GROUPS, find, installed
 from bbopd.types import DistillBatch, FullTeacher
-from tests.test_cli import (  # noqa: F401  (as_in_a_process_of_its_own and text are fixtures)
-    as_in_a_process_of_its_own,
-    environment,
-    steps,
-    text,
-    write_config,
-)
+from tests.cli_runs import steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 WORKSHOP = Path(__file__).parent / "third_party"
@@ -92,7 +86,7 @@ def test_the_librarys_own_names_are_those_of_its_tables():
 
 
 @pytest.mark.usefixtures("as_in_a_process_of_its_own", "workshop")
-def test_five_plugins_train_and_are_on_record(tmp_path, text, capsys):  # noqa: F811
+def test_five_plugins_train_and_are_on_record(tmp_path, text, capsys):
     model = save_folder(tmp_path / "model", tiny_llama(vocab_size=262, layers=4), tiny_tokenizer())
     sections = {**PLUGGED, "teacher": {**PLUGGED["teacher"], "options": {"model": str(model)}}}
     config = write_config(tmp_path, model, text, **sections)

@@ -14,9 +14,9 @@ from bbopd.cli.main import main
 from bbopd.config import RunConfig
 from bbopd.config_file import parse_config, read_yaml
 from bbopd.teachers.hf import HFBackend
+from tests.openai_runs import served
 from tests.openai_server import CHAT, OpenAIServer
 from tests.serving import serving
-from tests.test_openai_run import served
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"

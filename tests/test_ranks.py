@@ -28,9 +28,9 @@ from bbopd.teachers.fake import FakeBackend
 from bbopd.trainer import latest_checkpoint, load_checkpoint, save_checkpoint
 from bbopd.trainer.messages import buffers, describe, rebuild
 from bbopd.types import Prompt, Rollout
+from tests.cli_runs import WORDS
+from tests.loop_rig import run_config
 from tests.serving import serving
-from tests.test_cli import WORDS
-from tests.test_loop import run_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.trainer_ranks import CASES, RESUMED, STEPS, STOPPED_S, WORLDS
 

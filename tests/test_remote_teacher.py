@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import numpy as np
 import pytest
 
 from bbopd.errors import ConfigError, TeacherError
-from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, Teacher
+from tests.faults import collect, served, stream
 
 VOCAB = 97
 
@@ -34,27 +32,6 @@ def make_rollouts(count: int, seed: int = 0, longest: int = 30, candidates: int 
         name = f"r{seed}-{number}"
         made.append(Rollout(name, prompt, answer, candidate_ids=ids if candidates else None))
     return made
-
-
-async def stream(items):
-    for item in items:
-        await asyncio.sleep(0)
-        yield item
-
-
-async def collect(iterator):
-    return [item async for item in iterator]
-
-
-@contextlib.asynccontextmanager
-async def served(backend, *, timeout=20.0, inflight_tokens=8192, **options) -> AsyncIterator[RemoteTeacher]:
-    server = await start_server(backend, **options)
-    teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{server.port}", timeout=timeout, inflight_tokens=inflight_tokens)
-    try:
-        yield teacher
-    finally:
-        await teacher.close()
-        await server.stop(0.5)
 
 
 def check_topk(backend, scored, want):
@@ -249,6 +226,7 @@ async def test_something_else_on_the_port():
 
 
 _SERVE_SLOWLY = f"""
+from tests.faults import collect, served, stream
 import asyncio
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend

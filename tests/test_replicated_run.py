@@ -11,7 +11,7 @@ import pytest
 from bbopd.rpc.server import start_server
 from bbopd.teachers.answer_store import AnswerStore
 from bbopd.teachers.fake import FakeBackend
-from tests.test_cli import WORDS, bbopd, losses, steps, write_config
+from tests.cli_runs import WORDS, bbopd, losses, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 SMALL = {"cold_start_tokens": 50, "on_policy_tokens": 100}

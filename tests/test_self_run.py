@@ -11,12 +11,7 @@ import yaml
 
 from bbopd.cli.main import main
 from bbopd.trainer import latest_checkpoint, load_beside
-from tests.test_cli import (
-    as_in_a_process_of_its_own,  # noqa: F401  (a fixture)
-    losses,
-    measures,
-    steps,
-)
+from tests.cli_runs import losses, measures, steps
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")

@@ -7,7 +7,7 @@ from collections import Counter
 
 from bbopd.pipeline.timing import Timeline
 from bbopd.pipeline.trace import Trace
-from tests.test_loop import Rig, run_config
+from tests.loop_rig import Rig, run_config
 
 
 class Clock:
@@ -87,3 +87,16 @@ async def test_a_run_leaves_the_trace_of_what_it_did(tmp_path) -> None:
         if event["ph"] == "b":
             tokens[event["cat"]] += event["args"]["tokens"]
     assert tokens == {"sampling": rig.loop.state.sampled_tokens, "scoring": rig.loop.state.scored_tokens}
+
+
+def test_every_second_belongs_to_one_activity():
+    now = [0.0]
+    timeline = Timeline(lambda: now[0])
+    with timeline.activity("training"):
+        now[0] += 3
+        with timeline.activity("saving"):
+            now[0] += 2
+        now[0] += 1
+    now[0] += 4
+    assert timeline.seconds() == {"other": 4.0, "training": 4.0, "saving": 2.0}
+    assert timeline.elapsed == 10.0

@@ -18,9 +18,9 @@ from bbopd.errors import BudgetSpentError, ConfigError, TeacherError
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.teachers.hf import HFBackend
 from bbopd.types import Offer, SignalSpec, TeacherInfo
+from tests.openai_runs import run_config, served
 from tests.openai_server import OpenAIServer
 from tests.test_budget import nanos
-from tests.test_openai_run import run_config, served
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(300)

@@ -7,7 +7,7 @@ import pytest
 
 from bbopd.errors import EngineError
 from bbopd.vllm_setup import require_vllm
-from tests.test_cli import WORDS, bbopd, steps, write_config
+from tests.cli_runs import WORDS, bbopd, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

@@ -13,7 +13,7 @@ from bbopd.errors import EngineError, ModelError
 from bbopd.rollouts.agreement import AgreementCheck
 from bbopd.rollouts.vllm import VLLMEngine, VLLMOptions
 from bbopd.types import Sampling
-from tests.test_cli import WORDS, bbopd, steps, write_config
+from tests.cli_runs import WORDS, bbopd, steps, write_config
 from tests.test_lora import adapted
 from tests.test_trainer import make_trainer, sequences_and_batch
 from tests.test_vllm import tiny_prompts, write

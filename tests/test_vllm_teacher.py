@@ -22,8 +22,8 @@ from bbopd.teachers.remote import RemoteTeacher
 from bbopd.teachers.vllm import VLLMBackend, read_scores, tail_of
 from bbopd.teachers.vllm_engine import LoadedEngine
 from bbopd.types import Completion, Offer, Prompt, Rollout, Sampling, SignalSpec, TeacherInfo
+from tests.cli_runs import WORDS, bbopd, steps, write_config
 from tests.faults import make_rollouts, score_all, stream
-from tests.test_cli import WORDS, bbopd, steps, write_config
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 VOCAB = 262

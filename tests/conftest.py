@@ -1,0 +1,30 @@
+"""Fixtures of tests that run commands, in whatever file they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli_runs import WORDS, environment
+
+
+@pytest.fixture
+def as_in_a_process_of_its_own(monkeypatch) -> Iterator[None]:
+    """The same number of threads as a run in a process has, and no setting of a run left for other tests."""
+    monkeypatch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
+    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(is_deterministic)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    documents = [" ".join(WORDS[(i + j * (i % 5 + 1)) % len(WORDS)] for j in range(80)) for i in range(40)]
+    path.write_text("\n\n\n".join(documents))
+    return path
