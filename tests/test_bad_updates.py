@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bbopd.config import TrainConfig
 from bbopd.errors import DivergedError, TrainingError
-from bbopd.pipeline.bad_updates import BadUpdates, spike_limit
+from bbopd.pipeline.bad_updates import BadUpdates, Fault, spike_limit
 from bbopd.pipeline.state import RunState
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
@@ -72,6 +72,13 @@ def test_a_new_phase_has_losses_of_its_own() -> None:
     assert judges.judge("on_policy", gradients(9.9)) is None
 
 
+def test_a_discriminator_that_goes_wrong_stops_a_run_by_default_and_nothing_after_the_checkpoint_is_saved() -> None:
+    state = RunState()
+    with pytest.raises(DivergedError, match=r"not finite, so .*\(train.on_nonfinite=stop\): lower objective.gad.discriminator_lr"):
+        BadUpdates(TrainConfig(on_spike="skip"), state).answer(Fault("discriminator", "its scores are not finite"), 7)
+    assert (state.bad_updates, state.skipped_tokens) == ({"discriminator": 1}, 7)
+
+
 def test_a_dropped_update_leaves_no_trace() -> None:
     trainer, untouched = make_trainer(), make_trainer()
     trainer.accumulate([batch_of(7)])
@@ -119,18 +126,18 @@ def spoilt_rig(folder: Path, steps: set[int], spoil: Callable[[Rig], None] = poi
     return rig
 
 
-def saved_state(rig: Rig) -> RunState:
+def saved_state(rig: Any) -> RunState:
     found = latest_checkpoint(rig.folder.checkpoints)
     return RunState.from_json(json.loads((found / "state.json").read_text())["state"])
 
 
-def check_lines(rig: Rig) -> None:
-    """Every update once, and every token in its place."""
+def check_lines(rig: Any, least: int = 220) -> None:
+    """Every update once, and every token in its place; of a `Rig`, or what has a folder and a loop as it has."""
     state, lines = rig.loop.state, rig.folder.read_lines("metrics.jsonl")
     check_books(saved_state(rig))
     assert [line["step"] for line in lines] == list(range(1, state.step + 1))
     assert sum(line["tokens"] for line in lines) == state.trained_tokens
-    assert sum(line["rollout_tokens"] for line in lines) == state.on_policy_tokens >= 220
+    assert sum(line["rollout_tokens"] for line in lines) == state.on_policy_tokens >= least
     undone = rig.folder.read_lines("rolled_back.jsonl")
     assert sum(line["tokens"] for line in undone) == state.rolled_back_tokens
     assert len(undone) == state.rolled_back_updates

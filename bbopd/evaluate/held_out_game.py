@@ -48,7 +48,10 @@ class HeldOutGame:
         self._decode = decode
 
     async def measure(self) -> dict[str, Any]:
-        """Figures for evals.jsonl; none without held-out prompts. Raises what engine, teacher and judge raise."""
+        """Figures for evals.jsonl; none without held-out prompts, and None of a discriminator that has diverged.
+
+        Raises what engine, teacher and judge raise.
+        """
         if not self._prompts:
             return {}
         own, its = await self._written_by_student(), await self._written_by_teacher()
@@ -59,8 +62,8 @@ class HeldOutGame:
         scores = self._discriminator.score(contests, seed=_SEED)
         lengths = [float(np.mean([len(side[place]) for place in places])) for side in (own, its)]
         figures: dict[str, Any] = {
-            "discriminator_accuracy": scores.accuracy(),
-            "discriminator_margin": float(scores.margins.mean()),
+            "discriminator_accuracy": scores.accuracy() if scores.is_finite else None,
+            "discriminator_margin": float(scores.margins.mean()) if scores.is_finite else None,
             "student_length_mean": lengths[0],
             "teacher_length_mean": lengths[1],
             "length_drift": lengths[0] / lengths[1] - 1.0,

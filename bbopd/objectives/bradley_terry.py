@@ -28,6 +28,11 @@ class PairScores:
         """[S]: by how much the teacher's answer is ahead of each of the student's."""
         return self.teacher[self.prompt] - self.student
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all are numbers: a discriminator that has diverged gives NaN or infinite ones."""
+        return bool(torch.isfinite(self.teacher).all() and torch.isfinite(self.student).all())
+
     def accuracy(self) -> float:
         """Share of pairs in which the teacher's answer is ahead; one of equal scores counts half."""
         margins_S = self.margins

@@ -19,7 +19,7 @@ from torch import Tensor
 from bbopd.config import RunConfig
 from bbopd.data.assemble import Item
 from bbopd.data.streams import each
-from bbopd.errors import CheckpointError
+from bbopd.errors import CheckpointError, TrainingError
 from bbopd.objectives.bradley_terry import PairScores, bradley_terry
 from bbopd.objectives.group_advantages import group_advantages, group_std
 from bbopd.pipeline.cycle import as_generator
@@ -106,7 +106,8 @@ class Adversary:
     async def score(self, rollouts: AsyncIterator[Rollout], want: SignalSpec) -> AsyncGenerator[ScoredRollout, None]:
         """Labelled sequences with the teacher's answer in place of their own; the student's, in groups, each with its advantage.
 
-        Raises what the teacher raises, and `TrainingError` for a discriminator that has diverged.
+        Raises what the teacher raises. Advantages by a discriminator that has diverged are NaN: nobody trains on them, as `learn` comes
+        first.
         """
         groups: dict[str, list[Rollout]] = {}
 
@@ -131,7 +132,8 @@ class Adversary:
     def _reward(self, group: Sequence[Rollout], answer: Rollout) -> list[ScoredRollout]:
         assert self._reference is not None, "rewards begin after the warm-up"
         rewards = self._compare(answer, group).student.tolist()
-        advantages, std = group_advantages(rewards, divide_by_std=self._divide_by_std), group_std(rewards)
+        with np.errstate(invalid="ignore"):  # of rewards that are not finite
+            advantages, std = group_advantages(rewards, divide_by_std=self._divide_by_std), group_std(rewards)
         near = self._reference.logprobs(group)
         return [
             ScoredRollout(
@@ -167,11 +169,13 @@ class Adversary:
     def learn(self) -> Mapping[str, float]:
         """One step, unless it is frozen, on all that this cycle has shown; its figures for metrics.jsonl.
 
-        Raises `TrainingError` where it has diverged.
+        Raises `TrainingError` where it has diverged: nothing of this cycle is to be trained on then.
         """
         if not self._shown.contests:
             return {}
         contests, scores = self._shown.in_order()
+        if not scores.is_finite:
+            raise TrainingError("the discriminator's scores are not finite")
         stands_still = self._is_frozen and self._reference is not None
         learned = None if stands_still else self.discriminator.learn(contests, scores, seed=self._cycle)
         figures = {
@@ -207,8 +211,8 @@ class Adversary:
         """Go on from where `tensors` were taken. Raises `CheckpointError` for those of other models."""
         try:
             self.discriminator.load_tensors(files["discriminator"])
-            if "reference" in files:
-                self._reference = self._make_reference()
+            self._reference = self._make_reference() if "reference" in files else None
+            if self._reference is not None:
                 self._reference.load_tensors(files["reference"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit this adversary ({error}): set output to a new folder") from error

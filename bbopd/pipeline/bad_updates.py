@@ -31,7 +31,7 @@ class RollBackError(Exception):
 class Fault:
     """What is wrong with one update."""
 
-    kind: Literal["nonfinite", "loss_spike", "gradient_spike"]
+    kind: Literal["nonfinite", "loss_spike", "gradient_spike", "discriminator"]
     said: str
 
 
@@ -74,24 +74,24 @@ class BadUpdates:
         TrainingError
             The run shall stop: by policy, or since too many came in a row.
         DivergedError
-            Too many in a row have been rolled back.
+            The same, of a discriminator, or of updates that were rolled back: nothing is to be saved.
         """
         train, state = self._train, self._state
+        is_lost = fault.kind == "discriminator"  # its weights may be broken already: the last checkpoint stands
         state.bad_updates = {**state.bad_updates, fault.kind: state.bad_updates.get(fault.kind, 0) + 1}
         state.skipped_tokens += tokens
         state.bad_in_a_row += 1
         state.bad_at = max(state.bad_at, state.step)
-        key = "on_nonfinite" if fault.kind == "nonfinite" else "on_spike"
-        answer = train.on_nonfinite if fault.kind == "nonfinite" else train.on_spike
+        is_spike = fault.kind in ("loss_spike", "gradient_spike")
+        key, answer = ("on_spike", train.on_spike) if is_spike else ("on_nonfinite", train.on_nonfinite)
         if answer == "skip" or answer == "roll_back":
             if state.bad_in_a_row <= train.bad_updates_in_a_row:
                 return answer
-            kind = DivergedError if answer == "roll_back" else TrainingError
-            raise kind(
+            raise (DivergedError if is_lost or answer == "roll_back" else TrainingError)(
                 f"{fault.said}: the {_ordinal(state.bad_in_a_row)} bad update in a row, and train.bad_updates_in_a_row allows "
                 f"{train.bad_updates_in_a_row}, so the update was not applied: {_ways_out(fault)}"
             )
-        raise TrainingError(
+        raise (DivergedError if is_lost else TrainingError)(
             f"{fault.said}, so the update was not applied (train.{key}=stop): {_ways_out(fault)}; the last checkpoint holds the weights "
             f"from before, and train.{key}=skip or roll_back goes on by itself"
         )
@@ -109,6 +109,8 @@ def spike_limit(values: Sequence[float], threshold: float) -> float:
 
 
 def _ways_out(fault: Fault) -> str:
+    if fault.kind == "discriminator":
+        return "lower objective.gad.discriminator_lr"
     if fault.kind == "nonfinite":
         return "lower train.lr, lengthen train.warmup, or look at the teacher's answers"
     return (

@@ -69,6 +69,7 @@ _MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.lr",
     "train.clip",
+    "objective.gad.discriminator_lr",
     "train.parallel",
     "data.filters",
     "data.long_prompts",

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from bbopd.config import RunConfig
 from bbopd.data.assemble import rollout_of, split_into_steps
 from bbopd.errors import DivergedError, ModelError, RankError, TrainingError
-from bbopd.pipeline.bad_updates import RollBackError
+from bbopd.pipeline.bad_updates import Fault, RollBackError
 from bbopd.pipeline.books import Books, Draw
 from bbopd.pipeline.budgets import Budgets
 from bbopd.pipeline.cycle import CycleItems, collect_cycle, sampling_of
@@ -166,20 +166,32 @@ class Loop:
         return draw, cycle
 
     async def _train(self, phase: str, draw: Draw, cycle: CycleItems) -> None:
-        train, opponent = self._config.train, self._parts.opponent
-        figures = dict(self._weights.figures)
+        train = self._config.train
         await self._weights.sleep()
-        if opponent is not None:
-            with self._activity("training", span="discriminator"):
-                learned, cancelled = await to_the_end(self._parts.run_blocking(opponent.learn))
-            figures |= learned
-            if cancelled is not None:
-                raise cancelled
+        learned = await self._teach_opponent()
+        if isinstance(learned, Fault):
+            self._updates.leave_out(learned, cycle.items, [draw.first + rollout_of(item).draw for item in cycle.items])
+            return
+        figures = {**self._weights.figures, **learned}
         for micro_items in split_into_steps(cycle.items, train.batch_tokens, train.micro_batch_tokens, train.max_seq_len):
             numbers = [draw.first + rollout_of(item).draw for items in micro_items for item in items]
             await self._updates.step(phase, micro_items, numbers, self.state.cycle, figures)
             if self._budgets.steps_are_spent():
                 return
+
+    async def _teach_opponent(self) -> Mapping[str, float] | Fault:
+        """One step of who learns beside the student, if anyone does; what it tells, or what is wrong with it."""
+        opponent = self._parts.opponent
+        if opponent is None:
+            return {}
+        try:
+            with self._activity("training", span="discriminator"):
+                learned, cancelled = await to_the_end(self._parts.run_blocking(opponent.learn))
+        except TrainingError as error:
+            return Fault("discriminator", f"update {self.state.step + 1}: {error}")
+        if cancelled is not None:
+            raise cancelled
+        return learned
 
     # ------------------------------------------------------------ cycles that overlap
 

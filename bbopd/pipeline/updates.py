@@ -63,7 +63,7 @@ class Updates:
         with self._timeline.activity("training", step=self._state.step + 1, cycle=cycle, tokens=tokens, sequences=len(items)):
             metrics, cancelled = await to_the_end(self._train(phase, micro_items))
         if isinstance(metrics, Fault):
-            self._leave_out(metrics, items, numbers, tokens)
+            self.leave_out(metrics, items, numbers)
             if cancelled is not None:
                 raise cancelled
             return
@@ -119,7 +119,9 @@ class Updates:
         finally:
             self.weights_in_use.release()
 
-    def _leave_out(self, fault: Fault, items: Sequence[Item], numbers: Sequence[int], tokens: int) -> None:
+    def leave_out(self, fault: Fault, items: Sequence[Item], numbers: Sequence[int]) -> None:
+        """Reject the sequences of an update that is not made; raises as `step` does."""
+        tokens = sum(len(rollout_of(item)) for item in items)
         for item in items:
             self._parts.gate.reject(rollout_of(item), Rejection("bad_update", detail=fault.said))
         self._books.reject(numbers)
