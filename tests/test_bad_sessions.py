@@ -19,11 +19,10 @@ from bbopd.pipeline.metrics import RunMetrics
 from bbopd.pipeline.session import Session, open_session
 from bbopd.pipeline.timing import Timeline
 from bbopd.trainer.checkpoint import latest_checkpoint, load_beside
+from tests.loop_rig import Watcher, poison
+from tests.openai_runs import run_config, served
 from tests.test_bad_updates import check_lines, saved_state, spoil_at
-from tests.test_cli import as_in_a_process_of_its_own  # noqa: F401  (a fixture)
 from tests.test_gad_run import GAD, TextServer
-from tests.test_loop import Watcher, poison
-from tests.test_openai_run import run_config, served
 from tests.test_self_run import write_config
 
 pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
@@ -83,7 +82,7 @@ async def test_an_averaged_student_goes_back_with_the_student(tmp_path) -> None:
     known = yaml.safe_load(path.read_text())
     known["train"] |= {"on_nonfinite": "roll_back", "on_policy_tokens": 200, "checkpoint_every": 3}
     turned = await turn(RunConfig.model_validate(known), spoil_at({5}))
-    check_lines(turned, least=200)
+    check_lines(turned.folder, turned.loop.state, least=200)
     assert turned.back == [True]
     assert (turned.loop.state.bad_updates, turned.loop.state.rolled_back_updates) == ({"nonfinite": 1}, 5 - 3)
 
@@ -123,7 +122,7 @@ def break_discriminator(turned: Turned) -> None:
 @pytest.mark.parametrize("spoil", [poison, break_discriminator])
 async def test_a_game_goes_back_with_both_its_players(tmp_path, port: int, spoil: Callable[[Any], None]) -> None:
     turned = await turn(game(tmp_path, port, on_nonfinite="roll_back"), spoil_at({6}, spoil))
-    check_lines(turned, least=160)
+    check_lines(turned.folder, turned.loop.state, least=160)
     assert turned.back == [True]
     state = turned.loop.state
     assert state.bad_updates == {"nonfinite" if spoil is poison else "discriminator": 1}
@@ -132,7 +131,7 @@ async def test_a_game_goes_back_with_both_its_players(tmp_path, port: int, spoil
 
 async def test_a_cycle_whose_discriminator_has_no_gradient_is_skipped_by_both(tmp_path, port: int) -> None:
     turned = await turn(game(tmp_path, port, on_nonfinite="skip"), spoil_at({1, 5}, poison_discriminator))
-    check_lines(turned, least=160)
+    check_lines(turned.folder, turned.loop.state, least=160)
     assert turned.loop.state.bad_updates == {"discriminator": 2}
     (first, _) = [note for note in turned.watcher.notes if "was skipped" in note]
     assert "update 5: the discriminator's gradient norm is nan: it was skipped, with its" in first
@@ -150,5 +149,5 @@ async def test_a_discriminator_that_is_lost_ends_the_run_at_its_last_checkpoint(
     lower = config.model_dump(mode="json")
     lower["objective"]["gad"]["discriminator_lr"] = 1e-4
     turned = await turn(RunConfig.model_validate(lower), lambda turned: None)
-    assert saved_state(turned).on_policy_tokens >= 160
+    assert saved_state(turned.folder).on_policy_tokens >= 160
     assert any("another configuration: objective.gad.discriminator_lr" in note for note in turned.watcher.notes)

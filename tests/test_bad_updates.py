@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from bbopd.config import TrainConfig
 from bbopd.errors import DivergedError, TrainingError
 from bbopd.pipeline.bad_updates import BadUpdates, Fault, spike_limit
+from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.state import RunState
 from bbopd.rollouts.fake import FakeEngine
 from bbopd.trainer.checkpoint import latest_checkpoint
@@ -126,22 +127,22 @@ def spoilt_rig(folder: Path, steps: set[int], spoil: Callable[[Rig], None] = poi
     return rig
 
 
-def saved_state(rig: Any) -> RunState:
-    found = latest_checkpoint(rig.folder.checkpoints)
+def saved_state(folder: RunFolder) -> RunState:
+    found = latest_checkpoint(folder.checkpoints)
     return RunState.from_json(json.loads((found / "state.json").read_text())["state"])
 
 
-def check_lines(rig: Any, least: int = 220) -> None:
-    """Every update once, and every token in its place; of a `Rig`, or what has a folder and a loop as it has."""
-    state, lines = rig.loop.state, rig.folder.read_lines("metrics.jsonl")
-    check_books(saved_state(rig))
+def check_lines(folder: RunFolder, state: RunState, least: int = 220) -> None:
+    """Every update once, and every token in its place, of a run that has ended in ``state``."""
+    lines = folder.read_lines("metrics.jsonl")
+    check_books(saved_state(folder))
     assert [line["step"] for line in lines] == list(range(1, state.step + 1))
     assert sum(line["tokens"] for line in lines) == state.trained_tokens
     assert sum(line["rollout_tokens"] for line in lines) == state.on_policy_tokens >= least
-    undone = rig.folder.read_lines("rolled_back.jsonl")
+    undone = folder.read_lines("rolled_back.jsonl")
     assert sum(line["tokens"] for line in undone) == state.rolled_back_tokens
     assert len(undone) == state.rolled_back_updates
-    rejected = [line for line in rig.folder.read_lines("rejected.jsonl") if line["reason"] == "bad_update"]
+    rejected = [line for line in folder.read_lines("rejected.jsonl") if line["reason"] == "bad_update"]
     assert len(rejected) == state.rejected["bad_update"] > 0
     assert sum(len(line["token_ids"]) for line in rejected) == state.skipped_tokens
 
@@ -151,7 +152,7 @@ async def test_a_bad_update_is_skipped_and_counted(tmp_path, overlaps: bool) -> 
     with ThreadPoolExecutor(1) if overlaps else nullcontext() as executor:
         rig = spoilt_rig(tmp_path / "run", {5, 8}, on_nonfinite="skip", executor=executor)
         assert await rig.run() == "finished"
-    check_lines(rig)
+    check_lines(rig.folder, rig.loop.state)
     state = rig.loop.state
     assert state.bad_updates == {"nonfinite": 2}
     assert state.rolled_back_updates == state.rolled_back == state.bad_in_a_row == 0
@@ -179,7 +180,7 @@ async def test_a_bad_update_sends_the_run_back_to_its_checkpoint_and_on_with_oth
 
         object.__setattr__(rig.parts, "roll_back", look)
         assert await rig.run() == "finished"
-    check_lines(rig)
+    check_lines(rig.folder, rig.loop.state)
     [(before, saved, is_as_stored)] = went_back
     assert (before, is_as_stored) == (8, True)
     assert saved.step == saved.cold_start_steps < 8
@@ -198,14 +199,14 @@ async def test_a_bad_update_sends_the_run_back_to_its_checkpoint_and_on_with_oth
 async def test_before_its_first_checkpoint_a_run_goes_back_to_its_beginning(tmp_path) -> None:
     rig = spoilt_rig(tmp_path / "run", {2}, on_nonfinite="roll_back", checkpoint_every=100)
     assert await rig.run() == "finished"
-    check_lines(rig)
+    check_lines(rig.folder, rig.loop.state)
     assert rig.loop.state.rolled_back_updates == 2
 
 
 async def test_a_gradient_explosion_is_a_spike(tmp_path) -> None:
     rig = spoilt_rig(tmp_path / "run", {9}, explode, on_spike="skip", spike_window=8)
     assert await rig.run() == "finished"
-    check_lines(rig)
+    check_lines(rig.folder, rig.loop.state)
     assert rig.loop.state.bad_updates == {"gradient_spike": 1}
     norms = [line["grad_norm"] for line in rig.folder.read_lines("metrics.jsonl")]
     assert max(norms) < 100 * np.median(norms)
@@ -221,7 +222,7 @@ async def test_too_many_in_a_row_stop_the_run(tmp_path, answer: str, error: type
     with pytest.raises(TrainingError, match=r"3rd bad update in a row.*train\.bad_updates_in_a_row allows 2.*lower train\.lr") as caught:
         await rig.run()
     assert type(caught.value) is error
-    state = saved_state(rig)
+    state = saved_state(rig.folder)
     check_books(state)
     if answer == "skip":
         assert (state.step, state.bad_updates) == (7, {"nonfinite": 3}), "what was trained is kept"
@@ -237,4 +238,4 @@ async def test_by_default_a_spike_is_trained_on_and_by_policy_it_stops_the_run(t
     rig = spoilt_rig(tmp_path / "run", {9}, explode, on_spike="stop", spike_window=8)
     with pytest.raises(TrainingError, match=r"gradient norm of update 10 is .* above .*\(train\.on_spike=stop\).*rejected\.jsonl"):
         await rig.run()
-    assert saved_state(rig).step == 9
+    assert saved_state(rig.folder).step == 9

@@ -20,9 +20,11 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file
 
+from bbopd.cli.execute import INTERRUPTED
 from bbopd.config import RunConfig
 from bbopd.data.shares import share_over_ranks
 from bbopd.errors import ConfigError
+from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.ranked import check_ranked
 from bbopd.teachers.fake import FakeBackend
 from bbopd.trainer import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -31,6 +33,8 @@ from bbopd.types import Prompt, Rollout
 from tests.cli_runs import WORDS
 from tests.loop_rig import run_config
 from tests.serving import serving
+from tests.spoilt_objective import install
+from tests.test_bad_updates import check_lines, saved_state
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.trainer_ranks import CASES, RESUMED, STEPS, STOPPED_S, WORLDS
 
@@ -50,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     stores = {name: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in WORLDS}
     (folder / "ports.json").write_text(json.dumps({name: store.port for name, store in stores.items()}))
+    install(folder)
     with serving(FakeBackend(262)) as [teacher]:
         (folder / "run.json").write_text(json.dumps(tiny_run(folder, teacher.port)))
         with (folder / "log").open("w") as log:
@@ -272,6 +277,37 @@ def test_a_run_of_two_ranks_consumes_the_data_of_one(folder: Path) -> None:
     models = [_weights(folder / f"run-{n}" / "model") for n in (1, 2)]
     for name, weight in models[0].items():
         torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_two_ranks_goes_back_with_every_token_in_the_books(folder: Path) -> None:
+    """The loss of one rank is NaN, in one update."""
+    assert [found(folder, "spoilt, 2"), found(folder, "spoilt, 2", 1)] == [0, 0]
+    run = RunFolder(folder / "spoilt-2")
+    state = saved_state(run)
+    check_lines(run, state, least=100)
+    assert (state.bad_updates, state.rolled_back_updates) == ({"nonfinite": 1}, 5 - state.cold_start_steps)
+    lines, undone = run.read_lines("metrics.jsonl"), run.read_lines("rolled_back.jsonl")
+    again = {line["step"]: line for line in lines}
+    assert all(again[line["step"]]["cycle"] > line["cycle"] and again[line["step"]]["loss"] != line["loss"] for line in undone)
+    drawn = [line["cycle"] for line in (*lines, *undone)]
+    assert set(drawn) == set(range(1, state.cycle + 1)), "no cycle is drawn twice"
+    numbers = json.loads((run.root / "summary.json").read_text())["sequences"]
+    assert numbers["drawn"] == sum(count for name, count in numbers.items() if name != "drawn")
+
+
+def test_a_run_of_two_ranks_is_gone_on_from_its_store_by_one(folder: Path) -> None:
+    """On another machine, as it were: its folder is empty."""
+    assert [found(folder, "stored, 2"), found(folder, "stored, 2", 1), found(folder, "brought, 1")] == [INTERRUPTED, 0, 0]
+    cut, whole, run = (RunFolder(folder / name) for name in ("stored-2", "run-1", "brought-1"))
+    assert 3 <= saved_state(cut).step < saved_state(whole).step
+    one, two = (each.read_lines("metrics.jsonl") for each in (whole, run))
+    for ours, expected in zip(two, one, strict=True):
+        assert [ours[key] for key in ("step", "cycle", "tokens", "on_policy_tokens")] == [
+            expected[key] for key in ("step", "cycle", "tokens", "on_policy_tokens")
+        ]
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert saved_state(run).sequences() == saved_state(whole).sequences()
+    assert "was brought from file://" in (folder / "brought, 1.0.txt").read_text()
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,14 +300,28 @@ def stopping(ranks: Ranks, folder: Path, at: int) -> Any:
     return None
 
 
-def whole_run(folder: Path, name: str) -> Any:
-    """``bbopd distill``, once it has read its file."""
+def whole_run(folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]] | None = None, stop_after: int = 0) -> Any:
+    """``bbopd distill``, once it has read its file, with other ``sections``; rank 0 is told to stop after so many updates."""
     from bbopd.cli.execute import execute
     from bbopd.cli.ranked import execute_ranked
 
-    config = json.loads((folder / "run.json").read_text())
-    run = RunConfig.model_validate(config | {"output": str(folder / name)})
+    sys.path.insert(0, str(folder))  # where the plug-in is
+    config = json.loads((folder / "run.json").read_text()) | {"output": str(folder / name)}
+    for section, values in (sections or {}).items():
+        config[section] = config[section] | {
+            key: str(value).format(folder=folder) if key in PLACES else value for key, value in values.items()
+        }
+    run = RunConfig.model_validate(config)
+    if stop_after and os.environ["RANK"] == "0":
+        threading.Thread(target=_stop_at, args=(folder / name / "metrics.jsonl", stop_after), daemon=True).start()
     return (execute if os.environ["WORLD_SIZE"] == "1" else execute_ranked)(run, plain=True)
+
+
+def _stop_at(metrics: Path, lines: int) -> None:
+    """As a scheduler would."""
+    while not metrics.exists() or metrics.read_text().count("\n") < lines:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -338,6 +353,12 @@ TASKS = {
     "another model": (another_model,),
     "go on": (go_on, "checkpoints/step-00000002"),
 }
+PLACES = ("checkpoint_store",)
+STORED = {"train": {"checkpoint_store": "file://{folder}/store"}}
+SPOILT = {
+    "objective": {"name": "spoilt", "options": {"update": 6}, "ramp": 0},
+    "train": {"on_nonfinite": "roll_back", "checkpoint_every": 100},
+}
 WORLDS = {
     "1": World(1, one_after_another),
     "2": World(2, one_after_another, ("bad batch", "at once", "begin", "goes back", "from one", "another model")),
@@ -349,6 +370,9 @@ WORLDS = {
     "second is stopped": World(2, stopping, (1,), timeout=STOPPED_S),
     "run, 1": World(1, whole_run, ("run-1",), meets=True),
     "run, 2": World(2, whole_run, ("run-2",), meets=True),
+    "spoilt, 2": World(2, whole_run, ("spoilt-2", SPOILT), meets=True),
+    "stored, 2": World(2, whole_run, ("stored-2", STORED, 3), meets=True),
+    "brought, 1": World(1, whole_run, ("brought-1", STORED), meets=True),
 }
 """What tests/test_ranks.py asks of ranks, in this order."""
 
