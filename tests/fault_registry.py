@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 BEGIN, END = "<!-- faults the client survives: written by `python -m tests.fault_registry` -->", "<!-- end -->"
-SECONDS = 60  # that any of these tests may take
+SECONDS = 240  # that any of these tests may take
 
 Test = TypeVar("Test", bound=Callable[..., object])
 

@@ -13,6 +13,7 @@ from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, ScoredRollout, SignalSpec
+from tests.waiting import PATIENCE
 
 
 def make_rollouts(count: int, vocab_size: int, *, seed: int = 0, length: int = 0) -> list[Rollout]:
@@ -37,7 +38,7 @@ async def score_all(teacher: RemoteTeacher, rollouts: Sequence[Rollout], want: S
 
 
 @contextlib.asynccontextmanager
-async def connected(*ports: int, timeout: float = 20.0, **options) -> AsyncIterator[RemoteTeacher]:
+async def connected(*ports: int, timeout: float = PATIENCE, **options) -> AsyncIterator[RemoteTeacher]:
     teacher = await RemoteTeacher.connect([f"grpc://127.0.0.1:{port}" for port in ports], timeout=timeout, **options)
     try:
         yield teacher
@@ -69,7 +70,7 @@ async def collect(iterator):
 
 
 @contextlib.asynccontextmanager
-async def served(backend, *, timeout=20.0, inflight_tokens=8192, **options) -> AsyncIterator[RemoteTeacher]:
+async def served(backend, *, timeout=PATIENCE, inflight_tokens=8192, **options) -> AsyncIterator[RemoteTeacher]:
     server = await start_server(backend, **options)
     teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{server.port}", timeout=timeout, inflight_tokens=inflight_tokens)
     try:
@@ -83,10 +84,15 @@ async def score_while(teacher: RemoteTeacher, rollouts: list[Rollout], want: Sig
     """Score, and let something happen once ``after`` answers are there."""
     scored = []
     happening = None
-    async for item in teacher.score(stream(rollouts), want):
-        scored.append(item)
-        if len(scored) == after:
-            happening = asyncio.create_task(happens())
-    assert happening is not None
-    await happening
+    try:
+        async for item in teacher.score(stream(rollouts), want):
+            scored.append(item)
+            if len(scored) == after:
+                happening = asyncio.create_task(happens())
+        assert happening is not None
+        await happening
+    finally:
+        if happening is not None:
+            happening.cancel()
+            await asyncio.gather(happening, return_exceptions=True)
     return scored

@@ -26,6 +26,7 @@ from tests.fault_proxy import FaultProxy, proxied
 from tests.fault_server import Answer, FaultyTeacher, change, serving, touch
 from tests.faults import assert_nothing_lost, connected, make_rollouts
 from tests.serve_fake import VOCAB, end_process, start_process
+from tests.waiting import unused_port
 
 WANTS = (SignalSpec("topk", 1.5, 8), SignalSpec("full"), SignalSpec("sampled"), SignalSpec("topk", 1.0, 64))
 TIMEOUT = 30.0  # seconds without an answer after which the client gives up: no fault lasts as long
@@ -154,7 +155,7 @@ async def soak(seconds: float, seed: int = 0) -> Outcome:
     async with contextlib.AsyncExitStack() as stack:
         replicas, ports = [], []
         for number in range(2):
-            process, port = await asyncio.to_thread(start_process, 0, DELAY, 200)
+            process, port = await asyncio.to_thread(start_process, unused_port(), DELAY, 200)
             proxy = await stack.enter_async_context(proxied(port, seed + number))
             replicas.append(Replica(seed + number, proxy, process, port, outcome.faults))
             ports.append(proxy.port)

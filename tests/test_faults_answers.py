@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -104,13 +106,13 @@ FULL_FAULTS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-async def ask(spoil: Spoil, want: SignalSpec, *, times: int | None = 1, count: int = 4, timeout: float = 20.0):
+async def ask(spoil: Spoil, want: SignalSpec, *, times: int | None = 1, count: int = 4):
     """Score a few rollouts with a teacher that spoils its first answers; check them, and give the teacher for its counters."""
     vocab_size, length = (LARGE_VOCAB, 60) if want.level == "full" else (VOCAB, 0)
     backend = FakeBackend(vocab_size)
     rollouts = make_rollouts(count, vocab_size, length=length)
     service = FaultyTeacher(backend, spoil, times)
-    async with serving(service) as port, connected(port, timeout=timeout) as teacher:
+    async with serving(service) as port, connected(port) as teacher:
         scored = await score_all(teacher, rollouts, want)
         assert_nothing_lost(backend, rollouts, scored, want)
         return teacher, service
@@ -269,10 +271,12 @@ async def test_retries_stay_within_their_budget():
 
     service = FaultyTeacher(backend, refuse, None)
     async with serving(service) as port, connected(port, timeout=3.0) as teacher:
+        started = time.monotonic()
         with pytest.raises(TeacherError, match=r"has not answered for 3 s \(teacher.timeout\) \(last trouble: .*: no\)"):
             await score_all(teacher, make_rollouts(50, VOCAB), TOPK)
-    assert teacher.counters["retries"] <= 50 + 20 + 50 / 5 + 4
-    assert len(service.asked) <= 50 + 20 + 50 / 5 + 4
+        most = 50 + 20 + 50 / 5 + (time.monotonic() - started) + 1
+    assert teacher.counters["retries"] <= most
+    assert len(service.asked) <= most
 
 
 @fault("so many bad answers that retries wait", "what the client puts off itself does not count as silence of the teacher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import socket
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -21,8 +20,9 @@ from bbopd.types import Prompt, Rollout, SignalSpec
 from tests.fault_proxy import proxied
 from tests.fault_registry import fault
 from tests.fault_server import FaultyTeacher, serving
-from tests.faults import assert_nothing_lost, connected, make_rollouts, score_all, score_while, stream
+from tests.faults import assert_nothing_lost, collect, connected, make_rollouts, score_all, score_while, stream
 from tests.serve_fake import VOCAB, end_process, processes, start_process
+from tests.waiting import PATIENCE, hasty, hurried, time_passes, until, unused_port
 
 WANT = SignalSpec("topk", 1.3, 8)
 BACKEND = FakeBackend(VOCAB)  # computes what the processes answer
@@ -37,12 +37,10 @@ def healthy_port() -> Iterator[int]:
 
 @fault("server down at start", "tries for a while, then says so, with the address and what to try; one that comes up in time is taken")
 async def test_a_server_that_is_down_at_start():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused_port()
     with pytest.raises(TeacherError, match=rf"cannot reach a teacher at grpc://127.0.0.1:{port} within 0.3 s"):
         await RemoteTeacher.connect(f"grpc://127.0.0.1:{port}", connect_timeout=0.3)
-    connecting = asyncio.create_task(RemoteTeacher.connect(f"grpc://127.0.0.1:{port}", connect_timeout=20))
+    connecting = asyncio.create_task(RemoteTeacher.connect(f"grpc://127.0.0.1:{port}", connect_timeout=PATIENCE))
     await asyncio.sleep(0.3)
     server = await start_server(BACKEND, port=port)
     try:
@@ -55,7 +53,7 @@ async def test_a_server_that_is_down_at_start():
 
 @fault("killed mid-stream, and started again", "reconnects with growing pauses, and goes on with what was not answered")
 async def test_a_killed_server_that_is_started_again():
-    process, port = start_process(delay=0.02, batch_tokens=100)
+    process, port = start_process(unused_port(), delay=0.02, batch_tokens=100)
     started = [process]
     rollouts = make_rollouts(120, VOCAB)
 
@@ -65,7 +63,7 @@ async def test_a_killed_server_that_is_started_again():
         started.append((await asyncio.to_thread(start_process, port, 0.0))[0])
 
     try:
-        async with connected(port, timeout=30) as teacher:
+        async with connected(port, timeout=2 * PATIENCE) as teacher:
             scored = await score_while(teacher, rollouts, WANT, kill_and_start)
             assert teacher.counters["reconnects"] >= 1
         assert_nothing_lost(BACKEND, rollouts, scored, WANT)
@@ -75,47 +73,48 @@ async def test_a_killed_server_that_is_started_again():
 
 
 @fault("killed mid-stream, for good", "gives up after `teacher.timeout` without an answer; names what was finished and what was not")
+@hasty
 async def test_a_killed_server_that_stays_down():
     with processes(1, delay=0.02, batch_tokens=100) as started:
         process, port = started[0]
-        async with connected(port, timeout=1.5) as teacher:
+        async with connected(port) as teacher:
             answers = teacher.score(stream(make_rollouts(60, VOCAB)), WANT)
             await anext(answers)
             process.kill()
-            killed_at = time.monotonic()
+            reading = asyncio.create_task(collect(answers))
+            await until(lambda: teacher.counters["reconnects"])
+            assert not reading.done(), "it may come back"
             message = (
-                rf"127.0.0.1:{port} has not answered for 1.5 s \(teacher.timeout\) \(last trouble: .*UNAVAILABLE.*[1-9]\d* rollouts were"
+                rf"127.0.0.1:{port} has not answered for 60 s \(teacher.timeout\) \(last trouble: .*UNAVAILABLE.*[1-9]\d* rollouts were"
             )
             with pytest.raises(TeacherError, match=message):
-                [item async for item in answers]
-            assert 1.0 < time.monotonic() - killed_at < 5
+                async with hurried():
+                    await reading
 
 
 @fault("the run's own teacher process ended", "does not wait for it: ends the pass at once")
 async def test_a_process_that_has_ended_is_not_waited_for():
     with processes(1, delay=0.02, batch_tokens=100) as started:
         process, port = started[0]
-        async with connected(port, timeout=60, is_alive=lambda: process.poll() is None) as teacher:
+        async with connected(port, timeout=3600, is_alive=lambda: process.poll() is None) as teacher:
             answers = teacher.score(stream(make_rollouts(60, VOCAB)), WANT)
             await anext(answers)
             process.kill()
-            killed_at = time.monotonic()
             with pytest.raises(TeacherError, match=r"has ended.*rollouts were scored, unanswered: r"):
-                [item async for item in answers]
-            assert time.monotonic() - killed_at < 5
+                await asyncio.wait_for(collect(answers), PATIENCE)
 
 
 @fault("black hole", "gives up after `teacher.timeout`, though the connection stays open")
+@hasty
 async def test_a_black_hole(healthy_port):
-    async with proxied(healthy_port) as proxy, connected(proxy.port, timeout=1.0) as teacher:
+    async with proxied(healthy_port) as proxy, connected(proxy.port) as teacher:
 
         async def swallow() -> None:
             proxy.is_black_hole = True
+            await time_passes()
 
-        began = time.monotonic()
-        with pytest.raises(TeacherError, match=r"has not answered for 1 s \(teacher.timeout\).*rollouts were scored, unanswered"):
+        with pytest.raises(TeacherError, match=r"has not answered for 60 s \(teacher.timeout\).*rollouts were scored, unanswered"):
             await score_while(teacher, make_rollouts(200, VOCAB), WANT, swallow)
-        assert time.monotonic() - began < 8
 
 
 @fault("black hole from the start", "says after the time to connect that nobody answers")
@@ -127,9 +126,9 @@ async def test_a_black_hole_from_the_start(healthy_port):
 
 
 @fault("slow: delayed and throttled", "waits, as long as rows keep coming")
-async def test_a_slow_network(healthy_port):
-    rollouts = make_rollouts(100, VOCAB)
-    async with proxied(healthy_port) as proxy, connected(proxy.port, timeout=2.0, inflight_tokens=400) as teacher:
+async def test_a_slow_network():
+    rollouts, service = make_rollouts(100, VOCAB), FaultyTeacher(BACKEND)
+    async with serving(service) as port, proxied(port) as proxy, connected(proxy.port, timeout=2.0, inflight_tokens=400) as teacher:
         proxy.delay, proxy.bytes_per_second = 0.02, 60_000
         scored = await score_all(teacher, rollouts, WANT)
         assert not any(teacher.counters.values())
@@ -142,7 +141,7 @@ async def test_connections_that_are_reset_again_and_again():
     rollouts = make_rollouts(6, 30_000, length=80)  # 29 MB
     async with serving(FaultyTeacher(backend)) as port, proxied(port, seed=3) as proxy:
         proxy.reset_after = 8_000_000
-        async with connected(proxy.port, timeout=20) as teacher:
+        async with connected(proxy.port) as teacher:
             scored = await score_all(teacher, rollouts, SignalSpec("full"))
         assert teacher.counters["reconnects"] >= 3
         assert not teacher.counters["retries"]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -14,12 +13,13 @@ import pytest
 from bbopd.errors import TeacherError
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
-from bbopd.types import Offer, SignalSpec
+from bbopd.types import Offer, Rollout, SignalSpec
 from tests.fault_proxy import FaultProxy, proxied
 from tests.fault_registry import fault
 from tests.fault_server import FaultyTeacher, serving
-from tests.faults import assert_nothing_lost, connected, make_rollouts, score_all, score_while, stream
+from tests.faults import assert_nothing_lost, connected, make_rollouts, score_all, score_while
 from tests.serve_fake import VOCAB, end_process, processes, start_process
+from tests.waiting import PATIENCE, hasty, hurried, time_passes, until, unused_port
 
 WANT = SignalSpec("topk", 1.3, 8)
 BACKEND = FakeBackend(VOCAB)  # computes what the processes answer
@@ -32,17 +32,24 @@ def replica_ports() -> Iterator[list[int]]:
         yield [port for _, port in started]
 
 
+@pytest.fixture
+async def equal_ports() -> AsyncIterator[list[int]]:
+    """Three in this process, for tests of their speed: what else the machine does slows all of them alike."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(serving(FaultyTeacher(BACKEND))) for _ in range(3)]
+
+
 @contextlib.asynccontextmanager
 async def proxies(ports: list[int]) -> AsyncIterator[list[FaultProxy]]:
     async with contextlib.AsyncExitStack() as stack:
         yield [await stack.enter_async_context(proxied(port, seed)) for seed, port in enumerate(ports)]
 
 
-async def test_work_is_spread_over_the_replicas(replica_ports):
+async def test_work_is_spread_over_the_replicas(equal_ports):
     rollouts = make_rollouts(300, VOCAB)
-    async with proxies(replica_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
+    async with proxies(equal_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
         for proxy in through:
-            proxy.delay = 0.05  # longer than what the machine's other work makes of an answer: they are equally fast
+            proxy.delay = 0.05
         scored = await score_all(teacher, rollouts, WANT)
         assert not any(teacher.counters.values())
         passed = [proxy.to_client for proxy in through]
@@ -51,10 +58,10 @@ async def test_work_is_spread_over_the_replicas(replica_ports):
 
 
 @fault("one replica much slower than the others", "gives it less to do")
-async def test_a_slow_replica_gets_less(replica_ports):
+async def test_a_slow_replica_gets_less(equal_ports):
     rollouts = make_rollouts(300, VOCAB)
-    async with proxies(replica_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
-        through[0].delay = 0.15
+    async with proxies(equal_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
+        through[0].delay = 0.4
         scored = await score_all(teacher, rollouts, WANT)
         passed = [proxy.to_client for proxy in through]
     assert_nothing_lost(BACKEND, rollouts, scored, WANT)
@@ -78,15 +85,15 @@ async def test_two_of_three_replicas_die(replica_ports):
 @fault(
     "one of three replicas a black hole", "its items go to the others after half of `teacher.timeout`; it is asked for little from then on"
 )
+@hasty
 async def test_a_replica_that_becomes_a_black_hole(replica_ports):
     rollouts = make_rollouts(300, VOCAB)
-    async with (
-        proxies(replica_ports) as through,
-        connected(*(proxy.port for proxy in through), inflight_tokens=300, timeout=3.0) as teacher,
-    ):
+    async with proxies(replica_ports) as through, connected(*(proxy.port for proxy in through), inflight_tokens=300) as teacher:
 
         async def swallow() -> None:
             through[1].is_black_hole = True
+            async with hurried():
+                await until(lambda: teacher.counters["moved"])
 
         scored = await score_while(teacher, rollouts, WANT, swallow)
         assert teacher.counters["moved"] > 0
@@ -95,8 +102,10 @@ async def test_a_replica_that_becomes_a_black_hole(replica_ports):
 
 @fault("rolling restart", "each replica's items go to the others while it is away; it gets work again when it is back")
 async def test_a_rolling_restart():
-    with processes(3, delay=0.02, batch_tokens=100) as started:
+    ports = [unused_port() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
         rollouts = make_rollouts(500, VOCAB)
+        started = [stack.enter_context(processes(1, port=port, delay=0.02, batch_tokens=100))[0] for port in ports]
         current = [process for process, _ in started]
 
         async def restart_each() -> None:
@@ -111,13 +120,20 @@ async def test_a_rolling_restart():
         restarting = None
         scored = []
         try:
-            async with connected(*(port for _, port in started), inflight_tokens=200, timeout=30) as teacher:
-                async for item in teacher.score(stream(rollouts), WANT):
+            async with connected(*ports, inflight_tokens=200, timeout=2 * PATIENCE) as teacher:
+
+                async def source() -> AsyncIterator[Rollout]:
+                    for number, rollout in enumerate(rollouts):
+                        if number >= 60 and (restarting is None or not restarting.done()):
+                            await asyncio.sleep(0.01)  # the pass goes on for as long as the restart takes
+                        if number == 400:
+                            await until(lambda: teacher.counters["reconnects"])
+                        yield rollout
+
+                async for item in teacher.score(source(), WANT):
                     scored.append(item)
                     if len(scored) == 20:
                         restarting = asyncio.create_task(restart_each())
-                    if restarting is not None and not restarting.done():
-                        await asyncio.sleep(0.01)  # the pass goes on for as long as the restart takes
                 assert restarting is not None
                 await restarting
                 assert teacher.counters["reconnects"] >= 1
@@ -130,17 +146,18 @@ async def test_a_rolling_restart():
 
 
 @fault("all teachers gone", "gives up after `teacher.timeout`, naming the last trouble of each")
+@hasty
 async def test_all_replicas_gone(replica_ports):
-    async with proxies(replica_ports[:2]) as through, connected(*(proxy.port for proxy in through), timeout=1.5) as teacher:
+    async with proxies(replica_ports[:2]) as through, connected(*(proxy.port for proxy in through)) as teacher:
 
         async def kill_all() -> None:
             for proxy in through:
                 await proxy.kill()
+            await until(lambda: teacher.counters["reconnects"] >= 2)
+            await time_passes()
 
-        began = time.monotonic()
-        with pytest.raises(TeacherError, match=r"has not answered for 1.5 s .*last trouble: .*; .*\d+ rollouts were scored, unanswered: r"):
+        with pytest.raises(TeacherError, match=r"has not answered for 60 s .*last trouble: .*; .*\d+ rollouts were scored, unanswered: r"):
             await score_while(teacher, make_rollouts(3000, VOCAB), WANT, kill_all)
-        assert time.monotonic() - began < 10
 
 
 @fault("replicas that are not one teacher", "refuses to start, naming the field, both addresses and both values")

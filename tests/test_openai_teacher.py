@@ -22,8 +22,9 @@ from tests.certificates import make_certificates
 from tests.faults import assert_nothing_lost, make_rollouts, score_all, stream
 from tests.openai_server import CHAT, ECHO, SGLANG, VLLM, OpenAIServer
 from tests.tiny_models import save_folder, tiny_tokenizer
+from tests.waiting import PATIENCE
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 VOCAB = 320
 TOKENIZER = tiny_tokenizer()
@@ -40,7 +41,7 @@ def serve(backend: FakeBackend | None = None, **options) -> OpenAIServer:
 async def connected(server: OpenAIServer, *, budget: Budget | None = None, **options) -> AsyncIterator[OpenAITeacher]:
     """A teacher over a running server, with 8 ids a token unless told."""
     async with server.serving() as port:
-        config = TeacherConfig(**{"target": f"openai://127.0.0.1:{port}/v1", "topk": 8, "timeout": 20.0} | options)
+        config = TeacherConfig(**{"target": f"openai://127.0.0.1:{port}/v1", "topk": 8, "timeout": PATIENCE} | options)
         teacher = await OpenAITeacher.connect(config, tokenizer=TOKENIZER, vocab_size=VOCAB, budget=budget)
         try:
             yield teacher

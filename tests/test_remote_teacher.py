@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import socket
 import subprocess
 import sys
-import time
 
 import grpc
 import numpy as np
 import pytest
 
 from bbopd.errors import ConfigError, TeacherError
+from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, Teacher
-from tests.faults import collect, served, stream
+from tests.faults import collect, connected, served, stream
+from tests.waiting import PATIENCE, HeldBackend, hasty, hurried, measure, open_calls, until, unused_port
 
 VOCAB = 97
 
@@ -94,14 +94,21 @@ async def test_long_answers_pass_in_chunks_within_the_credit():
         np.testing.assert_array_equal(item.signal.logits, (z - z.max(axis=1, keepdims=True)).astype(np.float16))
 
 
+@hasty
 async def test_a_slow_caller_is_waited_for():
-    async with served(FakeBackend(40_000), timeout=2.0, batch_tokens=402) as teacher:
-        rollouts = [Rollout(f"r{n}", Prompt("p", (1, 2)), (7,) * 400) for n in range(4)]  # 128 MB, more than a window ready
+    server = await start_server(FakeBackend(40_000), batch_tokens=302)
+    async with connected(server.port) as teacher:
+        rollouts = [Rollout(f"r{n}", Prompt("p", (1, 2)), (7,) * 300) for n in range(8)]  # 24 MB each: more than two windows of 67
         count = 0
         async for _ in teacher.score(stream(rollouts), SignalSpec("full")):
             count += 1
-            await asyncio.sleep(3.0 if count == 1 else 0)  # longer than the time limit of the teacher
-    assert count == 4
+            if count == 1:
+                await until(lambda: measure(server, "answer_bytes_total", level="full") >= 4 * 24_000_000)  # a window is ready
+                async with hurried():
+                    await asyncio.sleep(1.5 * PATIENCE)  # longer than the time limit of the teacher
+        assert not any(teacher.counters.values())
+    await server.stop(0.2)
+    assert count == 8
 
 
 async def test_a_source_that_waits_for_each_answer_is_served():
@@ -110,7 +117,7 @@ async def test_a_source_that_waits_for_each_answer_is_served():
 
     async def one_at_a_time():
         for rollout in make_rollouts(5):
-            await asyncio.wait_for(answered.wait(), 5)
+            await asyncio.wait_for(answered.wait(), PATIENCE)
             answered.clear()
             yield rollout
 
@@ -196,13 +203,9 @@ async def test_rollouts_that_do_not_fit_are_refused_by_name(rollout, message):
 
 
 async def test_nobody_there_is_said_with_what_to_try():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = time.monotonic()
+    port = unused_port()
     with pytest.raises(TeacherError, match=rf"cannot reach a teacher at grpc://localhost:{port} within 0.5 s.*bbopd serve"):
-        await RemoteTeacher.connect(f"grpc://localhost:{port}", connect_timeout=0.5)
-    assert time.monotonic() - started < 5
+        await asyncio.wait_for(RemoteTeacher.connect(f"grpc://localhost:{port}", connect_timeout=0.5), PATIENCE)
 
 
 @pytest.mark.parametrize("target", ["localhost:7070", "grpc://localhost", "http://localhost:1", "grpc://:1", "grpc://localhost:99999999"])
@@ -221,12 +224,11 @@ async def test_something_else_on_the_port():
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     with pytest.raises(TeacherError, match="not a bbopd teacher"):
-        await RemoteTeacher.connect(f"grpc://127.0.0.1:{port}", connect_timeout=2)
+        await RemoteTeacher.connect(f"grpc://127.0.0.1:{port}", connect_timeout=PATIENCE)
     await server.stop(0)
 
 
 _SERVE_SLOWLY = f"""
-from tests.faults import collect, served, stream
 import asyncio
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
@@ -234,24 +236,26 @@ from bbopd.teachers.fake import FakeBackend
 async def main():
     server = await start_server(FakeBackend({VOCAB}, delay=0.2), batch_tokens=60)
     print(server.port, flush=True)
-    await asyncio.sleep(60)
+    await asyncio.sleep(600)
 
 asyncio.run(main())
 """
 
 
+@hasty
 async def test_a_killed_teacher_is_an_error_soon_and_names_what_was_finished():
     process = subprocess.Popen([sys.executable, "-c", _SERVE_SLOWLY], stdout=subprocess.PIPE, text=True)
     try:
         port = await asyncio.to_thread(process.stdout.readline)
-        teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{int(port)}", timeout=2)
+        teacher = await RemoteTeacher.connect(f"grpc://127.0.0.1:{int(port)}", timeout=PATIENCE)
         answers = teacher.score(stream(make_rollouts(40)), SignalSpec("sampled"))
         await anext(answers)
         process.kill()
-        killed_at = time.monotonic()
-        with pytest.raises(TeacherError, match=r"has not answered for 2 s.*UNAVAILABLE.*[1-9]\d* rollouts were scored, unanswered: .*r0-"):
-            await collect(answers)
-        assert time.monotonic() - killed_at < 15
+        collecting = asyncio.create_task(collect(answers))
+        await until(lambda: teacher.counters["reconnects"])
+        with pytest.raises(TeacherError, match=r"has not answered for 60 s.*UNAVAILABLE.*[1-9]\d* rollouts were scored, unanswered: .*r0-"):
+            async with hurried():
+                await collecting
         await teacher.close()
     finally:
         process.kill()
@@ -260,27 +264,29 @@ async def test_a_killed_teacher_is_an_error_soon_and_names_what_was_finished():
 
 
 async def test_a_silent_teacher_is_an_error_after_the_time_limit():
-    async with served(FakeBackend(VOCAB, delay=3.0), timeout=0.5) as teacher:
-        started = time.monotonic()
+    backend = HeldBackend(VOCAB)
+    async with served(backend, timeout=0.5) as teacher:
         with pytest.raises(TeacherError, match=r"has not answered for 0.5 s.*0 rollouts were scored, unanswered: r0-0"):
             await collect(teacher.score(stream(make_rollouts(3)), SignalSpec("sampled")))
-        assert time.monotonic() - started < 2.5
+        backend.go_on()
 
 
 async def test_a_caller_that_stops_leaves_nothing_running():
-    backend = FakeBackend(VOCAB, delay=0.05)
-    async with served(backend, batch_tokens=40) as teacher:
+    backend = HeldBackend(VOCAB, free=1)
+    server = await start_server(backend, batch_tokens=40)
+    async with connected(server.port) as teacher:
         tasks_before = asyncio.all_tasks()
         answers = teacher.score(stream(make_rollouts(100)), SignalSpec("sampled"))
         await anext(answers)
+        await until(lambda: len(backend.calls) == 2)
         await answers.aclose()
         client_tasks = {task for task in asyncio.all_tasks() - tasks_before if "score_session" in str(task.get_coro())}
         assert not client_tasks
-        await asyncio.sleep(0.3)
-        calls = len(backend.calls)
-        await asyncio.sleep(0.3)
-        assert len(backend.calls) == calls, "the server dropped what the caller no longer wants"
+        await until(lambda: open_calls(server, "score") == 0)
+        backend.go_on()
         assert len(await collect(teacher.score(stream(make_rollouts(3)), SignalSpec("sampled")))) == 3
+        assert len(backend.calls) <= 2 + 3, "the server dropped what the caller no longer wants"
+    await server.stop(0.2)
 
 
 # ---------------------------------------------------------------- the teacher's own text
@@ -311,9 +317,11 @@ async def test_completions_that_cannot_be_are_refused():
 
 
 async def test_a_teacher_that_writes_nothing_is_an_error_after_the_time_limit():
-    async with served(FakeBackend(VOCAB, delay=1.5), timeout=0.3) as teacher:
+    backend = HeldBackend(VOCAB)
+    async with served(backend, timeout=0.3) as teacher:
         with pytest.raises(TeacherError, match=r"has not written an answer for 0.3 s"):
             await collect(teacher.complete(stream([Prompt("p", (1,))]), Sampling(7)))
+        backend.go_on()
 
 
 async def test_what_was_lost_on_its_way_is_given_again_without_running_the_model():

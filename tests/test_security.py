@@ -24,6 +24,7 @@ from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from tests.certificates import make_certificates
 from tests.fault_registry import fault
+from tests.waiting import PATIENCE
 
 VOCAB = 50
 TOKEN = "correct-horse-battery-staple-7f3a"
@@ -65,7 +66,7 @@ def client(pem, token=None, tmp_path=None, **fields):
     )
 
 
-async def ask(server, access, host="localhost", timeout=2.0):
+async def ask(server, access, host="localhost", timeout=PATIENCE):
     """Everything that a run asks of a teacher, once; the sampled logprobs."""
     teacher = await RemoteTeacher.connect(f"grpc://{host}:{server.port}", access=access, connect_timeout=timeout)
     try:
@@ -298,7 +299,7 @@ from bbopd.rpc.security import ClientAccess
 from bbopd.teachers.remote import RemoteTeacher
 async def main():
     access = ClientAccess.read(ClientTlsConfig(ca=sys.argv[2]), sys.argv[3], None, "")
-    teacher = await RemoteTeacher.connect(f"grpc://localhost:{sys.argv[1]}", access=access)
+    teacher = await RemoteTeacher.connect(f"grpc://localhost:{sys.argv[1]}", access=access, connect_timeout=60)
     print("connected to", teacher.info.model)
     await teacher.close()
 asyncio.run(main())
@@ -316,6 +317,6 @@ async def test_a_client_process_shows_no_token_either(pem, token_file, tmp_path)
             stderr=subprocess.STDOUT,
             env={**os.environ, "GRPC_VERBOSITY": "INFO"},
         )
-        out, _ = await asyncio.wait_for(process.communicate(), 60)
+        out, _ = await asyncio.wait_for(process.communicate(), 2 * PATIENCE)
     assert b"connected to fake-50-0" in out
     assert TOKEN.encode() not in out

@@ -21,7 +21,7 @@ from bbopd.rpc.server import SERVICE, start_server
 from bbopd.rpc.tensors import decode_tensor, encode_tensor
 from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, HeldBackend, arrived, until
 
 VOCAB = 50
 WANT = SignalSpec("topk", 1.0, 4)
@@ -182,16 +182,25 @@ async def test_a_batch_that_fails_is_run_item_by_item():
 
 
 async def test_items_of_several_clients_share_a_batch_and_none_is_starved():
-    backend = FakeBackend(VOCAB, delay=0.1)
-    async with running(backend, batch_tokens=90) as (_, _, stub):
+    batches: list[list[str]] = []
+
+    class Recorder(HeldBackend):
+        def score(self, rollouts, want):
+            batches.append([one.rollout_id for one in rollouts])
+            return super().score(rollouts, want)
+
+    backend = Recorder(VOCAB)
+    async with running(backend, batch_tokens=90) as (server, _, stub):
         greedy, modest = await open_stream(stub), await open_stream(stub)
         for number in range(60):
             await greedy.write(encode_item(number, rollout(number), WANT))
-        await asyncio.sleep(0.02)
-        await modest.write(encode_item(7, rollout(7), WANT))
+        await until(lambda: backend.calls and arrived(server, backend) == 60)
+        await modest.write(encode_item(7, rollout(99), WANT))
+        await until(lambda: arrived(server, backend) == 61)
+        backend.go_on()
         await next_answer(modest)
-        assert len(backend.calls) <= 3, "the second client's only item went into the next batch"
-        assert max(backend.calls) == 10, "ten items of nine tokens are one batch of 90"
+        assert "r99" in batches[1], "the second client's only item went into the next batch"
+        assert len(batches[1]) == 10, "ten items of nine tokens are one batch of 90"
         for call in (greedy, modest):
             call.cancel()
 
@@ -253,7 +262,8 @@ async def test_answers_that_nobody_takes_stop_the_model():
         call = await open_stream(stub, credit=1)
         for number in range(10):
             await call.write(encode_item(number, item, SignalSpec("full")))
-        await asyncio.sleep(1.0)
+        await until(lambda: len(backend.calls) == 2)
+        await asyncio.sleep(0.3)
         assert len(backend.calls) == 2
         await call.write(pb.ScoreRequest(credit=pb.Credit(bytes=2**30)))
         rows = 0
@@ -266,11 +276,13 @@ async def test_answers_that_nobody_takes_stop_the_model():
 async def test_requests_are_held_back_by_credit_too():
     item = Rollout("r", Prompt("p", (1,)), (2,) * 50_000)  # 200 kB
     limits = ClientLimits(tokens=10**8)
-    async with running(FakeBackend(4, max_sequence_tokens=10**6, delay=0.5), limits=limits) as (_, _, stub):
+    backend = HeldBackend(4, max_sequence_tokens=10**6)
+    async with running(backend, limits=limits) as (_, _, stub):
         call = await open_stream(stub)
         for number in range(44):  # 8.8 MB, where the window is 8 MiB
             await call.write(encode_item(number, item, SignalSpec("sampled")))
         assert await status_of(call) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "an item was sent without credit for it")
+        backend.go_on()
     async with running(FakeBackend(4, max_sequence_tokens=10**6), limits=limits) as (_, _, stub):
         call = stub.Score()
         await call.write(pb.ScoreRequest(open=pb.StreamOpen(protocol_version=1, answer_credit_bytes=2**30)))
@@ -281,7 +293,7 @@ async def test_requests_are_held_back_by_credit_too():
                 balance -= len(request.item.token_ids.data)
                 await call.write(request)
                 sent += 1
-            message = await asyncio.wait_for(call.read(), 10)
+            message = await asyncio.wait_for(call.read(), PATIENCE)
             balance += message.credit.bytes
             rows += message.chunk.rows
         call.cancel()
@@ -312,20 +324,21 @@ async def test_who_breaks_the_protocol_loses_the_stream_but_not_the_teacher(mess
 
 
 async def test_stopping_finishes_what_was_taken():
-    backend = FakeBackend(VOCAB, delay=0.15)
+    backend = HeldBackend(VOCAB)
     async with running(backend, batch_tokens=20) as (server, _, stub):
         call = await open_stream(stub)
         for number in range(6):
             await call.write(encode_item(number, rollout(number), WANT))
-        while not backend.calls:
-            await asyncio.sleep(0.01)
-        stopping = asyncio.create_task(server.stop(10))
+        await until(lambda: arrived(server, backend) == 6)
+        stopping = asyncio.create_task(server.stop(PATIENCE))
+        await asyncio.sleep(0.05)
+        backend.go_on()
         answered = set()
         while len(answered) < 6:
             answered.add((await next_answer(call)).chunk.request_id)
         assert answered == set(range(6))
         assert await status_of(call) == (grpc.StatusCode.UNAVAILABLE, "the teacher is shutting down")
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, PATIENCE)
 
 
 async def test_completions_and_their_failures_come_one_by_one():

@@ -17,7 +17,7 @@ from bbopd.teachers.fake import FakeBackend
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from tests.fault_registry import fault
 from tests.test_server import VOCAB, WANT, next_answer, open_stream, rollout, running, status_of
-from tests.waiting import PATIENCE, HeldBackend, open_calls, until
+from tests.waiting import PATIENCE, HeldBackend, arrived, measure, open_calls, until
 
 
 def failure_of(message):
@@ -35,22 +35,23 @@ def prompts(count, **sampling):
 
 @fault("more in flight than a client may have", "the item fails, with the time to ask again; the model never hears of it")
 async def test_tokens_in_flight_are_counted_over_all_streams_of_a_client_and_given_back():
-    backend = FakeBackend(VOCAB, delay=0.2)
-    async with running(backend, limits=ClientLimits(tokens=27), batch_tokens=18) as (_, _, stub):
+    backend = HeldBackend(VOCAB)
+    async with running(backend, limits=ClientLimits(tokens=27), batch_tokens=18) as (server, _, stub):
         first, second = await open_stream(stub), await open_stream(stub)
         for number in range(2):  # 18 of 27 tokens
             await first.write(encode_item(number, rollout(number), WANT))
-        while not backend.calls:
-            await asyncio.sleep(0.01)
+        await until(lambda: arrived(server, backend) == 2)
         await second.write(encode_item(1, rollout(1), WANT))  # 27
         await second.write(encode_item(2, rollout(2), WANT))
         refused = failure_of(await next_answer(second))
         assert (refused.request_id, refused.code, refused.retryable) == (2, pb.FAILURE_CODE_OVER_LIMIT, True)
         assert 0.1 <= refused.retry_after_seconds <= 30
         assert refused.message == "rollout r2: this client has 27 tokens in flight and may have 27; send less at a time"
+        backend.go_on()
         for call, count in ((first, 2), (second, 1)):
             for _ in range(count):
                 assert (await next_answer(call)).WhichOneof("kind") == "chunk"
+        await until(lambda: measure(server, "requests_total", level="topk", outcome="ok") == 3)
         await second.write(encode_item(3, rollout(3), WANT))
         assert (await next_answer(second)).chunk.request_id == 3
         assert sum(backend.calls) == 4, "the refused one never reached the model"
@@ -69,20 +70,21 @@ async def test_a_single_sequence_beyond_all_a_client_may_have_is_refused_for_goo
 
 
 async def test_bytes_of_requests_in_flight_are_limited():
-    backend = FakeBackend(VOCAB, delay=0.2)
+    backend = HeldBackend(VOCAB)
     async with running(backend, limits=ClientLimits(request_bytes=100)) as (_, _, stub):
         call = await open_stream(stub)
         for number in range(4):  # 36 bytes each
             await call.write(encode_item(number, rollout(number), WANT))
-        outcomes = [await next_answer(call) for _ in range(4)]
-        refused = {one.failure.request_id: one.failure for one in outcomes if one.WhichOneof("kind") == "failure"}
-        assert set(refused) == {2, 3}
-        assert "72 bytes of requests in flight and may have 100" in refused[2].message
+        refused = [failure_of(await next_answer(call)) for _ in range(2)]
+        assert [one.request_id for one in refused] == [2, 3]
+        assert "72 bytes of requests in flight and may have 100" in refused[0].message
+        backend.go_on()
+        assert {(await next_answer(call)).chunk.request_id for _ in range(2)} == {0, 1}
         call.cancel()
 
 
 async def test_tokens_to_write_count_too():
-    backend = FakeBackend(VOCAB, delay=0.1)
+    backend = FakeBackend(VOCAB)
     async with running(backend, limits=ClientLimits(tokens=60)) as (_, _, stub):
         responses = [response async for response in stub.Generate(prompts(4, max_new_tokens=18))]
         refused = [one.failure for one in responses if one.WhichOneof("kind") == "failure"]
@@ -152,6 +154,8 @@ async def test_who_sends_nonsense_and_reads_nothing_is_stopped():
                     sent += 1
 
         writing, before = asyncio.create_task(write()), -1
+        (stream,) = server._service._calls
+        await until(stream._reader.done)
         while sent != before:
             before = sent
             await asyncio.sleep(0.3)
@@ -191,22 +195,23 @@ async def test_names_that_would_spoil_a_log_are_refused(bad):
 
 @fault("client gone", "what it waited for leaves the queue; the batch that runs is the last")
 async def test_a_client_that_has_gone_is_not_worked_for_any_more():
-    backend = FakeBackend(VOCAB, delay=0.1)
+    backend = HeldBackend(VOCAB)
     async with running(backend, batch_tokens=18) as (server, _, stub):
         gone = await open_stream(stub)
         for number in range(100):
             await gone.write(encode_item(number, rollout(number), WANT))
-        await next_answer(gone)
+        await until(lambda: backend.calls and arrived(server, backend) == 100)
         gone.cancel()
-        await asyncio.sleep(0.2)
-        so_far = sum(backend.calls)
+        await until(lambda: open_calls(server, "score") == 0)
+        (running_then,) = backend.calls
         here = await open_stream(stub)
         await here.write(encode_item(1, rollout(1), WANT))
+        backend.go_on()
         await next_answer(here)
-        assert sum(backend.calls) - so_far <= 3, "at most the batch that was running, and the one just asked for"
+        assert backend.calls == [running_then, 1], "the batch that was running, and the one just asked for"
         value = server.observer.registry.get_sample_value
         assert value("bbopd_queued_items") == value("bbopd_queued_tokens") == 0
-        assert value("bbopd_requests_total", {"level": "topk", "outcome": "dropped"}) >= 90
+        assert value("bbopd_requests_total", {"level": "topk", "outcome": "dropped"}) == 100
         here.cancel()
 
 
@@ -269,16 +274,17 @@ async def test_a_question_asked_again_by_name_is_answered_from_memory_and_anothe
 
 
 async def test_an_answer_whose_client_left_is_there_when_it_comes_back():
-    backend = FakeBackend(VOCAB, delay=0.2)
-    async with running(backend) as (_, _, stub):
+    backend = HeldBackend(VOCAB)
+    async with running(backend) as (server, _, stub):
         call = await open_stream(stub)
         request = encode_item(1, rollout(1), WANT)
         request.item.replay_id = "paid"
         await call.write(request)
-        while not backend.calls:
-            await asyncio.sleep(0.01)
+        await until(lambda: backend.calls)
         call.cancel()
-        await asyncio.sleep(0.3)
+        await until(lambda: open_calls(server, "score") == 0)
+        backend.go_on()
+        await until(lambda: measure(server, "batch_items_count") == 1)
         assert (await ask(stub, rollout(1), WANT, "paid")).chunk.rows == 6
         assert backend.calls == [1]
 

@@ -9,13 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import grpc
 import pytest
 
+import bbopd.rpc.teacher_pb2 as pb
 import bbopd.rpc.teacher_pb2_grpc as teacher_pb2_grpc
 from bbopd.cli.main import main
 from bbopd.config import ServeConfig
@@ -30,6 +30,7 @@ from bbopd.types import Offer, Prompt, Rollout, SignalSpec, TeacherSignal
 from tests.test_server import VOCAB, WANT, next_answer, open_stream, rollout, running
 from tests.test_server_limits import next_answer_or_status, prompts
 from tests.tiny_models import tiny_llama, tiny_tokenizer
+from tests.waiting import PATIENCE, open_calls, until, unused_port, wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,12 +49,13 @@ async def test_metrics_count_what_happened():
             await next_answer(call)
         async for _ in stub.Generate(prompts(2, max_new_tokens=4)):
             pass
-        stop = server.observer.serve_metrics("127.0.0.1", free_port())
+        stop = server.observer.serve_metrics("127.0.0.1", unused_port())
         stop()
-        port = free_port()
+        port = unused_port()
         stop = server.observer.serve_metrics("127.0.0.1", port)
         try:
-            text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode())
+            address = f"http://127.0.0.1:{port}/metrics"
+            text = await asyncio.to_thread(lambda: urllib.request.urlopen(address, timeout=PATIENCE).read().decode())
             with pytest.raises(ConfigError, match=rf"cannot serve metrics on 127.0.0.1:{port} .*set metrics_port"):
                 Observer().serve_metrics("127.0.0.1", port)
         finally:
@@ -80,18 +82,10 @@ async def test_metrics_count_what_happened():
         assert line in text.splitlines(), f"{line}\n{text}"
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 async def test_logs_are_lines_of_json_without_prompts_or_texts(caplog):
     caplog.set_level(logging.INFO)
     secret_ids = (41, 43, 47, 41, 43)
-    async with running(FakeBackend(VOCAB)) as (_, _, stub):
+    async with running(FakeBackend(VOCAB)) as (server, _, stub):
         call = await open_stream(stub)
         item = Rollout("my-rollout", Prompt("p", secret_ids), (42, 44, 46))
         await call.write(encode_item(5, item, WANT))
@@ -99,7 +93,7 @@ async def test_logs_are_lines_of_json_without_prompts_or_texts(caplog):
         request = prompts(1)
         texts = [response.completion.text async for response in stub.Generate(request)]
         call.cancel()
-        await asyncio.sleep(0.1)
+        await until(lambda: open_calls(server, "score") == 0)
     lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("bbopd")]
     events = [json.loads(line) for line in lines]
     (scored,) = (event for event in events if event["message"] == "item" and event["level"] == "topk")
@@ -110,7 +104,7 @@ async def test_logs_are_lines_of_json_without_prompts_or_texts(caplog):
         "prompt_tokens": 5,
         "tokens": 3,
     }
-    assert 0 < scored["seconds"] < 5
+    assert 0 < scored["seconds"] < PATIENCE
     clients = {event["client"] for event in events if "client" in event}
     assert len(clients) == 1
     assert len(clients.pop()) == 12
@@ -134,17 +128,14 @@ class Served:
         )
 
     def __enter__(self) -> Served:
-        deadline = time.monotonic() + 60
-        while not self.ready.exists():
-            assert self.process.poll() is None, self.output()
-            assert time.monotonic() < deadline, self.output()
-            time.sleep(0.05)
+        wait_until(lambda: self.ready.exists() or self.process.poll() is not None, 2 * PATIENCE)
+        assert self.ready.exists(), self.output()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait()
         self.log.close()
 
     @property
@@ -166,41 +157,54 @@ def test_the_example_of_a_teacher_of_ones_own_passes_the_conformance_test(tmp_pa
         report = json.loads(capsys.readouterr().out)
         assert (report["pass"], report["fail"], len(report["checks"])) == (25, 0, 25)
         served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(10) == 0
+        assert served.process.wait(PATIENCE) == 0
         assert not served.ready.exists()
 
 
 _SLOW = """
-import sys
+import sys, time
 from pathlib import Path
 from bbopd.config import ServeConfig
 from bbopd.rpc.run_server import serve, set_up_logs
 from bbopd.teachers.fake import FakeBackend
+
+class Slow(FakeBackend):  # answers one call; the others wait until a file is there
+    def _begin(self, count):
+        super()._begin(count)
+        while len(self.calls) > 1 and not Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+
 set_up_logs("json")
 config = ServeConfig(model="slow", port=0, batch_tokens=20, drain_seconds=float(sys.argv[1]))
-serve(FakeBackend(50, delay=0.2), config, ready_file=Path(sys.argv[3]))
+serve(Slow(50), config, ready_file=Path(sys.argv[4]))
 """
 
 
-@pytest.mark.parametrize("grace", [20.0, 0.5], ids=["enough", "too little"])
+@pytest.mark.parametrize("grace", [2 * PATIENCE, 0.5], ids=["enough", "too little"])
 async def test_sigterm_finishes_what_was_taken_and_refuses_what_is_new(tmp_path, grace):
-    with Served(tmp_path, "-c", _SLOW, str(grace)) as served:
+    go_on = tmp_path / "go on"
+    with Served(tmp_path, "-c", _SLOW, str(grace), str(go_on)) as served:
         async with grpc.aio.insecure_channel(served.target.removeprefix("grpc://")) as channel:
             stub = teacher_pb2_grpc.TeacherServiceStub(channel)
             call = await open_stream(stub)
-            for number in range(12):  # 6 batches of 0.2 s
+            for number in range(12):  # 6 batches
                 await call.write(encode_item(number, rollout(number), WANT))
-            answered = {(await next_answer(call)).chunk.request_id}
+            await call.write(encode_item(99, rollout(99, length=5000), WANT))
+            answered = set()
+            while (message := await next_answer(call)).WhichOneof("kind") == "chunk":
+                answered.add(message.chunk.request_id)
+            assert message.failure.request_id == 99, "which came last: all of them have been taken"
             served.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.1)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stub.Score().read()
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert refused.value.details() == "the teacher is shutting down"
+            if grace > 1:
+                code, details = await refusal_of_what_is_new(stub)
+                assert code is grpc.StatusCode.UNAVAILABLE
+                assert details == "the teacher is shutting down"
+                go_on.touch()
             while not isinstance(message := await next_answer_or_status(call), grpc.StatusCode):
                 answered.add(message.chunk.request_id)
             assert message is grpc.StatusCode.UNAVAILABLE
-        assert served.process.wait(10) == 0
+        go_on.touch()
+        assert served.process.wait(PATIENCE) == 0
         events = [json.loads(line) for line in served.output().splitlines()]
         assert events[-1]["message"] == "stopped"
         if grace > 1:
@@ -210,8 +214,21 @@ async def test_sigterm_finishes_what_was_taken_and_refuses_what_is_new(tmp_path,
             assert any("requests unanswered after 0.5 s" in event["message"] for event in events)
 
 
+async def refusal_of_what_is_new(stub):
+    """The status with which a server that has been told to stop refuses a call, once it has heard of it."""
+    while True:
+        call = stub.Score()
+        await call.write(pb.ScoreRequest(open=pb.StreamOpen(protocol_version=1, answer_credit_bytes=1)))
+        try:
+            await asyncio.wait_for(call.read(), PATIENCE)
+        except grpc.aio.AioRpcError as error:
+            return error.code(), error.details()
+        call.cancel()
+        await asyncio.sleep(0.01)
+
+
 async def test_a_hugging_face_model_passes_the_conformance_test():
-    assert await failed_checks(HFBackend(tiny_llama(vocab_size=322), tiny_tokenizer()), timeout=60) == {}
+    assert await failed_checks(HFBackend(tiny_llama(vocab_size=322), tiny_tokenizer())) == {}
 
 
 # ---------------------------------------------------------------- teachers that do not conform
@@ -244,10 +261,10 @@ def _at(signal, want):
     return want.level, temperature, signal.logits, signal.ids, signal.logprobs, signal.log_tail, signal.sampled
 
 
-async def failed_checks(backend, timeout=5.0):
+async def failed_checks(backend):
     server = await start_server(backend)
     try:
-        return {result.name: result.detail async for result in check_teacher(server.target, timeout=timeout) if result.status == "fail"}
+        return {result.name: result.detail async for result in check_teacher(server.target, timeout=PATIENCE) if result.status == "fail"}
     finally:
         await server.stop(0.2)
 
@@ -278,7 +295,7 @@ def test_the_help_names_every_setting(capsys):
 
 
 def test_nobody_there_and_something_else_there_are_said(capsys):
-    port = free_port()
+    port = unused_port()
     assert main(["check-teacher", f"localhost:{port}", "--timeout", "0.3"]) == 3
     assert f"cannot reach a teacher at grpc://localhost:{port}" in capsys.readouterr().err
     assert main(["check-teacher", "localhost:1", "--token-file", os.devnull]) == 2

@@ -17,6 +17,7 @@ from tests.fault_registry import fault
 from tests.fault_server import FaultyTeacher, messages, serving
 from tests.faults import assert_nothing_lost, connected, make_rollouts, score_all
 from tests.test_server import running, status_of
+from tests.waiting import PATIENCE
 
 VOCAB = 97
 WANT = SignalSpec("topk", 1.0, 8)
@@ -36,7 +37,7 @@ def opening(credit: int = 2**26, takes_batches: bool = True) -> pb.ScoreRequest:
 async def open_stream(stub, **options):
     call = stub.Score()
     await call.write(opening(**options))
-    assert (await asyncio.wait_for(call.read(), 5)).accept.takes_batches
+    assert (await asyncio.wait_for(call.read(), PATIENCE)).accept.takes_batches
     return call
 
 
@@ -44,7 +45,7 @@ async def read_all(call, assemblers, failures):
     """Read until every request is answered; the sizes of the messages, in answers."""
     sizes = []
     while any(not one.is_complete for one in assemblers.values()):
-        parts = parts_of(await asyncio.wait_for(call.read(), 5))
+        parts = parts_of(await asyncio.wait_for(call.read(), PATIENCE))
         for part in parts:
             if part.WhichOneof("kind") == "failure":
                 failures[part.failure.request_id] = part.failure.code
@@ -91,7 +92,7 @@ async def test_who_does_not_take_batches_gets_none():
     async with running(FakeBackend(VOCAB)) as (_, _, stub):
         call = await open_stream(stub, takes_batches=False)
         await call.write(batch(encode_item(number, rollout, WANT) for number, rollout in enumerate(rollouts)))
-        kinds = {(await asyncio.wait_for(call.read(), 5)).WhichOneof("kind") for _ in rollouts}
+        kinds = {(await asyncio.wait_for(call.read(), PATIENCE)).WhichOneof("kind") for _ in rollouts}
         assert kinds == {"chunk"}
 
 

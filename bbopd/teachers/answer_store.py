@@ -27,7 +27,7 @@ __all__ = ["AnswerStore", "StoreFullError", "StoreStats", "Unfinished"]
 
 _VERSION = 1
 _BUSY_SECONDS = 60.0  # that another process may hold the file
-_OPEN_TRIES = 100
+_OPEN_TRIES = 1200
 _DIGEST_BYTES = 16
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, teacher TEXT, kind TEXT, digest BLOB, data BLOB, stored_at REAL);
