@@ -22,7 +22,7 @@ def _make(folder: Path, name: str, subject: str, *extensions: str, signed: bool 
         command += ["-addext", extension]
     if signed:
         command += ["-CA", "ca.pem", "-CAkey", "ca.key"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,14 +1,24 @@
-"""Fixtures of tests that run commands, in whatever file they are."""
+"""Fixtures of all tests, and of those that run commands, in whatever file they are."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.cli_runs import WORDS, environment
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """What a test draws without a seed of its own does not depend on which tests ran before it in this process."""
+    random.seed(20_261)
+    np.random.seed(20_261)
+    torch.manual_seed(20_261)
 
 
 @pytest.fixture

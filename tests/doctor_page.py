@@ -114,7 +114,9 @@ CASES = {
         sections={"teacher": {"topk": 16}},
     ),
     "nobody": Case(
-        "No teacher there", "Nothing listens at the address: a failing line, not a hang.", (), {"teacher": {"target": "grpc://127.0.0.1:9"}}
+        "No teacher there",
+        "Nothing listens at the address: a failing line, not a hang.",
+        sections={"teacher": {"target": "grpc://127.0.0.1:9", "start_timeout": 2.0}},
     ),
     "replicas": Case(
         "Replicas that differ",
@@ -151,7 +153,7 @@ def run_config(case: Case, targets: list[str]) -> RunConfig:
     """The run of a set-up, its folders being the current one's. Raises `ConfigError` as ``bbopd doctor`` would."""
     sections: dict[str, dict[str, Any]] = {
         "student": {"model": "student", "dtype": "float32"},
-        "teacher": {"target": targets, "start_timeout": 2.0, "timeout": 30.0},
+        "teacher": {"target": targets, "start_timeout": 60.0, "timeout": 60.0},
         "rollouts": {"per_update": 4, "max_new_tokens": 16, "max_staleness": 0},
         "objective": {"ramp": 0.2},
         "train": {"batch_tokens": 64, "max_seq_len": 64, "on_policy_tokens": 4000},

@@ -11,7 +11,6 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from tests.openai_runs import served
 from tests.openai_server import OpenAIServer
 from tests.serving import serving
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.waiting import unused_port
 
 GUIDES = Path(__file__).resolve().parent.parent / "docs" / "guides"
 TEACHER, STUDENT = "HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct"
@@ -91,7 +91,7 @@ class Guide:
         self.tokenizer = tiny_tokenizer()
         self.teacher = save_folder(folder / "teacher", tiny_llama(vocab_size=262, seed=1), self.tokenizer)
         self.student = save_folder(folder / "student", tiny_llama(vocab_size=262), self.tokenizer)
-        ports = {port: str(_free_port()) for port in PORTS}
+        ports = {port: str(unused_port()) for port in PORTS}
         self._replaced = {
             **({} if api is None else {"openai://localhost:8000/v1": api}),
             TEACHER: str(self.teacher),
@@ -194,9 +194,3 @@ def _graded(backend: HFBackend, guide: Guide):
         return f"then the thing in {len(asked)}"
 
     return reply
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

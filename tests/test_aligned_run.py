@@ -27,7 +27,7 @@ from tests.test_any_vocabulary import session_of, updates
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 from tests.two_tokenizers import byte_level_tokenizer, folding_tokenizer, sentencepiece_tokenizer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 ALIGNED = {"name": "aligned", "temperature": 1.0}
 
 

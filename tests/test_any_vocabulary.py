@@ -26,7 +26,7 @@ from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 TOKENS = 262
 TEXT = "the thing in the theory begins within this thin line and nothing other than the inner end of it "
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def padded(model, rows: int):

@@ -142,7 +142,7 @@ def test_sampled_is_valid_where_the_student_drew() -> None:
 
 
 def test_advantages_are_signals_of_what_was_judged_alone() -> None:
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     text = SignalSpec("text", temperature=0.7)
     rollouts = [make_rollout(random, draw, labelled=draw % 3 == 1) for draw in range(6)]
     judged = [None if rollout.is_labelled else random.normal(size=len(rollout)).astype(np.float32) for rollout in rollouts]

@@ -30,7 +30,7 @@ from tests.openai_runs import run_config, served
 from tests.openai_server import CHAT, OpenAIServer
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 TOKENIZER = tiny_tokenizer()
 TEXT = SignalSpec("text")
 

@@ -39,7 +39,7 @@ from tests.doctor_page import (
     written,
 )
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bbopd.errors import ConfigError, DataError, TeacherError
 from bbopd.teachers.hf import HFBackend
 from tests.serving import serving
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.waiting import unused_port
 
 TEXT = ["The naïve thing: 日本語 in the café, and then the end of it all. " * 3, "Another document begins here 🙂, and it ends there. " * 4]
 SIZES = ["--sequences", "4", "--rollouts", "3", "--max-new-tokens", "8", "--dtype", "float32"]
@@ -128,22 +128,14 @@ def test_agreement_with_replicas_of_a_served_teacher(models: dict[str, Path], te
     with serving(HFBackend.from_config(ServeConfig(model=str(models["teacher"]), dtype="float32")), 2) as servers:
         targets = [argument for server in servers for argument in ("--teacher", server.target)]
         served = as_json(capsys, models["student"], "--text", text, *targets)
-        unused = free_port()
+        unused = unused_port()
         with pytest.raises(TeacherError, match=str(unused)):  # every address that is given counts
-            evaluate(
-                models["student"], "--text", text, *targets, "--teacher", f"grpc://127.0.0.1:{unused}", "--connect-timeout", 0.5, *SIZES
-            )
+            evaluate(models["student"], "--text", text, *targets, "--teacher", f"grpc://127.0.0.1:{unused}", "--connect-timeout", 3, *SIZES)
     assert served["kl_rollouts"] == pytest.approx(loaded["kl_rollouts"], rel=1e-2)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def test_teacher_that_is_not_there(models: dict[str, Path], text: Path) -> None:
-    port = free_port()
+    port = unused_port()
     with pytest.raises(TeacherError, match=str(port)):
         evaluate(models["student"], "--text", text, "--teacher", f"grpc://127.0.0.1:{port}", "--connect-timeout", 0.5, *SIZES)
 

@@ -299,7 +299,7 @@ def test_memory_is_bounded_however_much_is_read(tmp_path: Path) -> None:
         for number in range(12_000):
             file.write(json.dumps({"text": f"{number} " + "words of a long document " * 400}) + "\n")
     size = (folder / "train.jsonl").stat().st_size / 2**20
-    done = subprocess.run([sys.executable, "-c", _DRAW, str(folder), "10000"], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", _DRAW, str(folder), "10000"], capture_output=True, text=True, timeout=400, check=True)
     documents, grown = json.loads(done.stdout)
     assert documents == 10_000
     assert grown < size / 2, f"{grown:.0f} MB more for {size:.0f} MB read"

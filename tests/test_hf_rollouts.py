@@ -19,6 +19,7 @@ from bbopd.rollouts.requests import Requests
 from bbopd.rollouts.sampling import draw_uniforms
 from bbopd.types import Prompt, Rollout, RolloutEngine, Sampling
 from tests.tiny_models import tiny_gemma2, tiny_llama, tiny_qwen2
+from tests.waiting import PATIENCE
 
 EOS = 2
 
@@ -170,7 +171,7 @@ async def test_cancelling_stops_the_thread_and_weights_can_change_between_rollou
     assert not engine._in_use.locked()
     async for rollout in engine.generate(stream(make_prompts([4, 5])), Sampling(3)):
         assert rollout.weights_version == 0
-        await asyncio.wait_for(engine.load_weights([], 1), timeout=30)
+        await asyncio.wait_for(engine.load_weights([], 1), timeout=PATIENCE)
     assert engine.version == 1
 
 
@@ -294,7 +295,7 @@ async def test_weights_come_in_between_rollouts_of_a_long_stream() -> None:
 
     rollouts = engine.generate(endless(), Sampling(12))
     for push in range(1, 4):
-        await asyncio.wait_for(engine.load_weights([], push), timeout=60)
+        await asyncio.wait_for(engine.load_weights([], push), timeout=PATIENCE)
         while not versions or versions[-1] < push:
             versions.append((await anext(rollouts)).weights_version)
     await rollouts.aclose()  # type: ignore[attr-defined]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,28 @@ from tests.test_overlap import check_books
 
 # forks for every run, so that imports take their time once; it must be without threads of its own
 RUNS = """
-import asyncio, json, os, sys, warnings
+import asyncio, json, os, signal, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from bbopd.rollouts.fake import FakeEngine
 from tests.loop_rig import VOCAB, Rig, run_config
 
+def die_after(lines, path):
+    while not path.exists() or path.read_text().count("\\n") < lines:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
 warnings.simplefilter("ignore")  # Python warns of any fork
 for line in sys.stdin:
     child = os.fork()
     if child:
-        print("begun", child, flush=True)
         os.waitpid(child, 0)
         print("over", flush=True)
         continue
     asked = json.loads(line)
+    if asked["lines"]:
+        threading.Thread(target=die_after, args=(asked["lines"], Path(asked["folder"]) / "metrics.jsonl"), daemon=True).start()
     config = run_config(
         Path(asked["folder"]),
         train={"on_policy_tokens": 800, "checkpoint_every": 3},
@@ -69,14 +73,10 @@ def test_nothing_is_lost_when_the_process_is_killed(runs, tmp_path, engine: str,
     run = tmp_path / "run"
     asked = {"folder": str(run), "engine": engine, "staleness": staleness, "overlaps": overlaps}
     for lines in (6, 12):  # soon after the cold start, and later on, from what the first kill has left
-        child = _begin(runs, asked)
-        deadline = time.monotonic() + 120
-        while _count(run / "metrics.jsonl") < lines and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(child, signal.SIGKILL)
+        _begin(runs, asked | {"lines": lines})
         assert runs.stdout.readline() == "over\n", "it has ended before it was killed"
         check_books(_saved(run))
-    _begin(runs, asked)
+    _begin(runs, asked | {"lines": 0})
     assert runs.stdout.readline() == "finished\n"
     assert runs.stdout.readline() == "over\n"
     state = _saved(run)
@@ -92,15 +92,11 @@ def test_nothing_is_lost_when_the_process_is_killed(runs, tmp_path, engine: str,
     assert sum(line["tokens"] for line in trained) == state.trained_tokens
 
 
-def _begin(runs: Any, asked: dict[str, Any]) -> int:
+def _begin(runs: Any, asked: dict[str, Any]) -> None:
+    """Start a run, which kills itself once it has written so many ``lines``; 0: never."""
     runs.stdin.write(json.dumps(asked) + "\n")
     runs.stdin.flush()
-    return int(runs.stdout.readline().removeprefix("begun "))
 
 
 def _saved(run: Path) -> RunState:
     return RunState.from_json(json.loads((latest_checkpoint(run / "checkpoints") / "state.json").read_text())["state"])
-
-
-def _count(path: Path) -> int:
-    return path.read_text().count("\n") if path.exists() else 0

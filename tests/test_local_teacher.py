@@ -19,6 +19,7 @@ from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.local import LocalTeacher
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec, Teacher
+from tests.waiting import PATIENCE
 
 VOCAB = 331
 
@@ -251,7 +252,7 @@ async def test_a_source_that_waits_for_each_answer_is_served():
 
     async def one_at_a_time():
         for rollout in make_rollouts(4):
-            await asyncio.wait_for(answered.wait(), 5)
+            await asyncio.wait_for(answered.wait(), PATIENCE)
             answered.clear()
             yield rollout
 

@@ -16,6 +16,7 @@ from bbopd.rollouts.fake import FakeEngine
 from bbopd.teachers.fake import FakeBackend, FakeTeacher
 from bbopd.trainer.checkpoint import latest_checkpoint
 from tests.loop_rig import VOCAB, Rig, poison, run_config
+from tests.waiting import PATIENCE
 
 
 async def test_budgets_phases_and_books(tmp_path):
@@ -114,7 +115,7 @@ async def test_a_stop_while_sampling_drops_the_cycle_at_once(tmp_path):
     config = run_config(tmp_path / "run", train={"cold_start_tokens": 0})
     rig = Rig(config, engine=_LongWriter(VOCAB, eos_token_id=2))
     asyncio.get_running_loop().call_later(0.3, rig.stop.set)
-    assert await asyncio.wait_for(rig.run(), timeout=20) == "stopped"
+    assert await asyncio.wait_for(rig.run(), timeout=PATIENCE) == "stopped"
     assert rig.loop.state == RunState(seconds=rig.loop.state.seconds)
     assert rig.losses() == []
 

@@ -320,7 +320,7 @@ def test_without_peft_the_command_that_installs_it_is_named():
         "try: add_lora(tiny_llama(), LoRAConfig(), base='x')\n"
         "except ConfigError as error: print(error)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     assert "student.lora needs the package peft: pip install 'bbopd[lora]', or leave student.lora out" in found.stdout
 
 

@@ -72,7 +72,7 @@ def test_grades_fall_with_every_word_and_come_over_http():
     with grading() as target:
         address = target.replace("openai://", "http://") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps({"messages": [message]}).encode())
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             found = json.load(reply)
     assert found["choices"][0]["message"]["content"] == f"score: {grade('one two three')}"
 

@@ -18,7 +18,7 @@ from tests.openai_server import CHAT, OpenAIServer
 from tests.test_budget import nanos
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_run_stops_with_a_checkpoint_when_the_money_is_spent_and_goes_on_with_more(tmp_path):

@@ -24,7 +24,7 @@ from tests.openai_server import CHAT, ECHO, SGLANG, VLLM, OpenAIServer
 from tests.tiny_models import save_folder, tiny_tokenizer
 from tests.waiting import PATIENCE
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 VOCAB = 320
 TOKENIZER = tiny_tokenizer()

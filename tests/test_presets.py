@@ -21,7 +21,7 @@ from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = ("7b", "13b", "30b", "fleet_topk", "chat_gad", "lora_24gb")
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("name", PRESETS)

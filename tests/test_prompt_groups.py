@@ -14,7 +14,7 @@ def answers(names: str, first: int = 0) -> tuple[list[Prompt], list[Rollout]]:
 
 
 def test_any_order_of_arrival_and_any_rejections_give_the_same_groups() -> None:
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     for _ in range(50):
         prompts, rollouts = answers("aaabbbbcd", first=100)
         is_rejected = random.random(len(rollouts)) < 0.4

@@ -212,7 +212,7 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named():
         "    try: attempt()\n"
         "    except ConfigError as error: print(error)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     assert "student.quantize needs the package bitsandbytes: pip install 'bbopd[quantize]'" in found.stdout
     assert "train.optimizer adamw_8bit needs the package bitsandbytes: pip install 'bbopd[quantize]'" in found.stdout
 

@@ -296,5 +296,5 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
         linear_logprobs(hidden, weight, top_k=4, token_ids=zeros, impl="reference")
         print(peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=400, check=True)
     assert float(done.stdout) < 120, f"peak memory grew by {done.stdout.strip()} MB"

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +27,7 @@ from tests.certificates import make_certificates, replace_file
 from tests.fault_registry import fault
 from tests.test_security import OTHER, TOKEN, VOCAB, ask, client
 from tests.test_server import WANT, next_answer, open_stream, rollout, status_of
+from tests.waiting import PATIENCE, until
 
 _SERVE = """
 import sys
@@ -66,23 +66,16 @@ def rotate(config: ServeConfig, pem: Path) -> None:
     replace_file(Path(config.tls.key), (pem / "server.key").read_bytes())
 
 
-async def until(is_true, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-
-
 @fault("certificate and token replaced while the server runs (SIGHUP)", "new ones hold at once; a call with a token taken out is ended")
 async def test_a_process_reads_its_certificates_and_tokens_again(config, old, new, tmp_path):
     ready, log = tmp_path / "address", tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, "-c", _SERVE, config.model_dump_json(), str(ready)], stderr=output)
     try:
-        await until(ready.exists, 120)
+        await until(ready.exists, 2 * PATIENCE)
         port = int(ready.read_text().rpartition(":")[2])
         server, target = SimpleNamespace(port=port), f"grpc://localhost:{port}"
-        assert len(await ask(server, client(old, TOKEN, tmp_path, ca="ca.pem"), timeout=30)) == 3
+        assert len(await ask(server, client(old, TOKEN, tmp_path, ca="ca.pem"))) == 3
         kept, ended = (open_channel(target, client(old, token, tmp_path, ca="ca.pem")) for token in (OTHER, TOKEN))
         async with kept, ended:
             stays, leaves = [await open_stream(teacher_pb2_grpc.TeacherServiceStub(channel)) for channel in (kept, ended)]
@@ -94,13 +87,13 @@ async def test_a_process_reads_its_certificates_and_tokens_again(config, old, ne
             await stays.write(encode_item(1, rollout(1), WANT))
             assert (await next_answer(stays)).chunk.request_id == 1, "a connection that is open stays, and so does its call"
             stays.cancel()
-        assert len(await ask(server, client(new, OTHER, tmp_path, ca="ca.pem"), timeout=30)) == 3
+        assert len(await ask(server, client(new, OTHER, tmp_path, ca="ca.pem"))) == 3
         with pytest.raises(TeacherError, match="cannot reach a teacher"):
             await ask(server, client(old, OTHER, tmp_path, ca="ca.pem"), timeout=0.5)
         with pytest.raises(TeacherError, match="UNAUTHENTICATED"):
-            await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"), timeout=30)
+            await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()
@@ -121,15 +114,15 @@ async def test_files_that_change_are_read_and_unusable_ones_change_nothing(confi
     try:
         replace_file(Path(config.tls.certificate), (new / "server.pem").read_bytes())
         await until(lambda: said("are no pair of PEM files"))
-        assert len(await ask(server, client(old, TOKEN, tmp_path, ca="ca.pem"), timeout=30)) == 3
+        assert len(await ask(server, client(old, TOKEN, tmp_path, ca="ca.pem"))) == 3
         replace_file(Path(config.tls.key), (new / "server.key").read_bytes())
         await until(lambda: said("were read again"))
-        assert len(await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"), timeout=30)) == 3
+        assert len(await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"))) == 3
         replace_file(Path(config.token_file), b"# none\n")
         await until(lambda: said("holds no token"))
         Path(config.token_file).unlink()
         await until(lambda: said("No such file"))
-        assert len(await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"), timeout=30)) == 3
+        assert len(await ask(server, client(new, TOKEN, tmp_path, ca="ca.pem"))) == 3
         assert sum("stay as they were" in record.getMessage() for record in caplog.records) == 3, "each is said once"
     finally:
         watching.cancel()

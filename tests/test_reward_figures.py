@@ -15,7 +15,7 @@ def judged(length: int, value: float, std: float = 1.0, **parts: float) -> Score
 
 
 def test_they_are_those_of_the_judged_rollouts() -> None:
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     lengths, values = random.integers(1, 50, 12), random.normal(size=12)
     items = [
         judged(int(length), value, std=float(n % 3), style=2 * value) for n, (length, value) in enumerate(zip(lengths, values, strict=True))

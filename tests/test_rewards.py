@@ -68,7 +68,7 @@ async def judged(stage: GroupRewards, rollouts: Sequence[Rollout]) -> list[Score
 
 @pytest.mark.parametrize("divide_by_std", [True, False])
 def test_every_token_has_the_advantage_of_its_answer_in_its_group(divide_by_std: bool) -> None:
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     sizes = [int(size) for size in random.integers(1, 9, 20)]
     rollouts = grouped(sizes)
     labelled = Rollout("l", Prompt("q", (1,)), (1, 2), origin="reference", draw=9999)
@@ -192,7 +192,7 @@ def check(run: Simulation, judge: TimedJudge, samples: int) -> None:
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize(("samples", "per_update", "batch_tokens"), [(8, 8, 1), (8, 8, 10_000), (4, 8, 40), (16, 64, 132), (1, 4, 20)])
 def test_no_group_waits_for_itself_whatever_the_filters_turn_away(staleness, samples, per_update, batch_tokens) -> None:
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     judge = TimedJudge(seconds=lambda group: float(random.pareto(1.0)))
     gate = OpenGate(lambda rollout: len(rollout) % 3 == 0)
     settings = config(staleness=staleness, samples=samples, per_update=per_update, batch_tokens=batch_tokens, checkpoint_every=1)

@@ -27,6 +27,7 @@ from bbopd.teachers.hf import HFBackend
 from bbopd.teachers.routed import RoutedTeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.waiting import until
 
 V = 50
 TEXT = "the thing in the theory begins within this thin line and nothing other than the inner end of it "
@@ -113,8 +114,7 @@ async def test_what_one_teacher_raises_ends_all_and_an_early_end_closes_them():
     ) as answers:
         async for _ in answers:
             break
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == before
+    await until(lambda: asyncio.all_tasks() == before)
 
 
 def run_of(**sections) -> dict:

@@ -70,7 +70,7 @@ class Caller:
         self.scheduler.submit(self.call, Job(want, rollout, tokens, answer_bytes, deliver))
 
     async def has(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.answers) < count:
                 await asyncio.sleep(0.005)
 

@@ -12,7 +12,7 @@ from bbopd.evaluate.length_control import length_controlled
 from bbopd.evaluate.paired import compare, mcnemar
 from bbopd.evaluate.scores import Scores
 
-RANDOM = np.random.default_rng()
+RANDOM = np.random.default_rng(0)
 
 
 def means(values: np.ndarray, clusters: tuple[str, ...] = ()) -> Scores:

@@ -32,7 +32,7 @@ from tests.doctor_page import OTHER_MERGES, Case, Teacher, examine_case, make_fo
 from tests.test_any_vocabulary import TOKENS, session_of
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 TEXT = SignalSpec("text")
 
 

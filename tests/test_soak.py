@@ -9,7 +9,7 @@ from tests.soak import check_outcome, soak
 
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_every_rollout_is_accounted_for_whatever_happens():
     outcome = await soak(10.0)
     print("\n".join(outcome.lines()))

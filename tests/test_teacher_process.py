@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from bbopd.errors import TeacherError
 from bbopd.teachers.process import TeacherProcess
 from bbopd.teachers.remote import RemoteTeacher
 from bbopd.types import Prompt, Rollout, SignalSpec
+from tests.waiting import PATIENCE, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 async def test_a_teacher_beside_the_run(folder, tmp_path):
     config = ServeConfig(model=str(folder), levels=("topk",), max_top_k=8)
-    process = await TeacherProcess.start(config, tmp_path / "logs" / "teacher.log", timeout=120)
+    process = await TeacherProcess.start(config, tmp_path / "logs" / "teacher.log", timeout=240)
     try:
         assert process.alive
         assert os.getpgid(process.pid) == process.pid != os.getpgid(0), "Ctrl-C in the terminal does not reach it"
@@ -52,11 +52,9 @@ async def test_a_teacher_beside_the_run(folder, tmp_path):
         assert scored[0].signal.ids.shape == (3, 8)
         await teacher.close()
     finally:
-        started = time.monotonic()
-        process.stop()
+        process.stop(PATIENCE)
     assert not process.alive
-    assert time.monotonic() - started < 8, "SIGTERM was enough"
-    assert "stopped" in process.last_lines()
+    assert "stopped" in process.last_lines(), "SIGTERM was enough"
     process.stop()  # once more is harmless
 
 
@@ -87,7 +85,7 @@ _PARENT = """
 import asyncio, os, signal, sys
 from bbopd.config import ServeConfig
 from bbopd.teachers.process import TeacherProcess
-process = asyncio.run(TeacherProcess.start(ServeConfig(model=sys.argv[1]), sys.argv[2], timeout=120))
+process = asyncio.run(TeacherProcess.start(ServeConfig(model=sys.argv[1]), sys.argv[2], timeout=240))
 print(process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -95,14 +93,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_it_ends_when_its_parent_is_killed(folder, tmp_path):
     parent = subprocess.run(
-        [sys.executable, "-c", _PARENT, str(folder), str(tmp_path / "t.log")], capture_output=True, text=True, timeout=150
+        [sys.executable, "-c", _PARENT, str(folder), str(tmp_path / "t.log")], capture_output=True, text=True, timeout=300
     )
     assert parent.returncode == -signal.SIGKILL, parent.stderr
     pid = int(parent.stdout)
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and is_running(pid):
-        time.sleep(0.1)
-    assert not is_running(pid)
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:

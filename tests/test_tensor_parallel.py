@@ -23,7 +23,7 @@ from tests.cuda_build import build_emulation
 from tests.distill_oracle import logits_of, oracle
 from tests.vocabulary_ranks import CASES, EVERYWHERE, MISTAKES, PARTS, WORLD, Case, call, is_asked, repeats
 
-LIMIT_S = 180
+LIMIT_S = 480
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_mistake_of_one_rank_is_an_error_of_all(answers: list[dict[Any, Any]],
         assert part in said[1]
     # what shows in a sum over all of the vocabulary has no rank
     assert said[0] == said[1] or f"rank {bad} of the group" in said[1 - bad]
-    assert max(seconds) < 10
+    assert max(seconds) < 60, "and not after the time limit of the group"
 
 
 def test_what_is_wrong_on_every_rank_is_said_on_every_rank(answers: list[dict[Any, Any]]) -> None:

@@ -23,7 +23,7 @@ from tests.openai_server import OpenAIServer
 from tests.test_budget import nanos
 from tests.tiny_models import tiny_llama, tiny_tokenizer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 RUBRIC = {"criteria": [{"text": "How many letters e are in it?"}], "scale": [0, 10]}
 
 

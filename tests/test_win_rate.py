@@ -92,7 +92,7 @@ async def test_a_judge_behind_an_endpoint_is_asked_once_about_the_same_two_answe
         grade=lambda messages: longer(*answers_in(messages[-1]["content"])),
     )
     async with server.serving() as port:
-        config = EvalConfig.model_validate({"judge": {"target": f"openai://127.0.0.1:{port}/v1", "timeout": 20}}).judge
+        config = EvalConfig.model_validate({"judge": {"target": f"openai://127.0.0.1:{port}/v1", "timeout": 60}}).judge
         counts = []
         for _ in range(2):
             async with AsyncExitStack() as stack:

@@ -42,7 +42,7 @@ def test_a_peer_gives_back_what_was_put_in(load, peer):
             np.testing.assert_allclose(getattr(signal, name), getattr(expected, name), rtol=1e-6)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 async def test_a_round_trip_and_its_bytes(load):
     with server_process(BBOPD) as port:
         contest = Contest({BBOPD: port}, load)
@@ -86,7 +86,7 @@ def test_shapes_to_score_differ_by_seed_and_share_their_prompts():
     assert len({rollout.all_ids for rollout in [*first, *second]}) == 2 * len(first)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 async def test_memory_of_a_server_is_looked_at_from_outside():
     found = await measure(requests=100)
     assert list(found.at) == [100]

@@ -34,7 +34,7 @@ from tests.tiny_models import tiny_llama, tiny_qwen2, tiny_tokenizer
 
 STEPS = 2
 TIMEOUT_S = 60
-STOPPED_S = 4  # where it shall run out
+STOPPED_S = 8  # where it shall run out
 
 
 @dataclass(frozen=True)

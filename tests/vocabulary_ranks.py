@@ -299,7 +299,7 @@ def compiled(group: Any, sizes: tuple[int, ...]) -> dict[str, dict[str, Any]]:
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=240))
     cuda = emulated_cuda(folder)
     groups = {name: torch.distributed.new_group(list(ranks)) for name, (_, ranks) in PARTS.items()}
     answers: dict[Any, Any] = {}

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: list[str]) -> int:
@@ -26,9 +27,11 @@ def main(argv: list[str]) -> int:
     parent, grace = int(argv[0]), float(argv[1])
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray's workers have given way to all else (RAY_worker_niceness), as training must not
-    process = subprocess.Popen(argv[2:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # one that comes while the process is started is handed on too
+    process = subprocess.Popen(argv[2:], stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_set_up_child)
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     signal.signal(signal.SIGUSR1, lambda number, frame: _kill_group(process.pid))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     deadline = None
     while True:
         try:
@@ -49,8 +52,9 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
+def _set_up_child() -> None:
     """In the child, before it becomes another program: SIGKILL where the ward, which has one thread, is killed itself."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

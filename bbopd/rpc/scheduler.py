@@ -28,7 +28,7 @@ __all__ = ["Call", "Scheduler"]
 
 _POLL = 0.01  # seconds
 _QUIET_POLLS = 3  # without a new job, after which a burst counts as over: half-filled batches waste the model
-_LONGEST_LINGER = 1.0  # seconds
+_MOST_POLLS = 100  # of one burst; counted, not timed: a machine that pauses meanwhile cuts no burst short
 _log = logging.getLogger("bbopd.serve")
 
 
@@ -162,9 +162,10 @@ class Scheduler:
 
     async def _let_burst_arrive(self) -> None:
         """Wait until nothing more can join the next batch, or jobs have stopped coming."""
-        now = asyncio.get_running_loop().time
-        deadline, submitted, quiet_polls = now() + _LONGEST_LINGER, self._submitted, 0
-        while self._can_grow() and quiet_polls < _QUIET_POLLS and now() < deadline:
+        submitted, quiet_polls = self._submitted, 0
+        for _ in range(_MOST_POLLS):
+            if quiet_polls == _QUIET_POLLS or not self._can_grow():
+                return
             await asyncio.sleep(_POLL)
             quiet_polls = quiet_polls + 1 if self._submitted == submitted else 0
             submitted = self._submitted

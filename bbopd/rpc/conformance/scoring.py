@@ -101,7 +101,7 @@ async def companions_do_not_matter(probe: Probe) -> str:
     """An answer is the same alone and in company, but for rounding."""
     want = probe.any_want()
     rollouts = [probe.rollout(want, length) for length in (3, 17, 9, 30)]
-    together = await probe.score(rollouts, want)
+    together = await probe.score_together(rollouts, want)
     for rollout, signal in zip(rollouts, together, strict=True):
         (alone,) = await probe.score([rollout], want)
         worst = float(np.abs(np.exp(_rows(alone)) - np.exp(_rows(signal))).max())
