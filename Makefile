@@ -162,6 +162,7 @@ package: wheel
 	rm -rf build/package && $(PYTHON) -m venv build/package
 	build/package/bin/pip install -q -c constraints.txt torch==2.13.0
 	build/package/bin/pip install -q -c constraints.txt dist/*.whl
+	build/package/bin/python tests/check_dist.py dist
 	cd / && $(CURDIR)/build/package/bin/python $(CURDIR)/tests/use_installed.py
 	cd / && $(CURDIR)/build/package/bin/bbopd --version
 
@@ -175,6 +176,7 @@ $(TOOLS)/.ready:
 sbom: package $(TOOLS)/.ready
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o dist/bbopd.cdx.json build/package/bin/python
 	$(TOOLS)/bin/pip-licenses --python build/package/bin/python --format markdown --with-urls --output-file dist/licences.md
+	build/package/bin/python tests/check_dist.py dist --sbom
 
 # The wheel of this machine under the oldest manylinux that it keeps to; `wheels`: one for each Python, in containers, which need Docker.
 manylinux: wheel $(TOOLS)/.ready

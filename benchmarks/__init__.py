@@ -10,6 +10,7 @@
 | ``scoring.py`` ``server_memory.py`` | `bbopd serve` and a plain forward pass over the same sequences; a server's memory |
 | ``objectives.py`` ``objective_*.py`` ``grader.py`` | each objective on a real model over seeds: ``python -m benchmarks.objectives`` |
 | ``adoption.py`` | a style learned from text alone, by a game and without: ``python -m benchmarks.adoption`` |
+| ``newcomer.py`` | from a clone to a first student, timed: ``python3 -m benchmarks.newcomer`` |
 | ``gpu*.py`` ``clock.py`` ``on_gpu.py`` | the same on a GPU, without pytest: ``python -m benchmarks.gpu``; and ``make gpu`` |
 | ``machine.py`` ``records.py`` ``report.py`` ``plots.py`` | where a figure was taken, the CSV, and the tables and plots made of it |
 """

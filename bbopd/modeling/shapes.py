@@ -39,8 +39,6 @@ class ModelShape:
     """All of them, or the adapters'."""
     frozen_bytes: int
     """Of what is not trained, as it is held."""
-    body_matrices: int
-    """Entries of the linear layers in the body."""
     largest_layer: int
     """Entries of the largest decoder layer."""
     outside_layers: int
@@ -80,7 +78,6 @@ def shape_of(model: PreTrainedModel, name: str, quantize: Quantization | None = 
         parameters=parameters,
         trained=adapters or parameters,
         frozen_bytes=frozen,
-        body_matrices=of_matrices,
         largest_layer=max(of_layers),
         outside_layers=sum(one.numel() for one in model.parameters()) - sum(of_layers),
         layers=len(of_layers),
