@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import select
 import shutil
 import subprocess
+import time
 import types
 from pathlib import Path
 
@@ -73,6 +77,65 @@ def test_bash_completes_commands_flags_actions_and_files(tmp_path, capsys):
     assert completed("bbopd", "cache", "p") == {"prune"}
     assert completed("bbopd", "completion", "f") == {"fish"}
     assert completed("bbopd", "distill", "mi") == {"mine.yaml"}
+
+
+def test_fish_completes_commands_flags_and_actions(tmp_path, capsys):
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    main(["completion", "fish"])
+    (tmp_path / "bbopd.fish").write_text(capsys.readouterr().out)
+
+    def completed(line: str) -> set[str]:
+        script = f"source bbopd.fish; complete --do-complete '{line}'"
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+        )
+        return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+    assert completed("bbopd do") == {"doctor"}
+    assert completed("bbopd doctor --te") == {"--teacher-tokenizer"}
+    assert completed("bbopd completion f") == {"fish"}
+    assert "prune" in completed("bbopd cache p")
+
+
+def test_zsh_completes_commands_flags_and_values(tmp_path, capsys):
+    """At a terminal, which its completion needs: a key shows what the line has become."""
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    main(["completion", "zsh"])
+    (tmp_path / "_bbopd").write_text(capsys.readouterr().out)
+    (tmp_path / ".zshrc").write_text(
+        f"fpath=({tmp_path} $fpath); autoload -U compinit; compinit -u -D\n"
+        "show() { print -r -- \"<$BUFFER>\"; BUFFER= }; zle -N show; bindkey '^X' show; PS1='ready> '\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
+    shell = subprocess.Popen(["zsh", "-d", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
+    os.close(theirs)
+
+    def read_until(pattern: str) -> str:
+        seen, deadline = "", time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.1)[0]:
+                seen += os.read(ours, 65536).decode(errors="replace")
+            if found := re.search(pattern, seen):
+                return found[0]
+        raise AssertionError(f"{pattern} does not come; what came: {seen!r}")
+
+    def completed(line: str) -> str:
+        os.write(ours, f"{line}\t\x18".encode())
+        return read_until("<[^<>]*>")
+
+    try:
+        read_until("ready> ")
+        assert completed("bbopd doct") == "<bbopd doctor >"
+        assert completed("bbopd doctor --teacher-tok") == "<bbopd doctor --teacher-tokenizer >"
+        assert completed("bbopd completion f") == "<bbopd completion fish >"
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
 
 
 # ------------------------------------------------------------ --json
