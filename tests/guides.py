@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -166,6 +167,10 @@ class Guide:
                     assert main([*words[1:], "--plain", *settings, "--set", f"teacher.budget.limit={LITTLE_MONEY}"]) == 7, command
                 else:
                     assert main([*words[1:], *(["--plain"] if name == "distill" else []), *settings]) == 0, command
+            case ["torchrun", *options, "-m", "bbopd", "distill", path]:
+                given = [*options, "-m", "bbopd", "distill", path, *self.settings("distill", path)]
+                ranks = subprocess.run([sys.executable, "-m", "torch.distributed.run", *given], capture_output=True, text=True, check=False)
+                assert ranks.returncode == 0, f"{command}: {ranks.stderr[-3000:]}"
             case ["python", path]:
                 runpy.run_path(path, run_name="__main__")
             case ["export", assignment]:

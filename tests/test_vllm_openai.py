@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,7 +26,8 @@ from bbopd.teachers.openai import OpenAITeacher
 from bbopd.types import Prompt, Rollout, Sampling, SignalSpec
 from bbopd.vllm_setup import engine_environment
 from tests.faults import score_all, stream
-from tests.guides import Guide
+from tests.guides import GUIDES, Guide, questions
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.vllm,
@@ -168,8 +170,6 @@ async def test_it_writes_in_a_chat(target, backend):
 
 @pytest.mark.timeout(900)
 async def test_a_student_of_another_vocabulary_is_refused(target, backend, tmp_path):
-    from tests.tiny_models import tiny_tokenizer
-
     with pytest.raises(TeacherError, match="does not number tokens as the student does: id "):
         async with asyncio.timeout(300):
             await OpenAITeacher.connect(TeacherConfig(target=target, topk=8), tokenizer=tiny_tokenizer(), vocab_size=262)
@@ -185,3 +185,13 @@ def test_the_guide_of_text_alone_can_be_followed(target, tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "runs" / "seqkd" / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["tokens"]["trained"] >= 40
+
+
+def test_the_example_of_text_alone_runs(target, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").write_text("\n".join(questions(12)))
+    student = save_folder(tmp_path / "student", tiny_llama(vocab_size=262), tiny_tokenizer())
+    main = runpy.run_path(str(GUIDES.parents[1] / "examples" / "text_only.py"))["main"]
+    asked = [target, "questions.jsonl", "--student", str(student), "--tokens", "60", "--prompt-tokens", "40", "--answer-tokens", "12"]
+    assert main([*asked, "--dtype", "float32"]) == 0
+    assert "0 the thin thing in" in capsys.readouterr().out
