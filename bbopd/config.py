@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from bbopd.config_base import Options, Section, known_in
-from bbopd.config_cluster import ClusterConfig, NeedsConfig
+from bbopd.config_cluster import ClusterConfig, NeedsConfig, ScaleConfig
 from bbopd.config_data import DataConfig, FiltersConfig, PromptSource
 from bbopd.config_eval import EvalConfig
 from bbopd.config_gad import GadConfig, with_gad_defaults
@@ -58,6 +58,7 @@ __all__ = [
     "RolloutsConfig",
     "RunConfig",
     "SampleServerConfig",
+    "ScaleConfig",
     "SelfConfig",
     "ServeConfig",
     "ServerTlsConfig",
@@ -141,6 +142,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"cluster.engines {engines[0]} to {engines[1]} starts servers for rollouts.engine vllm, with neither a target nor sleep: "
                 "set rollouts.engine=vllm and leave these out, or cluster.engines=0"
+            )
+        if self.cluster.scale is not None and not rollouts.max_staleness:
+            raise ValueError(
+                "cluster.scale with rollouts.max_staleness 0: trainer and engines wait for each other in turn, which says nothing of how "
+                "many there should be; set max_staleness=1, or leave scale out"
             )
         return self
 

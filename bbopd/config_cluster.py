@@ -18,6 +18,19 @@ class NeedsConfig(Section):
     """None: 1 where the cluster has any, else 0."""
 
 
+class ScaleConfig(Section):
+    """When a run has more or fewer engines, between ``least`` and the second number of ``cluster.engines``."""
+
+    least: Positive = 1
+    """Engines that stay however little they have to do."""
+    starved: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the time that the trainer waits for answers to be written, above which there are more; below half of it may be fewer."""
+    busy: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Share of the time in which engines are to have something to write: fewer where those left would be no busier than that."""
+    window: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds of the run that are looked at together; two such windows have to agree."""
+
+
 class ClusterConfig(Section):
     """Read by ``--ray`` alone."""
 
@@ -28,6 +41,8 @@ class ClusterConfig(Section):
     engines: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
     """Sample servers for ``rollouts.engine: vllm``: how many to begin with, and how many at most; one number is both. 0: vllm runs beside
     the first rank."""
+    scale: ScaleConfig | None = None
+    """Whether the run changes the number of its engines by what it waits for; None: only ``bbopd cluster scale`` does."""
     rank_needs: NeedsConfig = NeedsConfig()
     """What each rank is given."""
     teacher_needs: NeedsConfig = NeedsConfig()
@@ -53,4 +68,9 @@ class ClusterConfig(Section):
         first, most = self.engines
         if first > most or (not first and most):
             raise ValueError(f"engines {first} to {most}: give how many to begin with, 1 or more, and then how many at most")
+        if self.scale is not None and not self.scale.least <= first <= most > self.scale.least:
+            raise ValueError(
+                f"scale from {self.scale.least} engines on, with engines {first} to {most}: it needs cluster.engines=[first, most] with "
+                "scale.least <= first, and most above scale.least"
+            )
         return self

@@ -1,6 +1,7 @@
 """A process that speaks as `bbopd.rollouts.vllm_worker` does, without vLLM: a token is a function of the weights, the seed and its place.
 
-So whoever knows the weights knows what it writes. Prompts that begin with special ids make it fail in ways of their own.
+So whoever knows the weights knows what it writes. Prompts that begin with special ids make it fail in ways of their own. It writes one
+answer after another, and takes as many seconds over each as a file says that ``BBOPD_ENGINE_PACE`` names.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bbopd.rollouts.vllm_worker import Wire
 
 FAILS, DIES, HANGS = 250, 251, 252
 VOCAB = 200
+PACE = "BBOPD_ENGINE_PACE"
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -72,6 +75,8 @@ def main() -> None:
                 os._exit(7)
             if first == HANGS:
                 time.sleep(3600)
+            if PACE in os.environ:
+                time.sleep(float(Path(os.environ[PACE]).read_text()))
             ids = written(weights, message["prompt"], message["seed"], message["max_new_tokens"])
             answer = {"token_ids": ids, "logprobs": [-1.0] * len(ids), "finish_reason": "length", "version": version}
             wire.put(event="written", request=message["request"], **answer)

@@ -20,6 +20,7 @@ from bbopd.pipeline.state import RunState
 from bbopd.report.load import load_run
 from bbopd.report.table import restarts_line
 from bbopd.trainer.checkpoint import latest_checkpoint
+from tests.fake_engine import PACE
 from tests.ray_nodes import two_nodes
 from tests.test_overlap import check_books
 from tests.test_ranks import tiny_run
@@ -37,9 +38,19 @@ sys.exit(run_on_cluster(config, sys.argv[2], lambda text: print(text, end="", fl
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with two_nodes(cpus=4) as nodes:
-        yield nodes.address
+def pace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seconds that engines take over an answer, as a file."""
+    file = tmp_path_factory.mktemp("pace") / "seconds"
+    file.write_text("0")
+    return file
+
+
+@pytest.fixture(scope="module")
+def cluster(pace: Path) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PACE, str(pace))
+        with two_nodes(cpus=4) as nodes:
+            yield nodes.address
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +203,8 @@ def test_whatever_is_killed_the_run_ends_as_if_nothing_had_been(
     )
     told = {"first rank": "ranks 1", "second rank": "ranks 1", "teacher": "teachers 1", "driver": ""}[victim]
     assert restarts_line(load_run(driver.run)) == told
+    saved = "stopping after what is under way" in (driver.run / "cluster" / "rank-0.log").read_text()
+    assert saved == (victim == "driver"), "ranks save and end by themselves where their driver is gone"
     for one, other in zip(figures(driver.run), figures(undisturbed), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     paid, needed = summary["teacher_cost"]["requests"], expected["teacher_cost"]["requests"]
@@ -219,3 +232,25 @@ def test_engines_come_go_and_die_while_the_student_writes(cluster: str, models: 
     assert "engine 0 ended with exit status 137: started again" in said
     assert "engine 1 joins: 2 engines now" in said
     assert "engine 1 leaves: 1 engines now" in said
+
+
+def test_engines_are_as_many_as_the_run_waits_for(cluster: str, pace: Path, models: Path, tmp_path: Path) -> None:
+    file = run_file(tmp_path, models, ranks=1, engines=[1, 2], rank_needs={"cpus": 1}, scale={"window": 2.0})
+    run = json.loads(file.read_text())
+    run["rollouts"] |= {"engine": "vllm", "agreement": {"tokens": 0}, "max_staleness": 1}
+    run["train"]["on_policy_tokens"] = 6000
+    file.write_text(json.dumps(run))
+    pace.write_text("0.2")
+    driver = Driver(file, cluster)
+    driver.until(lambda: "engine 1 joins: 2 engines now" in driver.said())
+    driver.until(lambda: figures(driver.run)[-1].get("engines") == 2)
+    pace.write_text("0")
+    driver.until(lambda: "engine 1 leaves: 1 engines now" in driver.said())
+    driver.wait()
+    check_run(driver.run)
+    scaled = json.loads((driver.run / "cluster.json").read_text())["scaled"]
+    assert scaled["more"] >= 1
+    assert scaled["fewer"] >= 1
+    told = [line for line in figures(driver.run) if "engines" in line]
+    assert {line["engines"] for line in told} == {1, 2}
+    assert all(0 <= line["starved_seconds"] <= line["training_wait_seconds"] + 1e-9 for line in told)

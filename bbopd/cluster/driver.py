@@ -24,6 +24,7 @@ from bbopd.cluster.host import Launch
 from bbopd.cluster.hosts import Hosts, connected
 from bbopd.cluster.ranks import INTERRUPTED, RankGroup, Verdict, describe, judge
 from bbopd.cluster.record import ClusterRecord
+from bbopd.cluster.scaling import Scaler
 from bbopd.cluster.servers import Served, Server, backoff_seconds
 from bbopd.config import RunConfig
 from bbopd.errors import ClusterError, ConfigError
@@ -88,6 +89,8 @@ class _Driver:
         self._programs = programs
         self._teachers = [self._teacher(number) for number in range(hosts.count("teacher"))]
         self._engines = Engines(config, hosts, place, self._engine, self._tell)
+        scale = config.cluster.scale
+        self._scaler = None if scale is None else Scaler(folder.root / "metrics.jsonl", scale, config.cluster.engines[1])
         launch = self._launch("rank-{rank}", programs.rank)
         own = {TOKEN_VARIABLE: self._access.token}
         self._ranks = RankGroup(hosts, replace(launch, arguments=("distill", str(place / "run.json"), "--plain"), environment=own))
@@ -125,6 +128,8 @@ class _Driver:
         for server in self._teachers:
             server.stop()
         self._engines.stop()
+        if self._scaler is not None:
+            self._scaler.close()
 
     # ------------------------------------------------------------ one attempt
 
@@ -138,6 +143,7 @@ class _Driver:
             if failed or heard.statuses[0] == 0:
                 return self._ranks.end(self._show)
             self._look_after_servers()
+            self._scale()
             now = [server.target for server in self._teachers]
             if all(now) and now != targets:
                 self._tell("the teacher is on another node now: all ranks go on from the last checkpoint with that")
@@ -151,6 +157,25 @@ class _Driver:
         for server in self._teachers:
             server.look(lambda text: self._restarted("teachers", text))
         self._engines.look(lambda text: self._restarted("engines", text))
+
+    def _scale(self) -> None:
+        """Have more or fewer engines where what the run waits for asks for it."""
+        if self._scaler is None:
+            return
+        now = self._engines.wanted
+        wanted = self._scaler.wanted(now)
+        if wanted == now:
+            return
+        window = self._scaler.last
+        assert window is not None, "it has asked for the change"
+        self._engines.want(wanted)
+        way = "more" if wanted > now else "fewer"
+        text = (
+            f"{wanted} engines wanted instead of {now}: in {window.seconds:.0f} s the trainer waited {window.starved:.0f} s for answers to "
+            f"be written, and engines had none to write for {window.idle:.0f} s"
+        )
+        self._show(f"{text}\n")
+        self._record.scaled(way, text)
 
     def _wait_for_servers(self, stop: _Stop) -> list[str]:
         """Until every teacher answers, and an engine; the teachers' addresses. Raises `ClusterError` where that takes too long."""

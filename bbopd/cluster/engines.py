@@ -88,8 +88,7 @@ class Engines:
         """Raises `ClusterError` where the last of them has been given up."""
         if not self._first:
             return
-        known = _read(self._place)
-        self._resize(self._first if known is None else known["wanted"])
+        self._resize(self.wanted)
         for number, server in list(self._servers.items()):
             try:
                 server.look(restarted)
@@ -107,6 +106,16 @@ class Engines:
             if time.monotonic() >= until:
                 server.remove()
                 self._leaving.remove((server, until))
+
+    @property
+    def wanted(self) -> int:
+        """How many there are to be now."""
+        known = _read(self._place)
+        return self._first if known is None else known["wanted"]
+
+    def want(self, count: int) -> None:
+        """As `want_engines`, by the driver itself."""
+        _write(self._place, count, self._most)
 
     def stop(self) -> None:
         for server in self._servers.values():

@@ -90,6 +90,13 @@ async def open_engine(
     return fleet
 
 
+def count_of(engine: RolloutEngine) -> Callable[[], int] | None:
+    """How many write now, where ``engine`` is several."""
+    from bbopd.rollouts.vllm_fleet import EngineFleet
+
+    return (lambda: engine.size) if isinstance(engine, EngineFleet) else None
+
+
 def sleep_of(config: RunConfig, engine: RolloutEngine) -> Callable[[], Awaitable[None]] | None:
     """What has ``engine`` give its memory to the trainer, where it shares a GPU with it and the run wants that."""
     if not config.rollouts.sleep:

@@ -39,6 +39,8 @@ from bbopd.pipeline.updates import Updates
 from bbopd.pipeline.weights import Weights
 from bbopd.types import Prompt, Rollout, SignalSpec, Unscored
 
+_STARVED = "no batch, sampling"
+
 
 class Overlap:
     """One stretch of overlapping cycles. ``after_step`` is awaited after every step, and says whether the pipeline shall run empty."""
@@ -271,9 +273,9 @@ class Overlap:
             return self._scored.has_batch or (len(self._scored) > 0 and self._all_are_here())
 
         if not (is_over() or is_ready()):
-            stage = "sampling" if len(self._sampling) else "scoring"
+            stage, reason = ("sampling", _STARVED) if len(self._sampling) else ("scoring", "no batch, scoring")
             self._progress.activity(stage)
-            with self._timeline.wait("training", f"no batch, {stage}"):
+            with self._timeline.wait("training", reason):
                 await self._changed.until(lambda: is_over() or is_ready())
         return not is_over()
 
@@ -305,9 +307,12 @@ class Overlap:
         by_stage = {f"{stage}_wait_seconds": 0.0 for stage in ("sampling", "scoring", "training")}
         for (stage, reason), seconds in waited.items():
             by_stage[f"{stage}_wait_seconds"] += seconds - self._waited.get((stage, reason), 0.0)
+        starved = ("training", _STARVED)
+        by_stage["starved_seconds"] = waited.get(starved, 0.0) - self._waited.get(starved, 0.0)
         self._waited = waited
         return {
             **self._weights.figures,
+            **({} if self._parts.engine_count is None else {"engines": self._parts.engine_count()}),
             "staleness_mean": sum(staleness) / max(1, len(staleness)),
             "staleness_max": max(staleness, default=0),
             "stragglers": sum(self._ledger.is_straggler(rollout.draw) for rollout in rollouts),

@@ -113,8 +113,8 @@ class Parts:
     rollouts the ids that the teacher is asked about, where the student chooses them; ``write_labels`` gives labelled sequences the
     teacher's own answers, where it writes them. ``spending`` is that on a teacher that costs money, ``cache_counts`` of one whose answers
     are kept: hits, misses and more, in this session; ``answer_counts`` of one whose text is read:
-    what became of it. ``ranks`` is how many train together. ``roll_back`` puts all that is trained back to the last whole checkpoint, whose
-    state it returns; ``is_saved`` says that one lies there already.
+    what became of it. ``engine_count`` is how many engines write as one; ``ranks`` how many train together. ``roll_back`` puts all that
+    is trained back to the last whole checkpoint, whose state it returns; ``is_saved`` says that one lies there already.
     """
 
     trainer: Trains
@@ -133,6 +133,7 @@ class Parts:
     spending: Callable[[], Spending] | None = None
     cache_counts: Mapping[str, int] | None = None
     answer_counts: Mapping[str, int] = field(default_factory=dict)
+    engine_count: Callable[[], int] | None = None
     by_group: bool = False
     opponent: Opponent | None = None
     overlaps: bool = False

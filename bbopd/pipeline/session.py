@@ -28,7 +28,7 @@ from bbopd.modeling.load import quiet
 from bbopd.objectives import check_offer, make_objective, signal_for
 from bbopd.pipeline.adversary import Adversary, open_adversary
 from bbopd.pipeline.checkpoints import RunCheckpoints, open_store
-from bbopd.pipeline.engine import agreement_check, candidate_chooser, open_engine, sleep_of
+from bbopd.pipeline.engine import agreement_check, candidate_chooser, count_of, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.gate import RolloutGate
 from bbopd.pipeline.named_teachers import NamedTeachers, open_named_teachers
@@ -326,6 +326,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
                 spending=None if budget is None else budget.spending,
                 cache_counts=kept.counters if isinstance(kept, CachedTeacher) else None,
                 answer_counts=answer_counts,
+                engine_count=count_of(engine),
                 by_group=config.objective.judges_groups,
                 opponent=adversary,
                 overlaps=overlaps,

@@ -85,6 +85,11 @@ class EngineFleet:
             raise
         return fleet
 
+    @property
+    def size(self) -> int:
+        """Engines that write now."""
+        return len(self._members)
+
     async def generate(self, prompts: AsyncIterator[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
         """As `VLLMEngine.generate`; the engine with the least to write gets the next prompt.
 
