@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bbopd.cluster.needs import Placement
     from bbopd.config import RunConfig
     from bbopd.planning.machine import Machine
     from bbopd.planning.rates import Rates
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--engines", type=int, default=1, metavar="N", help="GPUs that sample (default: 1)")
     machine.add_argument("--gpu", metavar="NAME", help="a100, b200, h100, h200, l40s or rtx4090: its memory, and rates by its data sheet")
     machine.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU, where it is another")
+    nodes = parser.add_argument_group(
+        "cluster", "for --ray: where the processes of the section cluster have room; --gpus is then cluster.ranks"
+    )
+    nodes.add_argument("--nodes", type=int, metavar="N", help="that the cluster has")
+    nodes.add_argument("--node-gpus", type=int, default=8, metavar="N", help="of each (default: 8)")
+    nodes.add_argument("--node-cpus", type=int, default=64, metavar="N", help="of each (default: 64)")
     rates = parser.add_argument_group("rates", "how fast each stage is; by default assumed of --gpu").add_mutually_exclusive_group()
     rates.add_argument("--rates", metavar="FILE", help="JSON: sampling, scoring, training in tokens a second, and gpus (docs/planning.md)")
     rates.add_argument("--from", dest="run", metavar="RUN", help="as the run in this folder had them")
@@ -50,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 where it fits, or nobody said into what; 1 where it does not."""
+    from bbopd.cluster.needs import as_one_rank
     from bbopd.config_file import load_config
     from bbopd.planning.lines import plan_lines
     from bbopd.planning.plan import Planner
@@ -57,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
     from bbopd.planning.scaling import Mishaps, scale
 
     config = load_config(args.config, args.set)
+    cluster = None
+    if args.nodes is not None:
+        cluster, teacher = _on_cluster(args, config), config.teacher.serve
+        args.gpus, args.engines = config.cluster.ranks, max(1, config.cluster.engines[0])
+        args.teacher_config = args.teacher_config or (teacher.model if teacher is not None else None)
+        config = as_one_rank(config)
     machine = _machine(args)
     rates = _rates(args, config, machine)
     planner = Planner(student=args.student_config, teacher=args.teacher_config, rates=rates, teacher_gpus=args.teacher_gpus)
@@ -66,13 +80,25 @@ def run(args: argparse.Namespace) -> int:
     points = scale(plan, sizes, Mishaps()) if sizes else iter(())
     if args.json:
         told = [{"change": remedy.words, "costs": remedy.costs, "peak": remedy.plan.memory.peak} for remedy in remedies]
-        print(json.dumps({"config": args.config, **plan.to_json(), "remedies": told, "scaling": [point.to_json() for point in points]}))
+        found = {"config": args.config, **plan.to_json(), "remedies": told, "scaling": [point.to_json() for point in points]}
+        print(json.dumps(found if cluster is None else {**found, "cluster": cluster.to_json()}))
     else:
         for line in plan_lines(plan, remedies):
             print(line)
+        for line in cluster.lines() if cluster is not None else ():
+            print(line)
         if sizes:
             _print_scaling(points)
-    return 1 if plan.problems else 0
+    return 1 if plan.problems or (cluster is not None and cluster.problem) else 0
+
+
+def _on_cluster(args: argparse.Namespace, config: RunConfig) -> Placement:
+    from bbopd.cluster.needs import Node, Placement
+    from bbopd.errors import ConfigError
+
+    if args.nodes < 1 or args.node_gpus < 0 or args.node_cpus < 1:
+        raise ConfigError(f"--nodes {args.nodes} of {args.node_gpus} GPUs and {args.node_cpus} CPUs: give a node or more, each with a CPU")
+    return Placement.of(config, [Node(f"node {number}", args.node_cpus, args.node_gpus) for number in range(1, args.nodes + 1)])
 
 
 def _print_scaling(points: Iterator[ScalePoint]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bbopd.cluster.host import Host
-from bbopd.cluster.needs import Need, check_room, needs_of, nodes_of
+from bbopd.cluster.needs import Need, Placed, check_room, missing_of, needs_of, nodes_of, with_more
 from bbopd.config import RunConfig
 from bbopd.errors import ClusterError, ConfigError
 from bbopd.extras import need
@@ -48,6 +48,18 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def look(config: RunConfig, address: str) -> tuple[list[Placed], str]:
+    """Where Ray at ``address`` has room for the run; and what is wanting of that now, as others hold it, or nothing.
+
+    Raises `ConfigError` where there is no Ray, or it is too small.
+    """
+    with connected(address) as ray:
+        nodes = nodes_of(ray.nodes())
+        needs = needs_of(config, nodes)
+        placed = check_room(needs, nodes, config.cluster.wait)
+        return placed, missing_of(needs, ray.available_resources())
 
 
 class RemoteHost:
@@ -152,8 +164,7 @@ class Hosts:
 
     def check_more(self, name: str, count: int) -> None:
         """Raises `ConfigError` where the cluster would not hold ``count`` of ``name``."""
-        needs = [Need(one.name, one.setting, count if one.name == name else one.count, one.cpus, one.gpus) for one in self._needs.values()]
-        check_room(needs, nodes_of(self._ray.nodes()), 0.0)
+        check_room(with_more(list(self._needs.values()), name, count), nodes_of(self._ray.nodes()), 0.0)
 
     def release(self) -> None:
         from ray.util.placement_group import remove_placement_group

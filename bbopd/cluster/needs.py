@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bbopd.config import NeedsConfig, RunConfig
 from bbopd.errors import ConfigError
+
+_ELSEWHERE = "grpc://localhost:1"  # anywhere but beside a rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +63,102 @@ def nodes_of(told: Iterable[dict[str, Any]]) -> list[Node]:
     ]
 
 
-def check_room(needs: Sequence[Need], nodes: Sequence[Node], wait: float) -> None:
-    """Raises `ConfigError` where ``nodes``, all of them empty, would not hold ``needs``; with what is there."""
-    free = [[node.gpus, node.cpus] for node in nodes]
+def missing_of(needs: Sequence[Need], free: Mapping[str, float]) -> str:
+    """What of ``needs`` is not among what is ``free``, as Ray counts it; empty where all is."""
+    wanted = {kind: sum(need.count * need.bundle.get(kind, 0.0) for need in needs) for kind in ("CPU", "GPU")}
+    short = {kind: count for kind, count in wanted.items() if count > free.get(kind, 0.0)}
+    return " and ".join(f"{count:g} {kind}s, of which {free.get(kind, 0.0):g} are free" for kind, count in short.items())
+
+
+@dataclass(slots=True)
+class Placed:
+    """What one node would hold, by name, and what is then left of it."""
+
+    node: Node
+    cpus: float
+    gpus: float
+    pieces: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        held = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in self.pieces.items()) or "nothing"
+        return f"{self.node.address} ({_said(self.node.cpus, self.node.gpus)}): {held}; {_said(self.cpus, self.gpus)} free"
+
+
+def check_room(needs: Sequence[Need], nodes: Sequence[Node], wait: float) -> list[Placed]:
+    """Where ``needs`` would find room on ``nodes``, all of them empty; Ray, asked for the same, may choose other nodes.
+
+    Raises `ConfigError` where they would not, with what is there.
+    """
+    placed = [Placed(node, node.cpus, node.gpus) for node in nodes]
     for need in sorted(needs, key=lambda need: (-need.gpus, -need.cpus)):
         for _ in range(need.count):
-            place = next((one for one in free if one[0] >= need.gpus and one[1] >= need.cpus), None)
+            place = next((one for one in placed if one.gpus >= need.gpus and one.cpus >= need.cpus), None)
             if place is None:
                 raise ConfigError(_no_room(need, needs, nodes, wait))
-            place[0] -= need.gpus
-            place[1] -= need.cpus
+            place.gpus -= need.gpus
+            place.cpus -= need.cpus
+            place.pieces[need.name] += 1
+    return placed
+
+
+def with_more(needs: Sequence[Need], name: str, count: int) -> list[Need]:
+    """``needs``, with ``count`` of ``name``."""
+    return [replace(need, count=count) if need.name == name else need for need in needs]
+
+
+def most_engines(needs: Sequence[Need], nodes: Sequence[Node], most: int) -> int:
+    """How many engines there is room for beside all else, up to ``most``; those of ``needs`` fit."""
+    count = next(need.count for need in needs if need.name == "engine")
+    while count < most:
+        try:
+            check_room(with_more(needs, "engine", count + 1), nodes, 0.0)
+        except ConfigError:
+            break
+        count += 1
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where processes would be; made by `of`. ``problem``: why they do not fit, or nothing; ``engines``: how many have room."""
+
+    placed: tuple[Placed, ...]
+    problem: str
+    engines: int
+    most: int
+
+    @classmethod
+    def of(cls, config: RunConfig, nodes: Sequence[Node]) -> Placement:
+        needs, most = needs_of(config, nodes), config.cluster.engines[1]
+        try:
+            placed = check_room(needs, nodes, 0.0)
+        except ConfigError as error:
+            return cls((), str(error), 0, most)
+        return cls(tuple(placed), "", most_engines(needs, nodes, most), most)
+
+    def lines(self) -> Iterator[str]:
+        """For a person to read, as those of a plan."""
+        if self.problem:
+            yield f"cluster   no: {self.problem}"
+        for number, one in enumerate(self.placed):
+            yield f"{'' if number else 'cluster':10s}{one}"
+        if self.placed and self.engines < self.most:
+            yield f"          room for {self.engines} engines, of the {self.most} that cluster.engines allows"
+
+    def to_json(self) -> dict[str, Any]:
+        nodes = [{"node": one.node.address, "holds": dict(one.pieces), "free": {"cpus": one.cpus, "gpus": one.gpus}} for one in self.placed]
+        return {"fits": not self.problem, "problem": self.problem, "nodes": nodes, "engines": {"room": self.engines, "most": self.most}}
+
+
+def as_one_rank(config: RunConfig) -> RunConfig:
+    """``config`` as far as what a rank holds is concerned: teacher and engines of a cluster have places of their own."""
+    teacher, rollouts = config.teacher, config.rollouts
+    if teacher.serve is not None:
+        teacher = teacher.model_copy(update={"serve": None, "target": [_ELSEWHERE]})
+    if config.cluster.engines[0]:
+        rollouts = rollouts.model_copy(update={"target": _ELSEWHERE})
+    cluster = config.cluster.model_copy(update={"engines": (0, 0), "scale": None})
+    return config.model_copy(update={"teacher": teacher, "rollouts": rollouts, "cluster": cluster})
 
 
 def _no_room(failed: Need, needs: Sequence[Need], nodes: Sequence[Node], wait: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -41,7 +41,7 @@ CHECKS = (
 
 
 async def examine_run(
-    config: RunConfig, *, time_limit: float = 120.0, teacher_tokenizer: str | None = None
+    config: RunConfig, *, time_limit: float = 120.0, teacher_tokenizer: str | None = None, more: Sequence[Check] = ()
 ) -> AsyncGenerator[Finding, None]:
     """Findings as each is there; the run's own folder is not touched.
 
@@ -49,6 +49,7 @@ async def examine_run(
     ----------
     time_limit : seconds that any one check may take; the teacher's own limits are lowered to it.
     teacher_tokenizer : hub id or folder of the teacher's tokenizer, to name the tokens that differ.
+    more : checks that come first.
     """
     teacher = config.teacher
     limits = {"timeout": min(teacher.timeout, 0.9 * time_limit), "start_timeout": min(teacher.start_timeout, 0.9 * time_limit)}
@@ -56,5 +57,5 @@ async def examine_run(
     async with AsyncExitStack() as stack:
         scratch = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bbopd-doctor-"))))
         setup = SetUp(config, stack, scratch, teacher_tokenizer)
-        async for finding in examine(setup, CHECKS, time_limit=time_limit):
+        async for finding in examine(setup, [*more, *CHECKS], time_limit=time_limit):
             yield finding
