@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from bbopd.cli.main import main
 from bbopd.cluster.access import SERVER_NAME, ClusterAccess
 from bbopd.cluster.driver import Programs, run_on_cluster
 from bbopd.cluster.engines import FOLDER, LOCK, want_engines
-from bbopd.cluster.host import Place
-from bbopd.cluster.hosts import connected
-from bbopd.cluster.needs import Node, check_room, needs_of, nodes_of
+from bbopd.cluster.host import Host, Place
+from bbopd.cluster.hosts import connected, look
+from bbopd.cluster.needs import Node, check_room, missing_of, needs_of, nodes_of
 from bbopd.cluster.ranks import LOST, Verdict, describe, environments, judge
 from bbopd.cluster.servers import backoff_seconds
 from bbopd.config import ClientTlsConfig, RunConfig
@@ -29,9 +30,11 @@ from bbopd.rpc.security import ClientAccess, ServerAccess, Token
 from bbopd.rpc.server import start_server
 from bbopd.teachers.fake import FakeBackend
 from bbopd.teachers.remote import RemoteTeacher
+from tests.cli_runs import write_config
 from tests.loop_rig import run_config
 from tests.ray_nodes import two_nodes
-from tests.waiting import PATIENCE, wait_until
+from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
+from tests.waiting import PATIENCE
 
 
 def config_of(folder: Path, **cluster) -> RunConfig:
@@ -66,6 +69,33 @@ def test_the_example_fits_the_nodes_that_it_names() -> None:
     check_room(needs, nodes, config.cluster.wait)
     with pytest.raises(ConfigError, match=r"cluster.engines 4 \(8 CPUs and 1 GPUs each\)"):
         check_room(needs, nodes[:1], config.cluster.wait)
+
+
+def test_a_plan_says_where_the_processes_would_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ray_file(tmp_path, ranks=3, engines=[1, 4], rank_needs={"cpus": 2}, engine_needs={"cpus": 1})
+    assert main(["plan", str(file), "--nodes", "2", "--node-gpus", "3", "--node-cpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "cluster   node 1 (8 CPUs and 3 GPUs): 3 ranks; 2 CPUs and 0 GPUs free" in said
+    assert "          node 2 (8 CPUs and 3 GPUs): 1 teacher, 1 engine; 6 CPUs and 1 GPUs free" in said
+    assert "room for 2 engines, of the 4 that cluster.engines allows" in said
+    assert "machine   3 GPUs" in said
+    assert "weights beside the run" not in said, "the teacher is on a GPU of its own"
+    assert main(["plan", str(file), "--nodes", "1", "--node-gpus", "4", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)["cluster"]
+    assert not told["fits"]
+    assert "cluster.ranks 3 (2 CPUs and 1 GPUs each)" in told["problem"]
+    assert main(["plan", str(file), "--nodes", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["cluster"]
+    assert [node["holds"] for node in told["nodes"]] == [{"rank": 3, "teacher": 1, "engine": 1}, {}]
+    assert told["engines"] == {"room": 4, "most": 4}
+
+
+def ray_file(folder: Path, **cluster) -> Path:
+    """A run whose teacher and engines a cluster would start."""
+    model = save_folder(folder / "model", tiny_llama(vocab_size=262), tiny_tokenizer())
+    (folder / "corpus.txt").write_text("some text")
+    file = write_config(folder, model, folder / "corpus.txt", rollouts={"engine": "vllm"}, cluster=cluster, student={"init": {}})
+    return file
 
 
 def test_only_living_nodes_count() -> None:
@@ -161,6 +191,18 @@ def test_a_process_does_not_outlive_what_has_started_it(obeys: bool) -> None:
     assert said == ("asked\n" if obeys else "")
 
 
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_process_outlives_what_ray_ends_for_as_long_as_it_saves(obeys: bool) -> None:
+    """Ray's worker kills its child once its driver is gone."""
+    handler = "lambda *_: sys.exit(print('saved', flush=True))" if obeys else "signal.SIG_IGN"
+    program = f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print('ready', flush=True); time.sleep(600)"
+    with ward(program, grace=30.0 if obeys else 0.5) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read() == ("saved\n" if obeys else ""), "to the end of the last who could write here"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 5), (signal.SIGUSR1, 137)])
 def test_signals_reach_the_process(number: int, status: int) -> None:
     with ward(
@@ -172,19 +214,15 @@ def test_signals_reach_the_process(number: int, status: int) -> None:
         assert process.wait(PATIENCE) == status
 
 
-def test_a_ward_that_is_killed_takes_its_process_along() -> None:
-    with ward("import os, time; print(os.getpid(), flush=True); time.sleep(600)") as process:
+def test_a_ward_that_is_killed_as_a_whole_takes_its_process_along() -> None:
+    program = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getppid(), flush=True); time.sleep(600)"
+    with ward(program) as process:
         assert process.stdout is not None
-        child = int(process.stdout.readline())
+        inner = int(process.stdout.readline())
+        assert inner != process.pid
         process.kill()
-        wait_until(lambda: has_ended(child))
-
-
-def has_ended(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+        os.kill(inner, signal.SIGKILL)
+        assert process.stdout.read() == "", "and with it the last who could write here"
 
 
 # ------------------------------------------------------------ access
@@ -235,6 +273,19 @@ def test_ranks_are_placed_on_both_nodes_and_start_again_until_they_finish(cluste
     assert "rank 0 in attempt 3" in "".join(notes)
     assert "rank 1 in attempt 1" in (tmp_path / FOLDER / "rank-1.log").read_text()
     assert not Path(f"/proc/{found[0][0]['pid']}").exists(), "the first rank was waiting, and has been ended"
+
+
+def test_the_doctor_looks_at_the_cluster(cluster: str, tmp_path: Path) -> None:
+    placed, missing = look(config_of(tmp_path, ranks=2), cluster)
+    assert [dict(one.pieces) for one in placed] == [{"rank": 1}, {"rank": 1}]
+    assert not missing
+    with pytest.raises(ConfigError, match=r"no room for the run: it needs cluster.ranks 3"):
+        look(config_of(tmp_path, ranks=3), cluster)
+    with connected(cluster) as ray:
+        holder = ray.remote(Host).options(num_cpus=1).remote()
+        ray.get(holder.place.remote())
+        nodes = nodes_of(ray.nodes())
+        assert missing_of(needs_of(config_of(tmp_path, ranks=2), nodes), ray.available_resources()) == "2 CPUs, of which 1 are free"
 
 
 @pytest.mark.slow
