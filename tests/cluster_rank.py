@@ -1,6 +1,7 @@
 """A rank that trains nothing, for tests of a cluster: it says who it is, and in its first attempts ends as it is told.
 
-``endings`` in the run's folder has a line an attempt: what each rank does, ``kill``, ``wait``, or an exit status, by commas.
+``endings`` in the run's folder has a line an attempt: what each rank does once all have begun, ``kill``, ``wait``, or an exit status,
+by commas.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def main() -> int:
         file.write(json.dumps({name: os.environ[name] for name in names} | {"pid": os.getpid()}) + "\n")
     number = len(attempts.read_text().splitlines())
     print(f"rank {rank} in attempt {number}", flush=True)
+    others = [folder / f"attempts-{other}" for other in range(int(os.environ["WORLD_SIZE"]))]
+    deadline = time.monotonic() + 60
+    while not all(other.exists() and len(other.read_text().splitlines()) >= number for other in others):
+        assert time.monotonic() < deadline, "another rank of this attempt has not begun"
+        time.sleep(0.02)
     ending = (folder / "endings").read_text().splitlines()[number - 1].split(",")[rank]
     if ending == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

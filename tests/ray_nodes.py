@@ -19,8 +19,17 @@ def two_nodes(cpus: int) -> Iterator[Cluster]:
 
     size = {"num_cpus": cpus, "object_store_memory": 80 * 2**20}
     head = {"include_dashboard": False, "dashboard_port": None, "_system_config": {"worker_niceness": 0}}
-    nodes = Cluster(initialize_head=True, head_node_args={**size, **head})
-    nodes.add_node(**size)
+    nodes = Cluster()
+    for tries_left in (2, 1, 0):
+        try:
+            nodes.add_node(**size, **head)
+            nodes.add_node(**size)
+            break
+        except Exception:  # Ray gives a node 30 seconds to start, however busy the machine is
+            nodes.shutdown()
+            if not tries_left:
+                raise
+            nodes = Cluster()
     try:
         yield nodes
     finally:
