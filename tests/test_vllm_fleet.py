@@ -24,6 +24,7 @@ from bbopd.types import Prompt, Sampling
 from tests.fake_engine import HANGS
 from tests.test_vllm_remote import PROMPTS, expected, write
 from tests.tiny_models import tiny_llama
+from tests.waiting import PATIENCE, until, unused_port
 
 
 class Fleet:
@@ -52,7 +53,7 @@ class Fleet:
         unfinished.replace(self.file)
 
     @contextlib.asynccontextmanager
-    async def open(self, timeout: float = 30.0):
+    async def open(self, timeout: float = 2 * PATIENCE):
         async def start(target: str) -> VLLMEngine:
             options, place = VLLMOptions(64, max_batch=2), EngineServer(target, ClientAccess())
             return await VLLMEngine.start(self.model, options, eos_token_ids=(2,), folder=self.folder, server=place)
@@ -71,12 +72,6 @@ async def rig(tmp_path):
     for server in rig.servers.values():
         await until(lambda server=server: not server._sessions.is_taken)  # the fleet has let go of it
         await server.stop()
-
-
-async def until(is_true) -> None:
-    async with asyncio.timeout(60):
-        while not is_true():
-            await asyncio.sleep(0.02)
 
 
 async def test_two_engines_write_what_one_would_and_share_the_work(rig):
@@ -116,7 +111,7 @@ async def test_what_a_killed_engine_was_writing_is_written_by_another_of_the_sam
                 found.append(rollout)
 
         collecting = asyncio.create_task(collect())
-        await asyncio.sleep(0.3)
+        await until(lambda: any(len(stream.given.get(first, ())) == 2 for stream in fleet._streams))
         assert not found
         rig.list(first, second)
         await until(lambda: len(rig.notes) == 2)  # it has come while a stream is under way, after the push
@@ -136,7 +131,7 @@ async def test_what_a_killed_engine_was_writing_is_written_by_another_of_the_sam
 
 
 async def test_an_engine_that_comes_back_has_the_weights_and_takes_up_what_waited(rig):
-    target = await rig.serve()
+    target = await rig.serve(unused_port())
     rig.list(target)
     async with rig.open() as fleet:
         await fleet.load_weights(rig.model.named_parameters(), 5)
@@ -144,7 +139,7 @@ async def test_an_engine_that_comes_back_has_the_weights_and_takes_up_what_waite
         await until(lambda: "gone" in rig.notes[-1])
         writing = asyncio.create_task(write(fleet))
         assert await rig.serve(int(target.rpartition(":")[2])) == target
-        rollouts = await asyncio.wait_for(writing, 60)
+        rollouts = await asyncio.wait_for(writing, 2 * PATIENCE)
         assert [rollout.token_ids for rollout in rollouts] == expected(rig.model.named_parameters(), torch.float32)
         assert {rollout.weights_version for rollout in rollouts} == {5}
 

@@ -29,6 +29,7 @@ from bbopd.types import Prompt, Sampling
 from tests.certificates import make_certificates, replace_file
 from tests.fake_engine import DIES, FAILS, HANGS, fingerprint, written
 from tests.tiny_models import tiny_llama
+from tests.waiting import PATIENCE, until
 
 TOKEN = "correct-horse-battery-staple-7f3a"
 PROMPTS = [Prompt(f"p{number}", (5 + number, 9, 3)) for number in range(12)]
@@ -73,9 +74,7 @@ def expected(weights, dtype, *, seed=4, count=6):
 
 
 async def gone(process: EngineProcess) -> None:
-    async with asyncio.timeout(60):
-        while process._process.poll() is None:
-            await asyncio.sleep(0.05)
+    await until(lambda: process._process.poll() is not None)
 
 
 # ---------------------------------------------------------------- weights and rollouts
@@ -191,7 +190,7 @@ async def test_a_server_that_stops_is_an_error_for_its_run(tmp_path):
         await asyncio.sleep(0.3)
         await server.stop()
         with pytest.raises(EngineError, match="the call to vLLM has ended"):
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 await writing
         await gone(started[0])
 
