@@ -167,8 +167,8 @@ def test_restarts_say_who_was_the_cause() -> None:
 # ------------------------------------------------------------ a process and what has started it
 
 
-def ward(*command: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "bbopd.cluster.ward", str(os.getpid()), "30.0"]
+def ward(*command: str, grace: float = 30.0) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "bbopd.cluster.ward", str(os.getpid()), str(grace)]
     return subprocess.Popen([*words, sys.executable, "-c", *command], stdout=subprocess.PIPE, text=True)
 
 
