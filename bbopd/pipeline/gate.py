@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 
+from bbopd.config import FiltersConfig
 from bbopd.data.filters import RolloutFilter
+from bbopd.data.near_duplicates import AcceptedAnswers
 from bbopd.data.rejected import RejectedLog, Rejection
+from bbopd.data.text_checks import TextCheck
+from bbopd.pipeline.folder import RunFolder
+from bbopd.pipeline.state import RunState
 from bbopd.types import Rollout
 
 
@@ -40,3 +46,31 @@ class RolloutGate:
 
     def close(self) -> None:
         self._log.close()
+
+
+def open_gate(
+    filters: FiltersConfig,
+    folder: RunFolder,
+    state: RunState,
+    stack: AsyncExitStack,
+    *,
+    checks: Sequence[TextCheck],
+    stop_token_ids: Iterable[int],
+    decode: Callable[[list[int]], str],
+) -> RolloutGate:
+    """The gate of a run at ``state``; what it writes to ``folder`` is closed with ``stack``. ``checks`` are of the answers' text."""
+    log = stack.enter_context(RejectedLog(folder.rejected, decode, filters.quarantine_bytes))
+    accepted = _accepted_answers(filters, folder, state, stack)
+    judge = RolloutFilter(filters, stop_token_ids, decode=decode, text_checks=checks, accepted=accepted)
+    return RolloutGate(judge, log, state.rejected)
+
+
+def _accepted_answers(filters: FiltersConfig, folder: RunFolder, state: RunState, stack: AsyncExitStack) -> AcceptedAnswers | None:
+    """Answers accepted before the checkpoint, where near-duplicates are turned away."""
+    if filters.near_duplicates is None:
+        return None
+    folder.rewind("accepted.jsonl", state.step - 1, key="weights_version")
+    pending = [entry["prompt_id"] for entry in state.pending if not entry["is_labelled"]]
+    accepted = AcceptedAnswers(folder.root / "accepted.jsonl", filters.near_duplicates, filters.near_duplicates_kept, pending)
+    stack.callback(accepted.close)
+    return accepted

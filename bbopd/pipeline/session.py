@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from bbopd.config import FiltersConfig, RunConfig
-from bbopd.data.filters import RolloutFilter
-from bbopd.data.near_duplicates import AcceptedAnswers
+from bbopd.config import RunConfig
 from bbopd.data.prompts import PromptSet
-from bbopd.data.rejected import RejectedLog
 from bbopd.data.text_checks import text_checks
 from bbopd.errors import CheckpointError, TeacherError
 from bbopd.modeling import compute_dtype, is_adapted, load_tokenizer, merge_lora, save_adapter, used_vocabulary
@@ -30,7 +27,7 @@ from bbopd.pipeline.adversary import Adversary, open_adversary
 from bbopd.pipeline.checkpoints import RunCheckpoints, open_store
 from bbopd.pipeline.engine import agreement_check, candidate_chooser, count_of, open_engine, sleep_of
 from bbopd.pipeline.folder import RunFolder
-from bbopd.pipeline.gate import RolloutGate
+from bbopd.pipeline.gate import open_gate
 from bbopd.pipeline.named_teachers import NamedTeachers, open_named_teachers
 from bbopd.pipeline.parts import Parts, Scores, at_once, in_executor
 from bbopd.pipeline.plugged import open_plugged_teacher, record_of
@@ -297,12 +294,7 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         engine = await open_engine(config, model, dtype, vocab_size, stop_token_ids, prompts, folder, stack, progress)
         for name, lines in (("rejected.jsonl", sum(state.rejected.values())), ("rolled_back.jsonl", state.rolled_back_updates)):
             folder.keep_lines(name, lines)  # those after the checkpoint will be made again
-        filters = config.data.filters
-        log = stack.enter_context(RejectedLog(folder.rejected, tokenizer.decode, filters.quarantine_bytes))
-        accepted = _accepted_answers(filters, folder, state, stack)
-        judge = RolloutFilter(filters, stop_token_ids, decode=tokenizer.decode, text_checks=checks, accepted=accepted)
-        gate = RolloutGate(judge, log, state.rejected)
-
+        gate = open_gate(config.data.filters, folder, state, stack, checks=checks, stop_token_ids=stop_token_ids, decode=tokenizer.decode)
         stream = open_stream(config, prompts, end_of_text(tokenizer))
         stack.callback(stream.close)
 
@@ -353,14 +345,3 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
             raise TeacherError(
                 f"{error}; its process has ended, and the last it wrote to {folder.teacher_log} is:\n{process.last_lines()}"
             ) from error
-
-
-def _accepted_answers(filters: FiltersConfig, folder: RunFolder, state: RunState, stack: AsyncExitStack) -> AcceptedAnswers | None:
-    """Answers accepted before the checkpoint, where near-duplicates are turned away."""
-    if filters.near_duplicates is None:
-        return None
-    folder.rewind("accepted.jsonl", state.step - 1, key="weights_version")
-    pending = [entry["prompt_id"] for entry in state.pending if not entry["is_labelled"]]
-    accepted = AcceptedAnswers(folder.root / "accepted.jsonl", filters.near_duplicates, filters.near_duplicates_kept, pending)
-    stack.callback(accepted.close)
-    return accepted
