@@ -104,10 +104,12 @@ def assert_same_steps(ours: list[Any], expected: list[Any], same: float = 2e-5) 
 def test_ranks_together_make_the_update_of_one_process(folder: Path, name: str) -> None:
     case = CASES[name]
     alone = case.alone()
+    begun = {key: weight.clone() for key, weight in alone.weights()}
     expected = [alone.train_step(case.micro_batches(step)) for step in range(STEPS)]
     assert expected[-1].grad_norm > case.options()["train"].clip, "clipping is a part of it"
     for world in case.worlds:
         ours = found(folder, str(world))[name]
+        assert all(torch.equal(weight, begun[key]) for key, weight in ours["begun"].items()), "from rank 0, bit for bit"
         assert_same_steps(ours["steps"], expected, case.same)
         assert ours["weights"].keys() == dict(alone.weights()).keys() == set(ours["tensors"])
         for key, weight in alone.weights():

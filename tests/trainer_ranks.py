@@ -88,9 +88,16 @@ RESUMED = CASES["biases, layers run again"]
 
 
 def ranked(case: Case, ranks: Ranks, checkpoint: Path | None = None, objective: Any = None) -> RankedTrainer:
-    whole = case.make() if ranks.rank == 0 else None
+    whole = case.make()
+    with torch.device("meta"):
+        empty = type(whole)(whole.config)
     return RankedTrainer(
-        case.make(), objective or make_objective(case.objective), ranks=ranks, whole=whole, checkpoint=checkpoint, **case.options()
+        empty,
+        objective or make_objective(case.objective),
+        ranks=ranks,
+        whole=whole if ranks.rank == 0 else None,
+        checkpoint=checkpoint,
+        **case.options(),
     )
 
 
@@ -128,10 +135,11 @@ def same_as_alone(ranks: Ranks, folder: Path, case: Case) -> Any:
     if ranks.rank:
         trainer.follow()
         return None
+    begun = weights_of(trainer)
     steps = [trainer.train_step(case.micro_batches(step)) for step in range(STEPS)]
     weights = weights_of(trainer)
     ranks.dismiss(None)
-    return {"steps": steps, "weights": weights, "tensors": [name for name, _ in trainer.model.named_parameters()]}
+    return {"begun": begun, "steps": steps, "weights": weights, "tensors": [name for name, _ in trainer.model.named_parameters()]}
 
 
 def bad_batch(ranks: Ranks, folder: Path) -> Any:

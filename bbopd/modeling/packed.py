@@ -51,6 +51,16 @@ class _CannotPackError(Exception):
     """The model asks of attention what this file does not do."""
 
 
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether `packed_hidden` lays this model's sequences end to end; else it pads them."""
+    return _can_pack(decoder(model))
+
+
+def settle_packing(model: PreTrainedModel, packs: bool) -> None:
+    """What `can_pack` has found of the same model with its values: of one without, or of slices, there is nothing to compare."""
+    _packable[decoder(model)] = packs
+
+
 def can_share_prefixes(model: PreTrainedModel) -> bool:
     """Whether `packed_hidden` takes ``prefixes`` for this model."""
     body = decoder(model)
@@ -159,7 +169,8 @@ def _is_flash(body: PreTrainedModel) -> bool:
 
 def _can_pack(body: PreTrainedModel) -> bool:
     if body not in _packable:
-        has_values = not isinstance(body.get_input_embeddings().weight, FakeTensor)  # of shapes alone there is nothing to compare
+        weight = body.get_input_embeddings().weight
+        has_values = not (weight.is_meta or isinstance(weight, FakeTensor))  # of shapes alone there is nothing to compare
         _packable[body] = _declares_support(body) and (not has_values or _agrees_with_padding(body))
     return _packable[body]
 

@@ -6,7 +6,6 @@ a whole student it does with a copy of its own, which takes the weights each tim
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +16,10 @@ import torch
 
 from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError, ConfigError, RankError
-from bbopd.modeling import compute_dtype
+from bbopd.modeling import compute_dtype, output_head
+from bbopd.modeling.packed import can_pack, settle_packing
 from bbopd.objectives import Objective, make_objective
-from bbopd.pipeline.student import load_student
+from bbopd.pipeline.student import empty_student, seed_generators
 from bbopd.trainer.checkpoint_files import verify_checkpoint
 from bbopd.trainer.ranked import RankedTrainer
 from bbopd.trainer.ranks import Ranks
@@ -52,28 +52,21 @@ def check_ranked(config: RunConfig) -> None:
             raise ConfigError(f"{key} cannot be trained by several ranks: {why}; leave torchrun out, or the setting")
 
 
-def place_whole(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> PreTrainedModel:
-    """Put rank 0's whole student where it shall be; returns another, in the host's memory, to be split."""
-    to_split = copy.deepcopy(model)
-    if config.train.parallel.whole_on == "device":
-        model.to(ranks.device)
-    return to_split
-
-
 def drive(
     config: RunConfig,
     ranks: Ranks,
     whole: PreTrainedModel,
-    to_split: PreTrainedModel,
     objective: Objective,
     vocab_size: int,
     checkpoint: Path | None,
 ) -> RankedTrainer:
-    """Rank 0's trainer; the others make theirs at the same time. Raises `CheckpointError`."""
+    """Rank 0's trainer, of its ``whole`` student; the others make theirs at the same time. Raises `CheckpointError`, and `ModelError`."""
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
-    ranks.tell(do="begin", vocab_size=vocab_size, checkpoint=None if checkpoint is None else str(checkpoint.absolute()))
-    return _trainer(config, ranks, to_split, objective, vocab_size, checkpoint, whole)
+    output_head(whole)  # proved where there are values
+    shape = {"vocab_size": vocab_size, "packs": can_pack(whole), "attention": whole.config._attn_implementation}
+    ranks.tell(do="begin", checkpoint=None if checkpoint is None else str(checkpoint.absolute()), **shape)
+    return _trainer(config, ranks, objective, checkpoint, whole, **shape)
 
 
 @contextmanager
@@ -98,27 +91,34 @@ def follow(config: RunConfig, ranks: Ranks) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with ranks.together():
-        model = load_student(config.student, config.train.seed, config.train.deterministic, is_split=True)
+        seed_generators(config.train.seed, config.train.deterministic)
         torch.manual_seed(config.train.seed + ranks.rank)
         order = ranks.hear()
         if order["do"] == "end":
             ranks.heed_end(order)
             return
         checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
-        trainer = _trainer(config, ranks, model, make_objective(config.objective), order["vocab_size"], checkpoint, None)
+        shape = {name: order[name] for name in ("vocab_size", "packs", "attention")}
+        trainer = _trainer(config, ranks, make_objective(config.objective), checkpoint, None, **shape)
     trainer.follow()
 
 
 def _trainer(
     config: RunConfig,
     ranks: Ranks,
-    model: PreTrainedModel,
     objective: Objective,
-    vocab_size: int,
     checkpoint: Path | None,
     whole: PreTrainedModel | None,
+    *,
+    vocab_size: int,
+    packs: bool,
+    attention: str,
 ) -> RankedTrainer:
     with ranks.together():
+        with torch.device("meta"):
+            model = empty_student(config.student)
+        model.set_attn_implementation(attention)
+        settle_packing(model, packs)
         return RankedTrainer(
             model,
             objective,

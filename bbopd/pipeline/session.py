@@ -169,11 +169,8 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         budget = open_budget(config.teacher, teacher, folder, stack)
         if config.teacher.is_api:
             teacher = counted = await open_api(config.teacher, spoken, count, budget, stack, progress)
-        to_split = None
-        if ranks is not None:
-            from bbopd.pipeline.ranked import checkpoints_ended, drive, place_whole
-
-            to_split = place_whole(model, config, ranks)
+        if ranks is not None and config.train.parallel.whole_on == "device":
+            model.to(ranks.device)
         dtype = compute_dtype(student.dtype, model.device if ranks is None else ranks.device)
         check_positions(config, model, prompts)
         plays, own = config.objective.name == "gad", config.teacher.self
@@ -249,8 +246,9 @@ async def open_session(config: RunConfig, *, command: str, progress: Progress, r
         trainer: Trainer
         ranked = None
         if ranks is not None:
-            assert to_split is not None, "it is made where there are ranks"
-            trainer = ranked = await asyncio.to_thread(drive, config, ranks, model, to_split, objective, vocab_size, checkpoint)
+            from bbopd.pipeline.ranked import checkpoints_ended, drive
+
+            trainer = ranked = await asyncio.to_thread(drive, config, ranks, model, objective, vocab_size, checkpoint)
             stack.enter_context(checkpoints_ended(ranked))
         else:
             trainer = Trainer(

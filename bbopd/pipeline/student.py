@@ -37,12 +37,17 @@ def empty_student(config: StudentConfig, source: str | None = None) -> PreTraine
     return model
 
 
-def load_student(config: StudentConfig, seed: int, deterministic: bool, is_split: bool = False) -> PreTrainedModel:
-    """The student on its device, or in the host's memory where it is to be split over ranks; the generators begin at ``seed``."""
+def seed_generators(seed: int, deterministic: bool) -> None:
+    """Those of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def load_student(config: StudentConfig, seed: int, deterministic: bool, is_split: bool = False) -> PreTrainedModel:
+    """The student on its device, or in the host's memory where it is to be split over ranks; the generators begin at ``seed``."""
+    seed_generators(seed, deterministic)
     source, revision, adapter = config.model, config.revision, None
     if config.lora is not None and (adapted := adapter_base(config.model)) is not None:
         (source, revision), adapter = adapted, Path(config.model).expanduser()

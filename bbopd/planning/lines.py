@@ -52,7 +52,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if memory.of("sampling") != memory.of("training"):
         yield f"  {'while sampling':18s} {memory.of('sampling') / GIB:8.2f}"
     if memory.host:
-        yield f"  {'host, loading':18s} {memory.host / GIB:8.2f}  of a node's own memory: every rank reads the student whole"
+        yield f"  {'host, loading':18s} {memory.host / GIB:8.2f}  of a node's own memory: rank 0 reads the student whole"
     yield f"  {'logits not there':18s} {memory.absent / GIB:8.2f}  what one float32 tensor of tokens x vocabulary would have taken"
 
 

@@ -130,16 +130,15 @@ def _split_weights(config: RunConfig, shapes: Shapes, ranks: int) -> Iterable[Pa
 
 
 def host_bytes(config: RunConfig, shapes: Shapes, machine: Machine) -> float:
-    """Of the first node's own memory while ranks load the student: each reads it whole, and rank 0 has a copy until it is placed."""
+    """Of the first node's own memory: rank 0 reads the whole student, and each rank is given a group of its weights after the other."""
     if machine.gpus == 1:
         return 0.0
-    ranks, whole = min(machine.gpus, machine.gpus_of_node), _FLOAT32 * shapes.student.parameters
-    held = (ranks + 1) * whole
+    student, ranks = shapes.student, min(machine.gpus, machine.gpus_of_node)
+    held = _FLOAT32 * (student.parameters + ranks * max(student.largest_layer, student.outside_layers))
     if not config.train.parallel.cpu_offload:
         return held
     slices = max(1, machine.gpus // config.train.parallel.replicas)
-    after = ranks * (2 * _FLOAT32 + MOMENT_BYTES[config.train.optimizer]) * shapes.student.trained / slices
-    return max(held, after + whole)
+    return held + ranks * (2 * _FLOAT32 + MOMENT_BYTES[config.train.optimizer]) * student.trained / slices
 
 
 def _activations(config: RunConfig, shapes: Shapes, tokens: int) -> Iterable[Part]:

@@ -19,13 +19,14 @@ import base64
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -149,23 +150,65 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
 
         read_shards(folder, model, optimizer)
         return read_state(folder)
-    try:
-        source = read_model(model, folder / "model")
+    source = _read_weights(folder, model)
+    with _readable(folder):
         moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); {way_out(folder)}") from error
-    target = stored_tensors(model)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    recorded = {key.partition("/")[2] for key in moments}
-    if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in target.items()} or not recorded <= names:
-        raise CheckpointError(f"{folder} holds another model than the one to be trained: set output to a new folder, or student.model back")
-    if not takes_moments(optimizer, moments):
-        raise CheckpointError(f"{folder} holds the moments of another optimizer: set train.optimizer back, or output to a new folder")
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+    _check_moments(folder, model, optimizer, moments)
+    _copy_weights(source, model)
     load_optimizer_tensors(model, optimizer, moments)
     return read_state(folder)
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Put the weights back that a checkpoint of one process holds. Raises `CheckpointError`; the model is then untouched."""
+    _copy_weights(_read_weights(folder, model), model)
+
+
+def load_sliced_moments(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer of a model that is split over ranks its slices of a checkpoint of one process, reading one tensor at a time.
+
+    Raises `CheckpointError`.
+    """
+    from bbopd.trainer.checkpoint_shards import sliced
+
+    with _readable(folder), safe_open(folder / "optimizer.safetensors", "pt") as file:
+        keys = list(file.keys())
+        _check_moments(folder, model, optimizer, dict.fromkeys(keys))
+        load_optimizer_tensors(model, optimizer, {key: sliced(model, key, file.get_tensor(key)) for key in keys})
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); {way_out(folder)}") from error
+
+
+def _read_weights(folder: Path, model: PreTrainedModel) -> Mapping[str, Tensor]:
+    with _readable(folder):
+        source = read_model(model, folder / "model")
+    if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in stored_tensors(model).items()}:
+        _refuse_model(folder)
+    return source
+
+
+@torch.no_grad()
+def _copy_weights(source: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    for name, tensor in stored_tensors(model).items():
+        tensor.copy_(source[name])
+
+
+def _check_moments(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, moments: Mapping[str, object]) -> None:
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not {key.partition("/")[2] for key in moments} <= names:
+        _refuse_model(folder)
+    if not takes_moments(optimizer, moments):
+        raise CheckpointError(f"{folder} holds the moments of another optimizer: set train.optimizer back, or output to a new folder")
+
+
+def _refuse_model(folder: Path) -> NoReturn:
+    raise CheckpointError(f"{folder} holds another model than the one to be trained: set output to a new folder, or student.model back")
 
 
 def read_state(folder: Path, rank: int = 0) -> dict[str, Any]:

@@ -66,16 +66,12 @@ def read_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
     load_optimizer_tensors(model, optimizer, empty)
 
 
-def slice_moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Give the optimizer of a sharded model its slices of whole ``moments``, as `optimizer_tensors` names them."""
-    parameters = dict(model.named_parameters())
-    sliced = {}
-    for key, value in moments.items():
-        parameter = parameters[key.partition("/")[2]]
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        sliced[key] = value
-    load_optimizer_tensors(model, optimizer, sliced)
+def sliced(model: PreTrainedModel, key: str, moment: Tensor) -> Tensor:
+    """This rank's slice of a whole ``moment``, which `optimizer_tensors` has called ``key``; itself where it is no weight's like."""
+    parameter = model.get_parameter(key.partition("/")[2])
+    if not isinstance(parameter, DTensor) or moment.shape != parameter.shape:
+        return moment
+    return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()  # the whole is let go
 
 
 def _empty(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
             bitsandbytes = need("bitsandbytes", "train.optimizer adamw_8bit", extra="quantize")
         eight_bits: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=train.lr, betas=train.betas, eps=train.eps)
         return eight_bits
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    is_empty = any(parameter.is_meta for parameter in model.parameters())  # which the fused form refuses
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=not is_empty)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -76,8 +77,8 @@ def _as_tensor(moment: str, value: Tensor | int) -> Tensor:
     return value.clone() if moment in _TABLES else value.contiguous()
 
 
-def takes_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> bool:
-    """Whether `optimizer_tensors` may have given ``moments`` of an optimizer of this kind."""
+def takes_moments(optimizer: torch.optim.Optimizer, moments: Iterable[str]) -> bool:
+    """Whether `optimizer_tensors` may have given ``moments``, its keys, of an optimizer of this kind."""
     names = {key.partition("/")[0] for key in moments}
     return not names or ("exp_avg" in names) == isinstance(optimizer, torch.optim.AdamW)
 

@@ -24,11 +24,11 @@ from bbopd.modeling import packed_attention
 from bbopd.modeling.sharded import forget_pass, gathered_weights, shard_model, sharded_hidden
 from bbopd.output_head import OutputHead
 from bbopd.reference_vocabulary import refuse
-from bbopd.trainer.checkpoint import load_checkpoint, read_state
+from bbopd.trainer.checkpoint import load_sliced_moments, load_weights, read_state
 from bbopd.trainer.checkpoint_files import SHARDS, verify_checkpoint
-from bbopd.trainer.checkpoint_shards import read_shards, slice_moments
+from bbopd.trainer.checkpoint_shards import read_shards
 from bbopd.trainer.joined import JoinedBatch, gather_rows, join_batches, with_columns
-from bbopd.trainer.optimizer import build_optimizer, optimizer_tensors
+from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.ranked_checkpoint import RankedCheckpoints
 from bbopd.trainer.ranks import Ranks
 from bbopd.trainer.step import Gradients, StepMetrics, StepTokens, Trainer
@@ -44,9 +44,9 @@ class RankedTrainer(Trainer):
     Parameters
     ----------
     model
-        float32, on the CPU, the same on every rank. It is sharded in place.
+        float32, on the meta device, the same on every rank. It is sharded in place.
     whole
-        Rank 0's own copy of the student, which takes the weights that `weights` gathers; None on the others.
+        Rank 0's own copy of the student, whose values are split, and which takes the weights that `weights` gathers; None on the others.
     checkpoint
         To go on from, one that `verify_checkpoint` has found whole, by any number of ranks. ``loaded`` is then the state that it was given.
     options
@@ -66,12 +66,12 @@ class RankedTrainer(Trainer):
     ) -> None:
         super().__init__(model, *arguments, **options)
         is_whole = checkpoint is not None and not (checkpoint / SHARDS).is_dir()
-        if checkpoint is not None and is_whole:
-            load_checkpoint(checkpoint, model=model, optimizer=self.optimizer)
-        moments = optimizer_tensors(model, self.optimizer)
-        shard_model(model, ranks.mesh, self.train.parallel)
+        if checkpoint is not None and is_whole and whole is not None:
+            load_weights(checkpoint, whole)
+        shard_model(model, whole, ranks.mesh, self.train.parallel)
         self.optimizer = build_optimizer(model, self.train)
-        slice_moments(model, self.optimizer, moments)
+        if checkpoint is not None and is_whole:
+            load_sliced_moments(checkpoint, model, self.optimizer)
         self.device = ranks.device
         self._ranks, self._whole = ranks, whole
         self.loaded: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint, ranks.rank)
