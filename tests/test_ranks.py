@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from bbopd.cli.execute import INTERRUPTED
 from bbopd.config import RunConfig
 from bbopd.data.shares import share_over_ranks
-from bbopd.errors import ConfigError
+from bbopd.errors import CheckpointError, ConfigError
+from bbopd.modeling import adapter_parameters
 from bbopd.pipeline.folder import RunFolder
 from bbopd.pipeline.ranked import check_ranked
 from bbopd.teachers.fake import FakeBackend
@@ -36,7 +37,7 @@ from tests.serving import serving
 from tests.spoilt_objective import install
 from tests.test_bad_updates import check_lines, saved_state
 from tests.tiny_models import save_folder, tiny_llama, tiny_tokenizer
-from tests.trainer_ranks import CASES, RESUMED, STEPS, STOPPED_S, TIMEOUT_S, WORLDS
+from tests.trainer_ranks import ADAPTED, CASES, LORA, RESUMED, STEPS, STOPPED_S, TIMEOUT_S, WORLDS
 
 LIMIT_S = 480
 
@@ -111,7 +112,8 @@ def test_ranks_together_make_the_update_of_one_process(folder: Path, name: str) 
         ours = found(folder, str(world))[name]
         assert all(torch.equal(weight, begun[key]) for key, weight in ours["begun"].items()), "from rank 0, bit for bit"
         assert_same_steps(ours["steps"], expected, case.same)
-        assert ours["weights"].keys() == dict(alone.weights()).keys() == set(ours["tensors"])
+        assert ours["weights"].keys() == dict(alone.weights()).keys()
+        assert set(ours["tensors"]) == dict(alone.model.named_parameters()).keys()
         for key, weight in alone.weights():
             torch.testing.assert_close(
                 ours["weights"][key], weight, rtol=5 * case.same, atol=5 * case.same, msg=lambda text, at=(world, key): f"{at}: {text}"
@@ -196,6 +198,30 @@ def test_ranks_drop_an_update_and_go_back_to_a_checkpoint_together(folder: Path)
         assert torch.equal(ours["back"][name], weight)
 
 
+def test_of_a_student_with_adapters_these_alone_are_saved_and_brought_back(folder: Path) -> None:
+    """By the ranks, and by one process."""
+    ours, alone = found(folder, "2")["adapters"], ADAPTED.alone()
+    last = latest_checkpoint(folder / "adapters")
+    names = {key for file in (last / "shards").glob("*.safetensors") for key in load_file(file)}
+    assert {name.partition("/")[2] for name in names} == set(adapter_parameters(alone.model))
+    alone.steps_done = load_checkpoint(last, model=alone.model, optimizer=alone.optimizer)["step"]
+    for name, weight in alone.weights():
+        assert torch.equal(weight, ours["saved"][name]), name
+        assert torch.equal(weight, ours["back"][name]), name
+        has_adapters = name.endswith(tuple(f"{target}.weight" for target in LORA.target_modules))
+        assert name not in ours["changed"] or torch.equal(weight, ours["changed"][name]) != has_adapters
+    whole = ADAPTED.alone()
+    expected = [whole.train_step(ADAPTED.micro_batches(step)) for step in range(2)]
+    assert_same_steps([alone.train_step(ADAPTED.micro_batches(1))], expected[1:])
+    description = json.loads((last / "model/adapter_config.json").read_text())
+    assert description["r"] == 4
+    other = ADAPTED.alone()
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.add_(1.0)
+    with pytest.raises(CheckpointError, match="beside other frozen weights"):
+        load_checkpoint(last, model=other.model, optimizer=other.optimizer)
+
+
 def test_a_checkpoint_of_one_process_is_gone_on_from_by_two(folder: Path) -> None:
     whole = RESUMED.alone()
     expected = [whole.train_step(RESUMED.micro_batches(step)) for step in range(3)]
@@ -249,7 +275,7 @@ def test_a_rank_that_answers_no_more_is_named_within_the_timeout(folder: Path, w
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"student": {"model": "unused", "lora": {"rank": 4}}}, "student.lora cannot be trained by several ranks"),
+        ({"student": {"model": "unused", "lora": {"rank": 4}, "quantize": "nf4"}}, "student.quantize cannot be trained by several ranks"),
         ({"train": {"optimizer": "adamw_8bit"}}, "set adamw"),
     ],
 )
@@ -282,7 +308,7 @@ def test_a_run_of_two_ranks_consumes_the_data_of_one(folder: Path) -> None:
 
 
 def test_a_run_of_two_ranks_goes_back_with_every_token_in_the_books(folder: Path) -> None:
-    """The loss of one rank is NaN, in one update."""
+    """The loss of one rank is NaN, in one update; the student trains adapters."""
     assert [found(folder, "spoilt, 2"), found(folder, "spoilt, 2", 1)] == [0, 0]
     run = RunFolder(folder / "spoilt-2")
     state = saved_state(run)
@@ -293,6 +319,11 @@ def test_a_run_of_two_ranks_goes_back_with_every_token_in_the_books(folder: Path
     assert all(again[line["step"]]["cycle"] > line["cycle"] and again[line["step"]]["loss"] != line["loss"] for line in undone)
     drawn = [line["cycle"] for line in (*lines, *undone)]
     assert set(drawn) == set(range(1, state.cycle + 1)), "no cycle is drawn twice"
+    adapters, model = _weights(run.root / "adapter", "adapter_model"), _weights(run.root / "model")
+    assert all(bool(value.any()) for value in adapters.values()), "B too, which is 0 at first"
+    begun = _weights(folder / "student")
+    changed = {name for name, value in model.items() if not torch.equal(value, begun[name])}
+    assert changed == {name for name in begun if "_proj" in name}
     numbers = json.loads((run.root / "summary.json").read_text())["sequences"]
     assert numbers["drawn"] == sum(count for name, count in numbers.items() if name != "drawn")
 
@@ -347,5 +378,5 @@ def test_a_process_that_is_stopped_ends_the_others_of_a_whole_run(tmp_path: Path
         assert "rank 1 has not been heard of" in json.loads(summary.read_text())["error"]
 
 
-def _weights(model: Path) -> dict[str, torch.Tensor]:
-    return load_file(model / "model.safetensors")
+def _weights(model: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(model / f"{name}.safetensors")

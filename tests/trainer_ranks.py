@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from bbopd.config import ObjectiveConfig, ParallelConfig, RunConfig, TrainConfig
+from bbopd.config import LoRAConfig, ObjectiveConfig, ParallelConfig, RunConfig, TrainConfig
 from bbopd.errors import BbopdError, CheckpointError, TrainingError
+from bbopd.modeling import adapter_parameters, add_lora, is_adapted
 from bbopd.objectives import make_objective
 from bbopd.trainer.checkpoint_files import verify_checkpoint
 from bbopd.trainer.ranked import RankedTrainer
@@ -71,6 +72,19 @@ class Case:
         return Trainer(self.make(), make_objective(self.objective), **self.options())
 
 
+LORA = LoRAConfig(rank=4, alpha=8, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+
+
+def adapted() -> Any:
+    """B is not 0, as it is at first, so that A has a gradient too."""
+    model, generator = tiny_qwen2(), torch.Generator().manual_seed(3)
+    add_lora(model, LORA, base="tiny")
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 CASES = {
     "tied": Case(tiny_llama, batches=5),
     "untied": Case(lambda: tiny_llama(tied=False), objective=ObjectiveConfig(temperature=1.0, ramp=0), worlds=(1, 2)),
@@ -82,15 +96,19 @@ CASES = {
     ),
     "fewer batches than ranks": Case(lambda: tiny_llama(tied=False), batches=1, worlds=(2,)),
     "in bfloat16": Case(tiny_llama, parallel={"gather": "bfloat16"}, worlds=(2,), dtype=torch.bfloat16, checkpointing=True, same=2e-2),
+    "adapters, layers run again": Case(adapted, checkpointing=True, worlds=(2,)),
     "offloaded": Case(tiny_llama, parallel={"cpu_offload": True}, worlds=(2,)),
 }
 RESUMED = CASES["biases, layers run again"]
+ADAPTED = CASES["adapters, layers run again"]
 
 
 def ranked(case: Case, ranks: Ranks, checkpoint: Path | None = None, objective: Any = None) -> RankedTrainer:
     whole = case.make()
     with torch.device("meta"):
         empty = type(whole)(whole.config)
+        if is_adapted(whole):
+            add_lora(empty, LORA, base="tiny")
     return RankedTrainer(
         empty,
         objective or make_objective(case.objective),
@@ -231,6 +249,23 @@ def go_on(ranks: Ranks, folder: Path, checkpoint: str, steps: int = 2) -> Any:
     return {"generator": state, "weights": weights, "steps": found}
 
 
+def adapters_alone(ranks: Ranks, folder: Path) -> Any:
+    """A step, a checkpoint, another step, and back to the checkpoint."""
+    trainer = ranked(ADAPTED, ranks)
+    if ranks.rank:
+        trainer.follow()
+        return None
+    trainer.train_step(ADAPTED.micro_batches(0))
+    saved = weights_of(trainer)
+    trainer.save(folder / "adapters", 1, tiny_tokenizer(), {"step": 1}, keep=1)
+    trainer.train_step(ADAPTED.micro_batches(1))
+    changed = {name: weight.clone() for name, weight in trainer.weights(changed_only=True)}
+    trainer.load(folder / "adapters/step-00000001")
+    back = weights_of(trainer)
+    ranks.dismiss(None)
+    return {"saved": saved, "changed": changed, "back": back}
+
+
 def another_model(ranks: Ranks, folder: Path) -> Any:
     try:
         ranked(CASES["tied"], ranks, folder / "checkpoints/step-00000002")
@@ -359,17 +394,19 @@ TASKS = {
     "goes back": (goes_back,),
     "from one": (go_on, "alone/step-00000002", 1),
     "another model": (another_model,),
+    "adapters": (adapters_alone,),
     "go on": (go_on, "checkpoints/step-00000002"),
 }
 PLACES = ("checkpoint_store",)
 STORED = {"train": {"checkpoint_store": "file://{folder}/store"}}
 SPOILT = {
+    "student": {"lora": {"rank": 4}},
     "objective": {"name": "spoilt", "options": {"update": 6}, "ramp": 0},
     "train": {"on_nonfinite": "roll_back", "checkpoint_every": 100},
 }
 WORLDS = {
     "1": World(1, one_after_another),
-    "2": World(2, one_after_another, ("bad batch", "at once", "begin", "goes back", "from one", "another model")),
+    "2": World(2, one_after_another, ("bad batch", "at once", "begin", "goes back", "from one", "another model", "adapters")),
     "4": World(4, one_after_another, ("go on",)),
     "first fails": World(2, failing, (ZeroDivisionError("broken"), 0)),
     "second fails": World(2, failing, (ZeroDivisionError("broken"), 1)),

@@ -127,10 +127,15 @@ def merge_lora(model: nn.Module) -> None:
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapters alone, in PEFT's format. Raises OSError or SafetensorError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vars(model)["peft_config"][_ADAPTER].save_pretrained(str(folder))
+    save_adapter_config(model, folder)
     tensors = {_PREFIX + _file_name(name): value.detach().contiguous().cpu() for name, value in adapter_parameters(model).items()}
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+
+
+def save_adapter_config(model: nn.Module, folder: Path) -> None:
+    """What `save_adapter` writes beside the tensors. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vars(model)["peft_config"][_ADAPTER].save_pretrained(str(folder))
 
 
 def read_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from bbopd.config import ParallelConfig
 from bbopd.errors import ModelError
 from bbopd.modeling.layers import decoder, decoder_layers
-from bbopd.modeling.packed import packed_hidden
+from bbopd.modeling.packed import can_pack, packed_hidden, settle_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,9 @@ def shard_model(model: PreTrainedModel, whole: PreTrainedModel | None, mesh: Dev
     Raises `ModelError` for a model whose layers, or whose head, cannot be split so, or that is not built as ``whole`` is.
     """
     source = None if whole is None else _Values(model, whole)
+    packs = torch.tensor([whole is not None and can_pack(whole)])  # which takes passes of the whole
+    dist.broadcast(packs, 0)
+    settle_packing(model, bool(packs))
     gathered = torch.bfloat16 if parallel.gather == "bfloat16" else None
     has_gpu = mesh.device_type == "cuda"
     options: dict[str, Any] = {
@@ -145,8 +148,10 @@ def forget_pass(model: PreTrainedModel) -> None:
 
 
 def gathered_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole float32 tensors of a sharded model's parameters, a tied one once, one gathered after the other. All ranks iterate."""
+    """Names and whole float32 tensors of what a sharded model trains, a tied one once, one gathered after the other. All ranks iterate."""
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert isinstance(parameter, DTensor), "between two passes parameters are slices"
         yield name, cast("DTensor", parameter.detach()).full_tensor()
 

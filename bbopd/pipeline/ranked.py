@@ -17,7 +17,6 @@ import torch
 from bbopd.config import RunConfig
 from bbopd.errors import CheckpointError, ConfigError, RankError
 from bbopd.modeling import compute_dtype, output_head
-from bbopd.modeling.packed import can_pack, settle_packing
 from bbopd.objectives import Objective, make_objective
 from bbopd.pipeline.student import empty_student, seed_generators
 from bbopd.trainer.checkpoint_files import verify_checkpoint
@@ -33,7 +32,7 @@ def check_ranked(config: RunConfig) -> None:
     """Refuse what several ranks cannot train together. Raises `ConfigError`."""
     student, train, rollouts = config.student, config.train, config.rollouts
     for key, is_set, why in (
-        ("student.lora", student.lora is not None, "adapters are small enough for one process"),
+        ("student.quantize", student.quantize is not None, "codes of four or eight bits cannot be cut into slices"),
         ("train.optimizer=adamw_8bit", train.optimizer == "adamw_8bit", "bitsandbytes takes no slices of weights; set adamw"),
         ("objective.name=gad", config.objective.name == "gad", "its discriminator is trained by one process"),
         ("teacher.self", config.teacher.self is not None, "the student's teacher would be out of date"),
@@ -64,7 +63,7 @@ def drive(
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
     output_head(whole)  # proved where there are values
-    shape = {"vocab_size": vocab_size, "packs": can_pack(whole), "attention": whole.config._attn_implementation}
+    shape = {"vocab_size": vocab_size, "attention": whole.config._attn_implementation}
     ranks.tell(do="begin", checkpoint=None if checkpoint is None else str(checkpoint.absolute()), **shape)
     return _trainer(config, ranks, objective, checkpoint, whole, **shape)
 
@@ -98,7 +97,7 @@ def follow(config: RunConfig, ranks: Ranks) -> None:
             ranks.heed_end(order)
             return
         checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
-        shape = {name: order[name] for name in ("vocab_size", "packs", "attention")}
+        shape = {name: order[name] for name in ("vocab_size", "attention")}
         trainer = _trainer(config, ranks, make_objective(config.objective), checkpoint, None, **shape)
     trainer.follow()
 
@@ -111,19 +110,18 @@ def _trainer(
     whole: PreTrainedModel | None,
     *,
     vocab_size: int,
-    packs: bool,
     attention: str,
 ) -> RankedTrainer:
     with ranks.together():
         with torch.device("meta"):
             model = empty_student(config.student)
         model.set_attn_implementation(attention)
-        settle_packing(model, packs)
         return RankedTrainer(
             model,
             objective,
             ranks=ranks,
             whole=whole,
+            merges=config.rollouts.engine != "hf",  # which writes with the whole student itself
             checkpoint=checkpoint,
             train=config.train,
             objective_config=config.objective,

@@ -117,6 +117,8 @@ def _split_weights(config: RunConfig, shapes: Shapes, ranks: int) -> Iterable[Pa
     if not parallel.cpu_offload:
         yield Part("weights", student.trained_bytes / slices, "always", f"{student.trained:,} float32 masters {where}")
         yield Part("optimizer", MOMENT_BYTES[config.train.optimizer] * student.trained / slices, "always", f"two moments {where}")
+        if frozen := student.parameters - student.trained:
+            yield Part("frozen weights", _FLOAT32 * frozen / slices, "always", f"{frozen:,} in float32 {where}")
     outside = student.outside_layers - (student.vocabulary * student.hidden if parallel.head == "split" else 0)
     gathered = item * (2 * student.largest_layer + outside)
     yield Part("gathered weights", gathered, "training", f"two layers, and what is of no layer, in {parallel.gather}")

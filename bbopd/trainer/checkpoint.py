@@ -44,7 +44,7 @@ from bbopd.trainer.checkpoint_files import (
     way_out,
 )
 from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors, takes_moments
-from bbopd.trainer.stored import model_bytes, read_model, stored_bytes, stored_tensors, write_model
+from bbopd.trainer.stored import model_bytes, read_model, require_same_frozen, stored_bytes, stored_tensors, write_model
 from bbopd.trainer.write_points import reached
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def load_checkpoint(folder: Path, *, model: PreTrainedModel, optimizer: torch.op
     if (folder / SHARDS).is_dir():
         from bbopd.trainer.checkpoint_shards import read_shards
 
+        with _readable(folder):
+            require_same_frozen(model, folder / "model")
         read_shards(folder, model, optimizer)
         return read_state(folder)
     source = _read_weights(folder, model)

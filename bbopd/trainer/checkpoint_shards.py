@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bbopd.errors import CheckpointError
+from bbopd.modeling import trained_weights
 from bbopd.trainer.checkpoint_files import SHARDS, way_out
 from bbopd.trainer.optimizer import load_optimizer_tensors, optimizer_tensors, takes_moments
 
@@ -29,11 +30,11 @@ _MODEL = "model"
 
 
 def write_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: ProcessGroup) -> Future[Any]:
-    """Copy what this rank holds, and have it written below ``folder`` while training goes on. All ranks of ``group`` call it.
+    """Copy what this rank trains, and have it written below ``folder`` while training goes on. All ranks of ``group`` call it.
 
     Each rank's future ends when all have written, or raises where one could not.
     """
-    tensors: dict[str, Tensor] = {f"{_MODEL}/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"{_MODEL}/{name}": parameter for name, parameter in trained_weights(model).items()}
     tensors |= optimizer_tensors(model, optimizer)
     writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     begun = dcp.async_save(tensors, storage_writer=writer, process_group=group)
@@ -48,7 +49,7 @@ def read_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
     """
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     stored = {key: tuple(entry.size) for key, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = trained_weights(model)
     shapes = {f"{_MODEL}/{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
     moments = {key: shape for key, shape in stored.items() if key not in shapes}
     fits = {key: stored.get(key) for key in shapes} == shapes and {key.partition("/")[2] for key in moments} <= parameters.keys()

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from bbopd.errors import BbopdError, TrainingError
-from bbopd.modeling import packed_attention
+from bbopd.modeling import is_adapted, merged_weights, packed_attention, trained_weights
 from bbopd.modeling.sharded import forget_pass, gathered_weights, shard_model, sharded_hidden
 from bbopd.output_head import OutputHead
 from bbopd.reference_vocabulary import refuse
@@ -32,6 +32,7 @@ from bbopd.trainer.optimizer import build_optimizer
 from bbopd.trainer.ranked_checkpoint import RankedCheckpoints
 from bbopd.trainer.ranks import Ranks
 from bbopd.trainer.step import Gradients, StepMetrics, StepTokens, Trainer
+from bbopd.trainer.stored import require_same_frozen
 from bbopd.types import DistillBatch, DistillLoss
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ class RankedTrainer(Trainer):
         float32, on the meta device, the same on every rank. It is sharded in place.
     whole
         Rank 0's own copy of the student, whose values are split, and which takes the weights that `weights` gathers; None on the others.
+    merges
+        Adapters leave `weights` merged into their matrices, as an engine with a plain model wants them; else as ``whole`` has them.
     checkpoint
         To go on from, one that `verify_checkpoint` has found whole, by any number of ranks. ``loaded`` is then the state that it was given.
     options
         As those of `Trainer`.
+
+    Of a student with adapters these alone are gathered, saved and loaded; what is frozen is split too, and stays.
 
     Raises `CheckpointError` as `load_checkpoint` does.
     """
@@ -61,23 +66,28 @@ class RankedTrainer(Trainer):
         *arguments: Any,
         ranks: Ranks,
         whole: PreTrainedModel | None = None,
+        merges: bool = True,
         checkpoint: Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, *arguments, **options)
         is_whole = checkpoint is not None and not (checkpoint / SHARDS).is_dir()
-        if checkpoint is not None and is_whole and whole is not None:
-            load_weights(checkpoint, whole)
+        if checkpoint is not None and whole is not None:
+            if is_whole:
+                load_weights(checkpoint, whole)
+            else:
+                require_same_frozen(whole, checkpoint / "model")
         shard_model(model, whole, ranks.mesh, self.train.parallel)
         self.optimizer = build_optimizer(model, self.train)
         if checkpoint is not None and is_whole:
             load_sliced_moments(checkpoint, model, self.optimizer)
         self.device = ranks.device
         self._ranks, self._whole = ranks, whole
+        self._merges = merges and is_adapted(model)
         self.loaded: dict[str, Any] = {} if checkpoint is None else read_state(checkpoint, ranks.rank)
         if checkpoint is not None and not is_whole:
             self._load(checkpoint)
-        self._checkpoints = RankedCheckpoints(ranks, model, self.optimizer)
+        self._checkpoints = RankedCheckpoints(ranks, model, whole, self.optimizer)
         self._linear = model.get_output_embeddings()
         self._is_split = self.train.parallel.head == "split"
         self.head = self._head_now()
@@ -116,16 +126,19 @@ class RankedTrainer(Trainer):
     def weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """As `Trainer.weights`; each tensor is gathered when its turn comes, into rank 0's whole student, whose own it is."""
         assert self._whole is not None, "only rank 0 is asked"
-        own = dict(self._whole.named_parameters())
+        own = trained_weights(self._whole)
         with self._ranks.turn:
             self._ranks.tell(do="weights")
             gathered = self._gathered()
             try:
                 for name, tensor in gathered:
-                    target = own[name].detach()
-                    yield name, target.copy_(tensor)
+                    target = own[name].copy_(tensor)
+                    if not self._merges:
+                        yield name, target
             finally:
                 deque(gathered, 0)  # the others gather all of them
+        if self._merges:  # a matrix needs both of its adapters
+            yield from merged_weights(self._whole, changed_only=changed_only)
 
     def save(self, root: Path, step: int, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], keep: int) -> None:
         """Begin a checkpoint of what the ranks hold now; training may go on. Raises `CheckpointError`, also of the one before."""

@@ -21,7 +21,7 @@ from bbopd.trainer.checkpoint import SPARE_BYTES, generator_states, moment_bytes
 from bbopd.trainer.checkpoint_files import begin_checkpoint, explained, publish_checkpoint
 from bbopd.trainer.checkpoint_shards import write_shards
 from bbopd.trainer.ranks import Ranks
-from bbopd.trainer.stored import model_bytes
+from bbopd.trainer.stored import stored_bytes, write_description
 from bbopd.trainer.write_points import reached
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class RankedCheckpoints:
-    """This rank's part of them, of ``model`` and ``optimizer``."""
+    """This rank's part of them, of ``model`` and ``optimizer``; ``whole`` is rank 0's whole student."""
 
-    def __init__(self, ranks: Ranks, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        self._ranks, self._model, self._optimizer = ranks, model, optimizer
+    def __init__(self, ranks: Ranks, model: PreTrainedModel, whole: PreTrainedModel | None, optimizer: torch.optim.Optimizer) -> None:
+        self._ranks, self._model, self._whole, self._optimizer = ranks, model, whole, optimizer
         self._writing: Future[Any] | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="bbopd-checkpoint")
 
@@ -43,10 +43,11 @@ class RankedCheckpoints:
         it could not be ended.
         """
         self.end()
-        needed = model_bytes(self._model) + moment_bytes(self._optimizer) + SPARE_BYTES
+        assert self._whole is not None, "only rank 0 is asked"
+        needed = stored_bytes(self._model) + moment_bytes(self._optimizer) + SPARE_BYTES
         folder, aside = begin_checkpoint(root, step, needed)
         with explained(root, aside), quiet():
-            self._model.config.save_pretrained(aside / "model")
+            write_description(self._whole, aside / "model")
             tokenizer.save_pretrained(aside / "model")
         reached("config")
         self._ranks.tell(do="save", folder=str(aside.absolute()))

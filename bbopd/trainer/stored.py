@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bbopd.errors import CheckpointError
 from bbopd.modeling import adapter_parameters, is_adapted, plain_sizes, save_adapter
 from bbopd.modeling.load import quiet
-from bbopd.modeling.lora import read_adapter
+from bbopd.modeling.lora import read_adapter, save_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +54,28 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
             model.save_pretrained(folder)
             return
         save_adapter(model, folder)
+    _write_frozen(model, folder)
+
+
+def write_description(model: PreTrainedModel, folder: Path) -> None:
+    """What `write_model` writes beside tensors, which are elsewhere. Raises OSError."""
+    if not is_adapted(model):
+        model.config.save_pretrained(folder)
+        return
+    save_adapter_config(model, folder)
+    _write_frozen(model, folder)
+
+
+def require_same_frozen(model: PreTrainedModel, folder: Path) -> None:
+    """Raises `CheckpointError` where adapters in ``folder`` belong to other frozen weights than the model's, OSError and ValueError."""
+    if is_adapted(model) and json.loads((folder / _FROZEN).read_text())["sha256"] != _frozen_sha256(model):
+        raise CheckpointError(
+            f"the adapters in {folder} were trained beside other frozen weights than those of student.model: "
+            "set output to a new folder, or student.model, student.revision, student.init and student.quantize back"
+        )
+
+
+def _write_frozen(model: PreTrainedModel, folder: Path) -> None:
     (folder / _FROZEN).write_text(json.dumps({"sha256": _frozen_sha256(model)}))
 
 
@@ -65,11 +87,7 @@ def read_model(model: PreTrainedModel, folder: Path) -> Mapping[str, Tensor]:
     if not is_adapted(model):
         with quiet():
             return type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-    if json.loads((folder / _FROZEN).read_text())["sha256"] != _frozen_sha256(model):
-        raise CheckpointError(
-            f"the adapters in {folder} were trained beside other frozen weights than those of student.model: "
-            "set output to a new folder, or student.model, student.revision, student.init and student.quantize back"
-        )
+    require_same_frozen(model, folder)
     return read_adapter(model, folder)
 
 
