@@ -231,7 +231,7 @@ class _Driver:
             own = {"tokenizer": serve["model"]} if self._config.objective.name == "aligned" and not data["teacher"]["tokenizer"] else {}
             data["teacher"] |= {"serve": None, "target": targets, **access, **own}
         if self._config.cluster.engines[0]:
-            data["cluster"]["engines"] = [0, 0]
+            data["cluster"] |= {"engines": [0, 0], "scale": None}
             data["rollouts"] |= {"targets_file": str(self._engines.targets_file), **access}
         (self._place / "run.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
