@@ -81,3 +81,26 @@ def plot_games(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axes in (style, accuracy, length):
             axes.legend(fontsize=7, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str], path: Path) -> None:
+    """Of each arm its ``measures`` against trained tokens: a line of means over runs, and every run's own behind it."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        for axes, (name, title) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
+            for index, arm in enumerate(arms):
+                by_run: dict[str, list[tuple[int, float]]] = {}
+                for row in rows:
+                    if row["arm"] == arm:
+                        by_run.setdefault(row["run"], []).append((row["tokens"], row[name]))
+                runs = list(by_run.values())
+                for points in runs:
+                    axes.plot(*zip(*points, strict=True), color=f"C{index}", alpha=0.25, linewidth=0.8)
+                shared = zip(*runs, strict=False)
+                means = [(sum(x for x, _ in at) / len(at), sum(y for _, y in at) / len(at)) for at in shared]
+                axes.plot(*zip(*means, strict=True), color=f"C{index}", marker="o", markersize=3, label=arm)
+            axes.set(xlabel="trained tokens", title=title)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.axes[0].legend(fontsize=7, frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None})

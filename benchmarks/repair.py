@@ -11,7 +11,6 @@ and three tasks of ``bbopd eval``: ``forgotten.yaml``, agreement with the teache
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ import yaml
 
 from bbopd.data.demo_text import demo_topics
 from benchmarks.addition import additions, scratchpad
-from benchmarks.machine import describe
+from benchmarks.comparisons import publish
 from benchmarks.objective_models import ANSWER_TOKENS, prepare
 
 DIGITS = 3
@@ -80,60 +79,13 @@ def _task(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(yaml.safe_dump({"data": f"{path.stem}.jsonl", **fields}, sort_keys=False), encoding="utf-8")
 
 
-def rows_of(found: Mapping[str, Any], machine: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A line for each arm and measure, from the compare.json of `bbopd compare`."""
-    rows = []
-    for row in found["rows"]:
-        for measure, tested in row["tested"].items():
-            spent = {name: row["spent"].get(name) for name in ("student_tokens", "updates", "seconds")}
-            figures = {name: tested[name] for name in ("value", "low", "high", "items")}
-            rows.append({"arm": row["name"], "seeds": len(row["seeds"]), "measure": measure, **figures, **spent, **machine})
-    return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[str]) -> str:
-    """What of it a reader asks first, in Markdown, with 95% intervals."""
-    values = {(row["arm"], row["measure"]): row for row in rows}
-    lines = ["| arm | " + " | ".join(SHOWN.values()) + " | tokens trained | seconds |", "|" + "---|" * (len(SHOWN) + 3)]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        cells = [_cell(values.get((arm, measure)), measure) for measure in SHOWN]
-        spent = next(row for row in rows if row["arm"] == arm)
-        cells += ["" if not spent[name] else f"{spent[name]:,.0f}" for name in ("student_tokens", "seconds")]
-        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"* {verdict}" for verdict in verdicts)]) + "\n"
-
-
-def _cell(row: Mapping[str, Any] | None, measure: str) -> str:
-    if row is None:
-        return ""
-    if measure.endswith("exact_match"):
-        return f"{row['value']:.0%} ({max(0.0, row['low']):.0%} to {min(1.0, row['high']):.0%})"
-    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-
-def publish(folder: Path, results: Path) -> Path:
-    """The comparison in ``folder`` as ``repair.csv`` and ``repair.md`` of this machine, under ``results``."""
-    machine = describe(module="benchmarks.repair")
-    found = json.loads((folder / "compare" / "compare.json").read_text(encoding="utf-8"))
-    rows = rows_of(found, {name: machine[name] for name in ("processor", "cores", "torch", "date")})
-    place = results / machine["machine"]
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "repair.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    page = place / "repair.md"
-    page.write_text(table(rows, [pair["verdict"] for pair in found["pairs"]]), encoding="utf-8")
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("--publish", action="store_true", help="only write the comparison's table into benchmarks/results")
     args = parser.parse_args()
     if args.publish:
-        print(publish(args.folder, RESULTS).read_text(encoding="utf-8"))
+        print(publish("benchmarks.repair", args.folder / "compare", RESULTS, SHOWN).read_text(encoding="utf-8"))
         return
     prepare(args.folder, "teacher", "questions.jsonl")
     lines = [json.loads(line) for line in (args.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,8 +11,9 @@ import yaml
 
 from bbopd.modeling import load_model, load_tokenizer
 from bbopd.teachers.hf import HFBackend
+from benchmarks.comparisons import publish
 from benchmarks.objective_models import short_questions
-from benchmarks.repair import HELD_OUT, SIZES, is_held_out, publish, write_files
+from benchmarks.repair import HELD_OUT, SHOWN, SIZES, is_held_out, write_files
 from tests.serving import serving
 from tests.test_compare_run import InProcess
 from tests.tiny_models import save_folder, tiny_llama
@@ -62,7 +63,7 @@ def test_its_configuration_runs(tmp_path: Path) -> None:
     assert rows["none"].tested["kl_held_out"].value > 0.1
     assert rows["on_policy"].tested["kl_held_out"].value < rows["none"].tested["kl_held_out"].value
     assert rows["on_policy"].spent["updates"] == 2
-    page = publish(tmp_path, tmp_path / "results").read_text().splitlines()
+    page = publish("benchmarks.repair", tmp_path / "compare", tmp_path / "results", SHOWN).read_text().splitlines()
     assert [line.split(" | ")[0] for line in page[2:5]] == ["| `none`", "| `on_policy`", "| `before`"]
     left = rows["on_policy"].tested["kl_held_out"]
     assert page[3].split(" | ")[1] == f"{left.value:.3f} ({left.low:.3f} to {left.high:.3f})"
