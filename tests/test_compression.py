@@ -1,4 +1,4 @@
-"""The compression experiment: no passage of the test is trained on, and its own configuration runs, on a model of a few thousand numbers."""
+"""The compression experiment: no passage of the test is trained on, and its own configuration runs, on a very small model."""
 
 from __future__ import annotations
 
