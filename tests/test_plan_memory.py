@@ -116,10 +116,19 @@ def test_more_gpus_share_what_is_sharded_and_nothing_else(tmp_path):
 
 
 def test_what_several_ranks_cannot_train_is_refused_as_the_run_is(tmp_path):
+    student = StudentConfig(model=str(student_folder(tmp_path)))
+    config = run_config(tmp_path / "run").model_copy(update={"student": student})
+    eight_bits = config.model_copy(update={"train": config.train.model_copy(update={"optimizer": "adamw_8bit"})})
+    with pytest.raises(ConfigError, match=r"train\.optimizer=adamw_8bit cannot be trained by several ranks"):
+        Planner().plan(eight_bits, Machine(2, None, None))
+
+
+def test_adapters_over_ranks_are_planned_with_what_is_frozen_split_too(tmp_path):
     student = StudentConfig(model=str(student_folder(tmp_path)), lora=LoRAConfig(rank=4))
     config = run_config(tmp_path / "run").model_copy(update={"student": student})
-    with pytest.raises(ConfigError, match=r"student\.lora"):
-        Planner().plan(config, Machine(2, None, None))
+    one, two = ({part.name: part.size for part in Planner().plan(config, Machine(gpus, None, None)).memory.parts} for gpus in (1, 2))
+    assert two["weights"] == pytest.approx(one["weights"] / 2, rel=0.01)
+    assert two["optimizer"] == pytest.approx(one["optimizer"] / 2, rel=0.01)
 
 
 def test_an_empty_student_has_the_adapters_of_a_loaded_one(tmp_path):
